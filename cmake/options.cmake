@@ -1,0 +1,38 @@
+# Language level, warnings and sanitizers, the same for every target.
+set(CMAKE_CXX_STANDARD 23)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+
+option(KVARTZ_TESTS "Build the tests" ON)
+option(KVARTZ_FUZZ "Build the fuzz targets (clang)" OFF)
+option(KVARTZ_WERROR "Warnings are errors" OFF)
+set(KVARTZ_SANITIZE "" CACHE STRING "Sanitizers, as for -fsanitize=")
+
+add_compile_options(-Wall -Wextra -Wshadow -Wnon-virtual-dtor -Wno-unused-parameter
+                    -fno-strict-aliasing -fstack-protector-strong)
+if(KVARTZ_WERROR)
+  add_compile_options(-Werror)
+endif()
+if(CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
+  add_compile_options(-Wthread-safety)
+endif()
+if(KVARTZ_SANITIZE)
+  add_compile_options(-fsanitize=${KVARTZ_SANITIZE} -fno-omit-frame-pointer)
+  add_link_options(-fsanitize=${KVARTZ_SANITIZE})
+endif()
+# clang 19 hides std::expected of libstdc++ 12 behind a concepts level that it does not announce.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
+  add_compile_options(-D__cpp_concepts=202002L -Wno-builtin-macro-redefined)
+endif()
+
+find_program(KVARTZ_CCACHE ccache)
+if(KVARTZ_CCACHE)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${KVARTZ_CCACHE})
+endif()
+find_program(KVARTZ_MOLD mold)
+if(KVARTZ_MOLD AND NOT KVARTZ_SANITIZE)
+  add_link_options(-fuse-ld=mold)
+endif()

@@ -1,4 +1,5 @@
-// PCI functions: configuration space, BARs, capabilities, INTx, MSI and MSI-X. PCI Local Bus 3.0; PCI Express 5.0 ch. 7.
+// PCI functions: configuration space, BARs, capabilities, INTx, MSI and MSI-X. PCI Local Bus 3.0;
+// PCI Express 5.0 ch. 7.
 #pragma once
 
 #include <array>
@@ -35,6 +36,10 @@ class PciConfigSpace {
   void SetWritable(unsigned offset, unsigned size, uint32_t mask);
   void SetWriteOneToClear(unsigned offset, unsigned size, uint32_t mask);
   std::array<uint8_t, kSize>& bytes() { return bytes_; }
+  // Bits that the guest can change (written, or cleared by writing 1) go to zero.
+  void ResetGuestBits();
+  // Takes the guest's bits from `saved`; what the guest can't write stays.
+  void LoadGuestBits(const std::array<uint8_t, kSize>& saved);
 
  private:
   std::array<uint8_t, kSize> bytes_{};
@@ -42,8 +47,9 @@ class PciConfigSpace {
   std::array<uint8_t, kSize> w1c_{};
 };
 
-// One function. Guarded by its slot (configuration accesses take the same lock). A derived class sets up its BARs and
-// capabilities in its constructor, overrides Reset/VisitState and calls PciDevice's first.
+// One function. Guarded by its slot (configuration accesses take the same lock). A derived class
+// sets up its BARs and capabilities in its constructor, overrides Reset/VisitState and calls
+// PciDevice's first.
 class PciDevice : public Device {
  public:
   PciDevice(const DeviceEnv& env, const PciIdentity& identity);
@@ -61,11 +67,20 @@ class PciDevice : public Device {
   void Detach();
   uint8_t devfn() const { return devfn_; }
 
+  // A BAR as declared; size_bytes 0: there is none. For firmware that assigns addresses.
+  struct BarInfo {
+    PciBarKind kind = PciBarKind::kMemory32;
+    uint64_t size_bytes = 0;
+  };
+  BarInfo bar_info(unsigned index) const;
+
   PciConfigSpace& config() { return config_; }
 
  protected:
-  // Declares BAR `index` of `size_bytes` (a power of two; at least 4 for I/O, 16 for memory, 4096 is advised).
-  void AddBar(unsigned index, PciBarKind kind, uint64_t size_bytes, IoHandler* handler, unsigned max_access = 8);
+  // Declares BAR `index` of `size_bytes` (a power of two; at least 4 for I/O, 16 for memory, 4096
+  // is advised).
+  void AddBar(unsigned index, PciBarKind kind, uint64_t size_bytes, IoHandler* handler,
+              unsigned max_access = 8);
   // Doorbells inside a BAR; offsets from the BAR's start. Honoured wherever the guest maps it.
   void SetBarDoorbells(unsigned index, std::vector<Doorbell> doorbells);
   // Base address that the guest gave a BAR, if it is decoded now.
@@ -81,28 +96,34 @@ class PciDevice : public Device {
   // Signals a vector of MSI-X (pending bit if masked) or MSI. Any thread, with or without lock().
   void NotifyMsix(unsigned vector);
   void NotifyMsi(unsigned vector);
-  // Level of the INTx pin; honours the command register's disable bit, mirrors the status bit.
+  // Level of the INTx pin; honours the command register's disable bit, mirrors the status bit. Any
+  // thread, as above.
   void SetIntx(bool level);
   bool bus_master() const;  // DMA allowed
-  // After the guest wrote the command register, a capability or anything else; `offset`, `size` as written.
+  // After the guest wrote the command register, a capability or anything else; `offset`, `size` as
+  // written.
   virtual void ConfigWritten(unsigned offset, unsigned size) {}
 
  private:
   struct Bar;
-  struct Msix;
+  struct Signals;
+  class MsixTable;
   void UpdateMappings();
+  bool DecodedBase(const Bar& bar, unsigned index, uint64_t* base) const;
+  void UpdateSignals();
   PciConfigSpace config_;
   std::array<std::unique_ptr<Bar>, 6> bars_;
-  std::unique_ptr<Msix> msix_;
+  std::unique_ptr<Signals> signals_;
+  std::unique_ptr<MsixTable> msix_;
+  uint8_t msix_cap_ = 0;
   uint8_t msi_cap_ = 0;
   uint8_t next_cap_ = 0x40;
   uint8_t last_cap_ = 0;
   PciBus* bus_ = nullptr;
   uint8_t devfn_ = 0;
-  bool intx_level_ = false;
 };
 
-// One bus: finds functions by devfn and routes INTx. Guarded by its lock.
+// One bus; outlives its functions. Finds functions by devfn and routes INTx. Guarded by its lock.
 class PciBus {
  public:
   // `intx` gets lines 0..3: (pin - 1 + slot) & 3, counted over the functions that pull them.
@@ -114,12 +135,14 @@ class PciBus {
   // Configuration access by the host bridge; absent functions read all ones.
   uint32_t ConfigRead(uint8_t devfn, unsigned offset, unsigned size);
   void ConfigWrite(uint8_t devfn, unsigned offset, unsigned size, uint32_t value);
+  // Called by the function on a change of its pin's level. A leaf.
   void SetIntx(uint8_t devfn, unsigned pin, bool level);
 
  private:
   IrqSink& intx_;
-  Mutex mutex_;
+  Mutex mutex_;  // held across configuration accesses, before the function's lock
   std::array<PciDevice*, 256> functions_{};
+  Mutex intx_mutex_;
   std::array<int, 4> asserted_{};
 };
 

@@ -12,6 +12,8 @@
 
 namespace kvartz {
 
+class HostBackends;
+
 // Receives the level of interrupt lines: an interrupt controller, or the board's router. Any thread; a leaf: it may be called
 // with a device's lock held and never calls back into a device.
 class IrqSink {
@@ -65,6 +67,7 @@ struct DeviceEnv {
   const VmClock& clock; // guest time
   MsiSink& msi;
   MachineControl& machine;
+  HostBackends* backends = nullptr;  // drives, netdevs, chardevs, I/O threads; null: none
 };
 
 // A reset reaches every device in three rounds: all enter, then all hold, then all exit.

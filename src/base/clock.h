@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "base/sync.h"
 
@@ -36,8 +37,8 @@ class ManualClock final : public Clock {
   std::atomic<int64_t> now_ns_{0};
 };
 
-// The guest's time: runs with `base` while the machine runs, stands still while it is stopped. Guarded by its lock;
-// NowNs takes no lock.
+// The guest's time: runs with `base` while the machine runs, stands still while it is stopped.
+// Guarded by its lock; NowNs takes no lock.
 class VmClock final : public Clock {
  public:
   explicit VmClock(const Clock& base) : base_(base) {}
@@ -51,13 +52,34 @@ class VmClock final : public Clock {
   // The base clock's time at which this clock will show `vm_ns`; INT64_MAX while stopped.
   int64_t ToBaseNs(int64_t vm_ns) const;
 
+  // Told, on the thread that called Start, that the clock runs again: what waits for a guest time
+  // looks anew. Timers of event loops do this themselves.
+  class Observer {
+   public:
+    virtual void ClockStarted() = 0;
+
+   protected:
+    ~Observer() = default;
+  };
+  void AddObserver(Observer* observer) const;
+  void RemoveObserver(Observer* observer) const;
+
  private:
+  struct Snapshot {
+    bool running;
+    int64_t offset_ns;
+  };
+  Snapshot Load() const;
+  void Store(Snapshot snapshot) REQUIRES(mutex_);
+
   const Clock& base_;
   // Sequence lock: odd while a change is under way.
   std::atomic<uint32_t> sequence_{0};
   std::atomic<bool> running_{false};
   std::atomic<int64_t> offset_ns_{0};  // running: base - vm; stopped: the vm time
-  Mutex mutex_;
+  Mutex mutex_;                        // orders Start, Stop and SetNowNs
+  mutable Mutex observers_mutex_;
+  mutable std::vector<Observer*> observers_ GUARDED_BY(observers_mutex_);
 };
 
 }  // namespace kvartz

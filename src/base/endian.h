@@ -1,4 +1,5 @@
-// Integers of a stated byte order, for structures of wires, files and guests. Trivially copyable, unaligned (align 1).
+// Integers of a stated byte order, for structures of wires, files and guests. Trivially copyable,
+// unaligned (align 1).
 #pragma once
 
 #include <bit>

@@ -1,5 +1,5 @@
-// The event loop: readiness of descriptors, timers, posted tasks and file I/O, on one thread. On io_uring; on epoll (and a
-// small pool of threads for file I/O) where the host forbids io_uring.
+// The event loop: readiness of descriptors, timers, posted tasks and file I/O, on one thread. On
+// io_uring; on epoll (and a small pool of threads for file I/O) where the host forbids io_uring.
 #pragma once
 
 #include <sys/uio.h>
@@ -16,8 +16,8 @@ namespace kvartz {
 
 enum class FdEvents : uint32_t { kNone = 0, kRead = 1, kWrite = 2, kReadWrite = 3 };
 
-// One file operation under way. The owner keeps it (and the buffers) alive until `done` is called, on the loop's thread,
-// with the byte count or -errno. Intrusive: no allocation on the I/O path.
+// One file operation under way. The owner keeps it (and the buffers) alive until `done` is called,
+// on the loop's thread, with the byte count or -errno. Intrusive: no allocation on the I/O path.
 struct FileOp {
   enum class Kind : uint8_t { kReadv, kWritev, kFsync, kFdatasync, kDiscard, kWriteZeroes };
   Kind kind = Kind::kReadv;
@@ -30,7 +30,8 @@ struct FileOp {
   void* owner = nullptr;
 };
 
-// Loop-owned: every method but Post, Stop and InLoopThread is called on the thread that runs the loop (or before it runs).
+// Loop-owned: every method but Post, Stop and InLoopThread is called on the thread that runs the
+// loop (or before it runs).
 class EventLoop {
  public:
   enum class Backend { kAuto, kIoUring, kEpoll };
@@ -38,7 +39,8 @@ class EventLoop {
                                                    const Clock& clock = MonotonicClock::Instance());
   virtual ~EventLoop() = default;
 
-  // Watches `fd` (level-triggered) until Unwatch. One watch a descriptor. The callback may unwatch any descriptor.
+  // Watches `fd` (level-triggered) until Unwatch. One watch a descriptor. The callback may unwatch
+  // any descriptor.
   using FdCallback = std::function<void(FdEvents ready)>;
   virtual void Watch(int fd, FdEvents events, FdCallback callback) = 0;
   virtual void Rearm(int fd, FdEvents events) = 0;
@@ -68,12 +70,14 @@ class EventLoop {
   virtual void DisarmTimer(class Timer* timer) = 0;
 };
 
-// A one-shot timer. Arm and Cancel from any thread; the callback runs on the loop's thread. After Cancel returned on the
-// loop's thread, or after destruction there, the callback doesn't run any more.
+// A one-shot timer. Arm and Cancel from any thread; the callback runs on the loop's thread. After
+// Cancel returned on the loop's thread, or after destruction there, the callback doesn't run any
+// more.
 class Timer {
  public:
   Timer(EventLoop& loop, std::function<void()> callback);
-  // As above for guest time: deadlines are `clock`'s, and while that stands still the timer waits (call Resync after Start).
+  // As above for guest time: deadlines are `clock`'s, and while that stands still the timer waits
+  // (call Resync after Start).
   Timer(EventLoop& loop, const VmClock& clock, std::function<void()> callback);
   ~Timer();
   Timer(const Timer&) = delete;

@@ -1,7 +1,8 @@
 // One line of log at a time, to standard error or the file of -D. Any thread.
 //
 //   KLOG(kWarn, "net0: dropped {} packets", n);
-//   KLOG_GUEST("uart: write to unknown register {:#x}", offset);   // a guest's misbehaviour: at most 10 a second a site
+//   KLOG_GUEST("uart: write to unknown register {:#x}", offset);   // a guest's misbehaviour: at
+//   most 10 a second a site
 #pragma once
 
 #include <atomic>
@@ -25,7 +26,8 @@ Result<> SetFile(const std::string& path);
 void SetProgram(std::string_view name);
 void Write(LogLevel level, std::string_view text);
 
-// -d items: named trace categories (guest_errors, int, in_asm, cpu_reset, unimp...), off unless switched on.
+// -d items: named trace categories (guest_errors, int, in_asm, cpu_reset, unimp...), off unless
+// switched on.
 enum class Category : uint32_t {
   kGuestErrors = 1 << 0,
   kUnimp = 1 << 1,
@@ -54,15 +56,15 @@ class RateLimit {
 }  // namespace kvartz
 
 // The macros need <fmt/core.h> where they are used; sources include it themselves.
-#define KLOG(level, ...)                                                                 \
-  do {                                                                                   \
-    if (::kvartz::log::Enabled(::kvartz::LogLevel::level))                               \
-      ::kvartz::log::Write(::kvartz::LogLevel::level, ::fmt::format(__VA_ARGS__));       \
+#define KLOG(level, ...)                                                           \
+  do {                                                                             \
+    if (::kvartz::log::Enabled(::kvartz::LogLevel::level))                         \
+      ::kvartz::log::Write(::kvartz::LogLevel::level, ::fmt::format(__VA_ARGS__)); \
   } while (0)
 
-#define KLOG_GUEST(...)                                                                  \
-  do {                                                                                   \
-    static ::kvartz::log::RateLimit limit_;                                              \
+#define KLOG_GUEST(...)                                                                         \
+  do {                                                                                          \
+    static ::kvartz::log::RateLimit limit_;                                                     \
     if (::kvartz::log::CategoryEnabled(::kvartz::log::Category::kGuestErrors) && limit_.Pass()) \
-      ::kvartz::log::Write(::kvartz::LogLevel::kInfo, ::fmt::format(__VA_ARGS__));       \
+      ::kvartz::log::Write(::kvartz::LogLevel::kInfo, ::fmt::format(__VA_ARGS__));              \
   } while (0)

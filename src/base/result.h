@@ -3,6 +3,7 @@
 
 #include <expected>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 namespace kvartz {
@@ -42,12 +43,13 @@ inline std::unexpected<Error> Fail(Error error) { return std::unexpected<Error>(
 
 }  // namespace kvartz
 
-// TRY(expr): the value of a Result, or return its error from the enclosing function. GNU statement expression.
-#define TRY(expr)                                                        \
-  __extension__({                                                        \
-    auto&& try_result_ = (expr);                                         \
+// TRY(expr): the value of a Result, or return its error from the enclosing function. GNU statement
+// expression.
+#define TRY(expr)                                                             \
+  __extension__({                                                             \
+    auto&& try_result_ = (expr);                                              \
     if (!try_result_) return std::unexpected(std::move(try_result_).error()); \
-    ::kvartz::detail::Unwrap(std::move(try_result_));                    \
+    ::kvartz::detail::Unwrap(std::move(try_result_));                         \
   })
 
 namespace kvartz::detail {

@@ -1,7 +1,9 @@
 // Locks, guarded values and threads. The only place where std::mutex and std::thread are named.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <string>
@@ -33,7 +35,9 @@ class CAPABILITY("mutex") Mutex {
 
 class KVARTZ_TSA(scoped_lockable) LockGuard {
  public:
-  explicit LockGuard(Mutex& mutex) KVARTZ_TSA(acquire_capability(mutex)) : mutex_(mutex) { mutex_.Lock(); }
+  explicit LockGuard(Mutex& mutex) KVARTZ_TSA(acquire_capability(mutex)) : mutex_(mutex) {
+    mutex_.Lock();
+  }
   ~LockGuard() KVARTZ_TSA(release_capability()) { mutex_.Unlock(); }
   LockGuard(const LockGuard&) = delete;
   LockGuard& operator=(const LockGuard&) = delete;
@@ -90,7 +94,8 @@ class Guarded {
   T value_;
 };
 
-// A named thread; joined when destroyed. All signals that the process handles are blocked in it but those in `Start`'s body.
+// A named thread; joined when destroyed. All signals that the process handles are blocked in it but
+// those in `Start`'s body.
 class Thread {
  public:
   Thread() = default;

@@ -1,7 +1,9 @@
-// Address spaces: which RAM block, ROM or device answers at a guest-physical address or an I/O port.
+// Address spaces: which RAM block, ROM or device answers at a guest-physical address or an I/O
+// port.
 //
-// An AddressSpace is changed by the control plane (boards, BAR moves) and publishes immutable FlatViews. A reader (vCPU,
-// I/O thread) holds a ViewCache: one relaxed load tells it whether its FlatView is still the newest, so lookups take no lock.
+// An AddressSpace is changed by the control plane (boards, BAR moves) and publishes immutable
+// FlatViews. A reader (vCPU, I/O thread) holds a ViewCache: one relaxed load tells it whether its
+// FlatView is still the newest, so lookups take no lock.
 #pragma once
 
 #include <atomic>
@@ -18,8 +20,8 @@
 
 namespace kvartz {
 
-// What a device offers to the bus. Called with the region's lock held; `size` is 1, 2, 4 or 8, accesses never cross the end
-// of the region. Reads return the value in the low `size` bytes.
+// What a device offers to the bus. Called with the region's lock held; `size` is 1, 2, 4 or 8,
+// accesses never cross the end of the region. Reads return the value in the low `size` bytes.
 class IoHandler {
  public:
   virtual ~IoHandler() = default;
@@ -27,8 +29,8 @@ class IoHandler {
   virtual void IoWrite(uint64_t offset, unsigned size, uint64_t value) = 0;
 };
 
-// A write of `value` (or any value) to `offset` signals the descriptor instead of calling the handler: what KVM calls an
-// ioeventfd. Both engines honour it.
+// A write of `value` (or any value) to `offset` signals the descriptor instead of calling the
+// handler: what KVM calls an ioeventfd. Both engines honour it.
 struct Doorbell {
   uint64_t offset = 0;
   unsigned size = 0;  // 0: any size
@@ -38,9 +40,9 @@ struct Doorbell {
 };
 
 enum class RegionKind : uint8_t {
-  kRam,      // read, write, execute
-  kRom,      // read, execute; writes are dropped, or go to the handler if there is one (flash)
-  kIo,       // every access goes to the handler
+  kRam,  // read, write, execute
+  kRom,  // read, execute; writes are dropped, or go to the handler if there is one (flash)
+  kIo,   // every access goes to the handler
 };
 
 // One region of the map. Immutable once added, but for `doorbells` (SetDoorbells).
@@ -55,13 +57,16 @@ struct Region {
   uint64_t ram_offset = 0;
   IoHandler* handler = nullptr;
   Mutex* lock = nullptr;  // taken around the handler; null: the handler locks for itself
-  // Accesses wider or narrower than the device takes are split or widened by the bus.
+  // The bus splits wider accesses, and widens narrower ones to the aligned min_access bytes around
+  // them: a read takes its bytes out of those, a write has zeros in the others. Powers of two;
+  // `size` is a multiple of min_access.
   unsigned min_access = 1;
   unsigned max_access = 8;
   std::vector<Doorbell> doorbells;
 };
 
-// A part of a region that is visible: [base, base + size) of the space is region offset `region_offset`.
+// A part of a region that is visible: [base, base + size) of the space is region offset
+// `region_offset`.
 struct FlatRange {
   uint64_t base = 0;
   uint64_t size = 0;
@@ -90,7 +95,8 @@ class FlatView {
 class AddressSpace {
  public:
   using RegionId = uint64_t;
-  // Told of every change, under the space's lock, after the new view was published (KVM: memory slots and ioeventfds).
+  // Told of every change, under the space's lock, after the new view was published (KVM: memory
+  // slots and ioeventfds).
   class Listener {
    public:
     virtual ~Listener() = default;
@@ -101,7 +107,8 @@ class AddressSpace {
   AddressSpace(std::string name, uint64_t limit);
 
   RegionId Add(Region region);
-  // After Remove returned, no *new* access reaches the handler; accesses under way finish under the region's lock.
+  // After Remove returned, no *new* access reaches the handler; accesses under way finish under the
+  // region's lock.
   void Remove(RegionId id);
   // Several changes, one publication.
   class Batch {
@@ -147,7 +154,8 @@ class ViewCache {
  public:
   explicit ViewCache(const AddressSpace& space) : space_(space) {}
   const FlatView& Get() {
-    if (generation_ != space_.generation()) [[unlikely]] Refresh();
+    if (generation_ != space_.generation()) [[unlikely]]
+      Refresh();
     return *view_;
   }
   const std::shared_ptr<const FlatView>& Hold() {
@@ -163,8 +171,9 @@ class ViewCache {
   uint64_t generation_ = ~0ull;
 };
 
-// One access as the bus sees it, by a vCPU: RAM is copied, ROM writes dropped, devices called under their lock in accesses
-// they take, doorbells signalled; unassigned addresses read all ones. `size`: 1, 2, 4, 8; may cross ranges (split).
+// One access as the bus sees it, by a vCPU: RAM is copied, ROM writes dropped, devices called under
+// their lock in accesses they take, doorbells signalled; unassigned addresses read all ones.
+// `size`: 1, 2, 4, 8; may cross ranges (split).
 uint64_t BusRead(ViewCache& view, uint64_t address, unsigned size);
 void BusWrite(ViewCache& view, uint64_t address, unsigned size, uint64_t value);
 

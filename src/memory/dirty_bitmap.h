@@ -20,7 +20,8 @@ class DirtyBitmap {
   }
   // Calls `page(index)` for each marked page and unmarks it.
   void Collect(const std::function<void(uint64_t page_index)>& page);
-  // Adds the pages of a KVM dirty log (one bit a page, little-endian words), starting with page `first_page`.
+  // Adds the pages of a KVM dirty log (one bit a page, little-endian words), starting with page
+  // `first_page`.
   void Merge(const uint64_t* words, uint64_t first_page, uint64_t page_count);
 
  private:

@@ -18,11 +18,12 @@ struct RamOptions {
   bool shared = true;     // memfd, mapped shared (vhost-user, local migration); false: anonymous
 };
 
-// One block of guest RAM or ROM. Guard pages on both sides: an overrun faults instead of reaching the VMM's memory.
-// Immutable but for its contents and its dirty bitmap.
+// One block of guest RAM or ROM. Guard pages on both sides: an overrun faults instead of reaching
+// the VMM's memory. Immutable but for its contents and its dirty bitmap.
 class RamBlock {
  public:
-  // `size_bytes`: a multiple of 4096. Errors: the host has too little memory (says how much), huge pages not available.
+  // `size_bytes`: a multiple of 4096. Errors: the host has too little memory (says how much), huge
+  // pages not available.
   static Result<std::shared_ptr<RamBlock>> Create(const std::string& name, uint64_t size_bytes,
                                                   const RamOptions& options = {});
   ~RamBlock();

@@ -6,6 +6,8 @@
 //   fault.*   exceptions, interrupts and their delivery; segmentation and far transfers in segment.*
 //   engine.*  Accel and Vcpu: the run loop, threads, HLT, INIT/SIPI;  lapic.*  the local APIC
 //
+// The outer loop (engine.cpp) handles requests, interrupts and faults; RunBlocks and StepInstruction (the block cache's) run code.
+//
 // Faults leave an instruction by longjmp to the run loop (Raise): an Exec function does everything that can fault before it
 // changes state, and holds no object with a destructor while it calls something that may fault.
 #pragma once
@@ -43,6 +45,21 @@ namespace efer {
 constexpr uint64_t kSce = 1, kLme = 0x100, kLma = 0x400, kNxe = 0x800;
 }
 
+// Why the outer loop should look up.
+namespace request {
+constexpr uint32_t kInterrupt = 1,    // a maskable interrupt may be deliverable: local APIC, PIC, or IF was set
+    kNmi = 2, kInit = 4, kSipi = 8,   //
+    kKick = 0x10,                     // leave Run
+    kSafepoint = 0x20,                // another CPU wants the world stopped
+    kFlushTlb = 0x40,                 // the memory map or dirty tracking changed
+    kTimer = 0x80,                    // the APIC timer's deadline passed
+    kShadow = 0x100,                  // this instruction began an interrupt shadow (STI, MOV SS, POP SS)
+    kStep = 0x200,                    // stays set while every instruction needs a look: TF, instruction breakpoints
+    kDebugTrap = 0x400,               // data or I/O breakpoint hit: #DB after this instruction
+    kHalt = 0x800,                    // HLT was executed
+    kCodeWritten = 0x1000;            // this CPU wrote to a page that holds decoded code (perhaps of the present block)
+}  // namespace request
+
 enum Vector : uint8_t {
   kDE, kDB, kNMI, kBP, kOF, kBR, kUD, kNM, kDF, kTS = 10, kNP, kSS, kGP, kPF, kMF = 16, kAC, kMC, kXM,
 };
@@ -73,8 +90,9 @@ struct Cpu {
   uint64_t rflags = 2;    // always complete, no lazy part
   uint64_t insn_count = 0;
 
-  // Set by other threads and by timers: something to look at before the next block (interrupt, kick, TLB shootdown).
-  uint32_t requests = 0;  // accessed with __atomic builtins
+  // Bits of `request`: something for the outer loop to look at before the next block. Set by this and by other threads with
+  // __atomic_fetch_or; RunBlocks returns when it sees it non-zero.
+  uint32_t requests = 0;
 
   // Derived from CS, SS, CR0, EFER, RFLAGS whenever these change (UpdateMode, segment.h).
   CodeMode code_mode = CodeMode::k16;
@@ -96,6 +114,9 @@ struct Cpu {
   SoftVcpu* vcpu = nullptr;  // engine side: MSRs, CPUID table, local APIC, time, bus
   jmp_buf* fault_exit = nullptr;
 
+  uint8_t pending_dr6 = 0;  // data and I/O breakpoints that the present instruction hit (bits 0-3)
+  void* blocks = nullptr;   // the block cache's, see interp/
+
   // The exception that Raise left for the run loop.
   struct {
     uint8_t vector = 0;
@@ -107,6 +128,20 @@ struct Cpu {
   bool virtual_8086() const { return (rflags & rflags::kVm) != 0; }
   bool long_mode() const { return (efer & efer::kLma) != 0; }
 };
+
+inline void SetRequest(Cpu& cpu, uint32_t bits) { __atomic_fetch_or(&cpu.requests, bits, __ATOMIC_SEQ_CST); }
+inline void ClearRequest(Cpu& cpu, uint32_t bits) { __atomic_fetch_and(&cpu.requests, ~bits, __ATOMIC_SEQ_CST); }
+
+// ---- interp/: the block cache's two doors. Both set insn_rip, rip and insn_count for each instruction; an undefined encoding
+// raises #UD. Called with cpu.fault_exit set.
+// Runs blocks until cpu.requests is not 0. An instruction that set a request is the last one that runs: blocks end after
+// instructions that may (I/O, STI, MOV SS, POPF, IRET, MOV CR, WRMSR, HLT...: attribute in the table), and are left after a
+// write that set kCodeWritten.
+void RunBlocks(Cpu& cpu);
+// Exactly one instruction (a REP string instruction: one iteration), whatever requests say.
+void StepInstruction(Cpu& cpu);
+// Drops every decoded block of this CPU (the memory map changed).
+void FlushBlocks(Cpu& cpu);
 
 // ---- fault.h: leave the present instruction with an exception; registers must be as before it (rip is put back). ----
 [[noreturn]] void Raise(Cpu& cpu, Vector vector);                  // without error code
@@ -138,6 +173,24 @@ template <typename T>
 T ReadSystem(Cpu& cpu, uint64_t linear);
 template <typename T>
 void WriteSystem(Cpu& cpu, uint64_t linear, T value);
+
+// ---- mmu.h: instruction bytes.
+// Host address of the code byte at linear address `linear`, valid to the end of that page; null if no memory answers there
+// (then FetchBytes, and don't cache). Raises #PF or #GP. Blocks are keyed by this address (and the mode), never by linear one.
+const uint8_t* FetchCode(Cpu& cpu, uint64_t linear);
+void FetchBytes(Cpu& cpu, uint64_t linear, uint8_t* data, unsigned size);
+// Announces that the page of `host` (from FetchCode) is about to be decoded: from now on a write to it by any CPU or device
+// changes *word. Decoded code is valid while *word == value: compare when a block is entered.
+struct CodeWatch {
+  const uint32_t* word;  // read with __atomic_load_n
+  uint32_t value;
+};
+CodeWatch WatchCode(Cpu& cpu, const uint8_t* host);
+
+// ---- segment.h: to be called after any change of CS, SS, CR0, CR4, EFER, RFLAGS.{VM,TF,AC,RF}; cheap.
+void UpdateMode(Cpu& cpu);
+// RFLAGS for POPF and IRET-like writers that change TF, AC or IF: also sets kStep, kInterrupt and the TLB's class.
+void SetRflags(Cpu& cpu, uint64_t rflags);
 
 // ---- decode/insn.h: effective address of an Insn's memory operand (offset within its segment, truncated to the address size)
 uint64_t EffectiveAddress(const Cpu& cpu, const Insn& insn);

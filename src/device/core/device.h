@@ -51,7 +51,8 @@ class MsiSink {
 // What a device asks of the machine as a whole. Any thread; handled later on the main loop.
 class MachineControl {
  public:
-  enum class Request { kReset, kPowerOff, kPanicked };
+  // kInternalError: the engine can't go on; the machine stops, to be looked at.
+  enum class Request { kReset, kPowerOff, kPanicked, kInternalError };
   virtual ~MachineControl() = default;
   virtual void Ask(Request request, const std::string& who) = 0;
   // isa-debug-exit: end the process with this code.

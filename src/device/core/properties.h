@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "base/result.h"
+#include "base/text.h"
 
 namespace kvartz {
 
@@ -106,10 +107,6 @@ Result<> ApplyProperties(std::span<const PropertySpec> table, const Properties& 
 // For "-device X,help": one line a property, "  name=<type>  - description (default: x)", sorted by
 // name. `defaults` points at a fresh config struct.
 std::string DescribeProperties(std::span<const PropertySpec> table, const void* defaults);
-
-// The candidate that differs least from `name`, if it is near enough to be a slip of the pen; else
-// empty.
-std::string_view NearestName(std::string_view name, std::span<const std::string_view> candidates);
 
 // "52:54:00:12:34:56" (also with dashes). Errors: malformed.
 Result<MacAddress> ParseMac(std::string_view text);

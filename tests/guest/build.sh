@@ -13,7 +13,7 @@ Assembles the test guests and prints the directory that they are in:
   vmlinux      the same kernel unpacked (ELF with a PVH note)
   initrd.img   busybox and the virtio modules; its init acts by words on the kernel command line:
                  kvartz.demo       show the kernel, the disk /dev/vda (overwritten!), the network; power off
-                 kvartz.run=CMD    run CMD (the rest of the line) with sh, print "kvartz: exit status N", power off
+                 kvartz.run="CMD"  run CMD with sh, print "kvartz: exit status N", power off
                  root=/dev/vda1    start that file system's /sbin/init
                  kvartz.reboot     reboot where the above powers off (machines without ACPI)
                  (none)            a shell on the console

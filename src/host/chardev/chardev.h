@@ -126,12 +126,11 @@ class Chardev final {
   void Break();
 
  private:
-  enum class Escape { kNone, kSeen };
   Chardev(const ChardevConfig& config, EventLoop& loop, std::function<void()> quit);
   size_t Write(Port& port, std::span<const uint8_t> data);
   void WriteOut(std::span<const uint8_t> data);
   void Flush();
-  void Deliver(std::span<const uint8_t> data);
+  void Pump();
   void MuxCommand(uint8_t key);
   void FocusNext();
   void Say(std::string_view text);
@@ -143,8 +142,10 @@ class Chardev final {
   std::unique_ptr<CharBackend> backend_;
   std::vector<Port*> ports_;
   size_t focus_ = 0;
-  Escape escape_ = Escape::kNone;
+  bool escape_seen_ = false;
   bool open_ = false;
+  bool pumping_ = false;
+  std::string in_;        // arrived, not yet taken by the user with the focus
   std::string out_;       // accepted, not yet taken by the backend
   size_t out_begin_ = 0;  // where it starts
   UniqueFd log_fd_;

@@ -8,7 +8,6 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "device/core/device.h"
@@ -41,6 +40,8 @@ class Serial16550 final : public MmioDevice, private host::CharUser {
  private:
   static constexpr size_t kFifoSize = 16;
   static constexpr size_t kOutMax = 16384;
+  // Output is gathered this long, so that a chatty guest doesn't wake the loop for each byte.
+  static constexpr int64_t kGatherNs = 1'000'000;
 
   // host::CharUser; on the loop, take the lock.
   size_t CanReceive() override;
@@ -56,35 +57,37 @@ class Serial16550 final : public MmioDevice, private host::CharUser {
   void PushReceived(uint8_t byte, uint8_t line_bits);
   uint8_t InterruptId() const;
   uint8_t LineStatus() const;
-  void SetModemInputs(uint8_t lines);
+  void UpdateModemStatus();
   void UpdateIrq();
+  bool TransmitterHasRoom() const { return out_.size() + kFifoSize <= kOutMax; }
+  size_t RxLimit() const { return fcr_ & 1 ? kFifoSize : 1; }
   void ArmRxTimeout();
-  size_t RxLimit() const;
-  int64_t CharTimeNs() const;
+  void AcceptInputIfStalled();
+  // On the loop, take the lock.
   void RxTimeout();
-  void ScheduleFlush();
-  // On the loop, takes the lock.
   void FlushOutput();
-  void AcceptInput();
 
   IrqLine irq_;
-  std::unique_ptr<host::Chardev::Port> port_;
-  Timer rx_timer_;
-  // Outlives the device in tasks that were posted to the loop.
-  std::shared_ptr<Serial16550*> self_;
-
   uint8_t ier_ = 0, fcr_ = 0, lcr_ = 0, mcr_ = 0, msr_ = 0, scr_ = 0;
   uint16_t divisor_ = 0;
   uint8_t line_errors_ = 0;  // LSR bits 1..4, cleared when read
   bool thre_pending_ = false;
   bool rx_timed_out_ = false;
   std::array<uint8_t, kFifoSize> rx_data_{};
-  std::array<uint8_t, kFifoSize> rx_error_{};
+  std::array<uint8_t, kFifoSize> rx_errors_{};  // LSR bits that came with each byte
   uint8_t rx_begin_ = 0, rx_count_ = 0;
-  uint8_t modem_inputs_ = 0;  // CTS DSR RI DCD as the host's side has them, bits 4..7
-  std::vector<uint8_t> out_;  // transmitted, not yet taken by the chardev
-  bool flush_scheduled_ = false;
+  std::vector<uint8_t> out_;  // transmitted, on its way to the loop
+  bool flush_armed_ = false;
   bool input_stalled_ = false;  // CanReceive said 0
+
+  // Loop-owned.
+  std::unique_ptr<host::Chardev::Port> port_;
+  std::vector<uint8_t> sending_;  // older than out_
+  size_t sent_ = 0;
+
+  Timer rx_timer_;
+  Timer flush_timer_;
+  Timer input_timer_;
 };
 
 }  // namespace kvartz

@@ -86,6 +86,7 @@ static_assert(sizeof(XsaveArea) == 832);
 struct Cpu {
   uint64_t gpr[16] = {};
   uint64_t rip = 0;       // while an Exec function runs: the address of the NEXT instruction (within CS)
+  uint64_t zero = 0;      // never written: register 17 of address computations, for "no base" and "no index"
   uint64_t insn_rip = 0;  // that of the instruction itself; faults report it
   uint64_t rflags = 2;    // always complete, no lazy part
   uint64_t insn_count = 0;

@@ -1,0 +1,199 @@
+// Memory as the guest's instructions see it: the software TLB, with the hit paths inline.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu/x86/cpu.h"
+#include "memory/address_space.h"
+
+namespace kvartz::cpu::x86 {
+
+// What the MMU asks of the engine when several CPUs run. Null in a Tlb: this CPU is alone.
+class World {
+ public:
+  virtual ~World() = default;
+  // Returns when every other CPU is between two instructions, and keeps them there until Resume. Nests.
+  virtual void Stop(Cpu& self) = 0;
+  virtual void Resume(Cpu& self) = 0;
+  // All CPUs' TLBs; only to be touched while the world is stopped.
+  virtual const std::vector<class Tlb*>& tlbs() const = 0;
+};
+
+enum class Access : uint8_t { kRead, kWrite, kExecute };
+
+// One translation. Tags are the linear page | address space id (1..4095); 0 never matches. A tag is only there if the access
+// needs no further look: permitted, A (and for writes D) set, RAM, no watched code, no breakpoint, no dirty tracking.
+struct TlbEntry {
+  uint64_t read = 0, write = 0, execute = 0;
+  uintptr_t addend = 0;  // host address - linear address
+};
+
+// One CPU's software TLB. Owned by its vCPU thread; others may touch it while the world is stopped.
+//
+// Three classes of mode have tables of their own, so that CPL and AC changes flush nothing. Address spaces (PCIDs) share the
+// tables and are told apart by the id in the tags: a CR3 load is a new id, not a flush. Large pages fill 4 KiB entries.
+class Tlb {
+ public:
+  static constexpr unsigned kIndexBits = 10, kEntries = 1 << kIndexBits;
+  // kNoSmap: supervisor with AC set. kNever stays empty: every access takes the slow path (alignment checks).
+  enum Class : uint8_t { kUser, kSupervisor, kNoSmap, kNever, kClassCount };
+
+  explicit Tlb(const AddressSpace& memory);
+
+  TlbEntry& data(uint64_t linear) const { return data_[(linear >> 12) % kEntries]; }
+  TlbEntry& code(uint64_t linear) const { return code_[(linear >> 12) % kEntries]; }
+  TlbEntry& entry(Class cls, uint64_t linear) { return tables_[cls * kEntries + (linear >> 12) % kEntries]; }
+  uint64_t Tag(uint64_t linear) const { return (linear & ~0xfffull) | asid_; }
+
+  // The classes of data accesses and of instruction fetches in the present mode.
+  void SetClasses(Class data_class, Class code_class) {
+    data_class_ = data_class;
+    data_ = &tables_[data_class * kEntries];
+    code_ = &tables_[code_class * kEntries];
+  }
+  Class data_class() const { return data_class_; }
+
+  // CR3 was loaded. `keep`: entries of that PCID stay (bit 63 of the source).
+  void SwitchTo(unsigned pcid, bool keep);
+  void FlushAll();
+  void FlushPcid(unsigned pcid);
+  void FlushPage(uint64_t linear);  // in every address space, large pages as a whole
+  void DropWritable(const uint8_t* host_page);
+  void DropAllWritable();
+
+  // The newest view. If it changed, everything is flushed.
+  const FlatView& View();
+  ViewCache& view_cache() { return view_; }
+  const FlatRange* Find(uint64_t physical);
+  void NoteLargePage(uint64_t linear, unsigned shift);
+
+  // Set by the engine.
+  World* world = nullptr;
+  IoHandler* local_apic = nullptr;
+  uint64_t local_apic_page = ~0ull;  // physical; ~0: not memory-mapped now
+  unsigned physical_bits = 40;
+  bool gigabyte_pages = true;
+  unsigned bus_locks = 0;  // depth of BusLock
+
+ private:
+  uint16_t NewAsid();
+  struct Pcid {
+    uint32_t epoch = 0;
+    uint16_t asid = 0;
+  };
+  TlbEntry* data_ = nullptr;
+  TlbEntry* code_ = nullptr;
+  uint64_t asid_ = 1;
+  Class data_class_ = kSupervisor;
+  std::unique_ptr<TlbEntry[], void (*)(void*)> tables_;
+  ViewCache view_;
+  std::shared_ptr<const FlatView> held_;  // keeps alive what the entries point to, until they are flushed
+  uint64_t generation_ = ~0ull;
+  const FlatRange* last_range_ = nullptr;
+  uint32_t epoch_ = 1;
+  uint16_t next_asid_ = 1;
+  unsigned pcid_ = 0;
+  std::unique_ptr<Pcid[]> pcids_;
+  // Which 2 MiB and 1 GiB regions may have entries that belong to a large page (hashed, may err on the safe side).
+  uint64_t large_2m_[64] = {}, large_1g_[16] = {};
+};
+
+namespace mmu {
+// Everything behind the inline paths. `seg` decides between #GP and #SS.
+uint64_t CheckSegment(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size, Access access);
+void ReadSlow(Cpu& cpu, SegReg seg, uint64_t linear, void* data, unsigned size);
+void WriteSlow(Cpu& cpu, SegReg seg, uint64_t linear, const void* data, unsigned size);
+void* MapSlow(Cpu& cpu, SegReg seg, uint64_t linear, unsigned size, Access access);
+void ReadSystemBytes(Cpu& cpu, uint64_t linear, void* data, unsigned size);
+void WriteSystemBytes(Cpu& cpu, uint64_t linear, const void* data, unsigned size);
+void CheckSystemWrite(Cpu& cpu, uint64_t linear, unsigned size);
+// Sets and clears what derives from CR0, CR3, CR4, EFER (SDM vol. 3 4.10.4: what these flush).
+void LoadCr3(Cpu& cpu, uint64_t value);
+// PAE: the four PDPTEs at `cr3` have no reserved bit set.
+bool PdptesValid(Cpu& cpu, uint64_t cr3);
+bool Canonical(const Cpu& cpu, uint64_t linear);
+// The physical address behind `linear` for debuggers; no side effects. False if unmapped.
+bool Probe(Cpu& cpu, uint64_t linear, uint64_t* physical);
+
+// Segment checks; the linear address. Canonical checks are the slow path's: the TLB holds only canonical pages.
+inline uint64_t Linear(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size, Access access) {
+  if (cpu.flat_segments) [[likely]] {
+    if (seg < kFs) return offset;
+    if (cpu.code_mode == CodeMode::k64) return offset + cpu.seg[seg].base;
+  }
+  return CheckSegment(cpu, seg, offset, size, access);
+}
+}  // namespace mmu
+
+template <typename T>
+inline T ReadMem(Cpu& cpu, SegReg seg, uint64_t offset) {
+  uint64_t linear = mmu::Linear(cpu, seg, offset, sizeof(T), Access::kRead);
+  const TlbEntry& entry = cpu.tlb->data(linear);
+  T value;
+  if (entry.read == cpu.tlb->Tag(linear + sizeof(T) - 1)) [[likely]] {
+    std::memcpy(&value, reinterpret_cast<const void*>(linear + entry.addend), sizeof(T));
+  } else {
+    mmu::ReadSlow(cpu, seg, linear, &value, sizeof(T));
+  }
+  return value;
+}
+
+template <typename T>
+inline void WriteMem(Cpu& cpu, SegReg seg, uint64_t offset, T value) {
+  uint64_t linear = mmu::Linear(cpu, seg, offset, sizeof(T), Access::kWrite);
+  const TlbEntry& entry = cpu.tlb->data(linear);
+  if (entry.write == cpu.tlb->Tag(linear + sizeof(T) - 1)) [[likely]] {
+    std::memcpy(reinterpret_cast<void*>(linear + entry.addend), &value, sizeof(T));
+  } else {
+    mmu::WriteSlow(cpu, seg, linear, &value, sizeof(T));
+  }
+}
+
+inline void ReadMemBytes(Cpu& cpu, SegReg seg, uint64_t offset, void* data, unsigned size) {
+  uint64_t linear = mmu::Linear(cpu, seg, offset, size, Access::kRead);
+  const TlbEntry& entry = cpu.tlb->data(linear);
+  if (entry.read == cpu.tlb->Tag(linear + size - 1)) [[likely]] {
+    std::memcpy(data, reinterpret_cast<const void*>(linear + entry.addend), size);
+  } else {
+    mmu::ReadSlow(cpu, seg, linear, data, size);
+  }
+}
+
+inline void WriteMemBytes(Cpu& cpu, SegReg seg, uint64_t offset, const void* data, unsigned size) {
+  uint64_t linear = mmu::Linear(cpu, seg, offset, size, Access::kWrite);
+  const TlbEntry& entry = cpu.tlb->data(linear);
+  if (entry.write == cpu.tlb->Tag(linear + size - 1)) [[likely]] {
+    std::memcpy(reinterpret_cast<void*>(linear + entry.addend), data, size);
+  } else {
+    mmu::WriteSlow(cpu, seg, linear, data, size);
+  }
+}
+
+inline void* MapForWrite(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size) {
+  uint64_t linear = mmu::Linear(cpu, seg, offset, size, Access::kWrite);
+  const TlbEntry& entry = cpu.tlb->data(linear);
+  if (entry.write == cpu.tlb->Tag(linear + size - 1)) [[likely]] return reinterpret_cast<void*>(linear + entry.addend);
+  return mmu::MapSlow(cpu, seg, linear, size, Access::kWrite);
+}
+
+inline const void* MapForRead(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size) {
+  uint64_t linear = mmu::Linear(cpu, seg, offset, size, Access::kRead);
+  const TlbEntry& entry = cpu.tlb->data(linear);
+  if (entry.read == cpu.tlb->Tag(linear + size - 1)) [[likely]] return reinterpret_cast<void*>(linear + entry.addend);
+  return mmu::MapSlow(cpu, seg, linear, size, Access::kRead);
+}
+
+template <typename T>
+inline T ReadSystem(Cpu& cpu, uint64_t linear) {
+  T value;
+  mmu::ReadSystemBytes(cpu, linear, &value, sizeof(T));
+  return value;
+}
+
+template <typename T>
+inline void WriteSystem(Cpu& cpu, uint64_t linear, T value) {
+  mmu::WriteSystemBytes(cpu, linear, &value, sizeof(T));
+}
+
+}  // namespace kvartz::cpu::x86

@@ -1,0 +1,108 @@
+#include <cstdlib>
+
+#include "base/check.h"
+#include "cpu/x86/mmu.h"
+
+namespace kvartz::cpu::x86 {
+
+// calloc: what is never filled costs no memory.
+Tlb::Tlb(const AddressSpace& memory)
+    : tables_(static_cast<TlbEntry*>(calloc(kClassCount * kEntries, sizeof(TlbEntry))), free),
+      view_(memory),
+      pcids_(std::make_unique<Pcid[]>(4096)) {
+  VERIFY(tables_);
+  SetClasses(kSupervisor, kSupervisor);
+  asid_ = NewAsid();
+  pcids_[0] = {epoch_, static_cast<uint16_t>(asid_)};
+}
+
+uint16_t Tlb::NewAsid() {
+  if (next_asid_ == 4096) {
+    std::memset(static_cast<void*>(tables_.get()), 0, kClassCount * kEntries * sizeof(TlbEntry));
+    std::memset(large_2m_, 0, sizeof(large_2m_));
+    std::memset(large_1g_, 0, sizeof(large_1g_));
+    epoch_++;
+    next_asid_ = 1;
+  }
+  return next_asid_++;
+}
+
+void Tlb::SwitchTo(unsigned pcid, bool keep) {
+  pcid_ = pcid;
+  if (keep && pcids_[pcid].epoch == epoch_) {
+    asid_ = pcids_[pcid].asid;
+    return;
+  }
+  asid_ = NewAsid();
+  pcids_[pcid] = {epoch_, static_cast<uint16_t>(asid_)};
+}
+
+void Tlb::FlushAll() {
+  epoch_++;
+  SwitchTo(pcid_, false);
+}
+
+void Tlb::FlushPcid(unsigned pcid) {
+  if (pcid == pcid_) {
+    SwitchTo(pcid, false);
+  } else {
+    pcids_[pcid].epoch = 0;
+  }
+}
+
+void Tlb::NoteLargePage(uint64_t linear, unsigned shift) {
+  if (shift >= 30) {
+    large_1g_[(linear >> 36) % 16] |= 1ull << ((linear >> 30) % 64);
+  } else if (shift >= 21) {
+    uint64_t bits = shift == 22 ? 3 : 1;  // 4 MiB pages cover two regions
+    uint64_t first = shift == 22 ? (linear >> 21) % 64 & ~1ull : (linear >> 21) % 64;
+    large_2m_[(linear >> 27) % 64] |= bits << first;
+  }
+}
+
+void Tlb::FlushPage(uint64_t linear) {
+  unsigned shift = 12;
+  if (large_2m_[(linear >> 27) % 64] >> ((linear >> 21) % 64) & 1) shift = 22;  // at least
+  if (large_1g_[(linear >> 36) % 16] >> ((linear >> 30) % 64) & 1) shift = 30;
+  if (shift == 12) {
+    for (unsigned cls = 0; cls < kNever; cls++) entry(static_cast<Class>(cls), linear) = {};
+    return;
+  }
+  for (unsigned i = 0; i < kNever * kEntries; i++) {
+    TlbEntry& e = tables_[i];
+    uint64_t tag = e.read | e.write | e.execute;  // the same page in all that are not 0
+    if ((tag ^ linear) >> shift == 0) e = {};
+  }
+}
+
+void Tlb::DropWritable(const uint8_t* host_page) {
+  for (unsigned i = 0; i < kNever * kEntries; i++) {
+    TlbEntry& e = tables_[i];
+    if (e.write && (e.write & ~0xfffull) + e.addend == reinterpret_cast<uintptr_t>(host_page)) e.write = 0;
+  }
+}
+
+void Tlb::DropAllWritable() {
+  for (unsigned i = 0; i < kNever * kEntries; i++) tables_[i].write = 0;
+}
+
+const FlatView& Tlb::View() {
+  uint64_t generation = view_.space().generation();
+  if (generation != generation_) [[unlikely]] {
+    generation_ = generation;
+    last_range_ = nullptr;
+    FlushAll();
+    held_ = view_.Hold();
+  }
+  return *held_;
+}
+
+const FlatRange* Tlb::Find(uint64_t physical) {
+  const FlatView& view = View();
+  if (last_range_ && physical - last_range_->base < last_range_->size) return last_range_;
+  const FlatRange* range = view.Find(physical);
+  if (range && range->region->kind == RegionKind::kRam) last_range_ = range;
+  return range;
+}
+
+}  // namespace kvartz::cpu::x86

@@ -23,12 +23,18 @@ struct FileOp {
   Kind kind = Kind::kReadv;
   int fd = -1;
   const iovec* iov = nullptr;  // kReadv, kWritev
-  unsigned iov_count = 0;
+  unsigned iov_count = 0;      // at most IOV_MAX (1024)
   uint64_t offset = 0;
   uint64_t length = 0;  // kDiscard, kWriteZeroes
   void (*done)(FileOp* op, int64_t result) = nullptr;
   void* owner = nullptr;
+
+  // The loop's own, while the operation is under way.
+  FileOp* next = nullptr;
+  int64_t result = 0;
 };
+
+struct TimerState;
 
 // Loop-owned: every method but Post, Stop and InLoopThread is called on the thread that runs the
 // loop (or before it runs).
@@ -39,8 +45,9 @@ class EventLoop {
                                                    const Clock& clock = MonotonicClock::Instance());
   virtual ~EventLoop() = default;
 
-  // Watches `fd` (level-triggered) until Unwatch. One watch a descriptor. The callback may unwatch
-  // any descriptor.
+  // Watches `fd` (level-triggered) until Unwatch, which comes before close. One watch a descriptor.
+  // The callback may unwatch any descriptor. A hang-up or an error is reported as what is watched
+  // for; kNone: nothing is, until Rearm.
   using FdCallback = std::function<void(FdEvents ready)>;
   virtual void Watch(int fd, FdEvents events, FdCallback callback) = 0;
   virtual void Rearm(int fd, FdEvents events) = 0;
@@ -66,8 +73,12 @@ class EventLoop {
 
  private:
   friend class Timer;
-  virtual void ArmTimer(class Timer* timer) = 0;
-  virtual void DisarmTimer(class Timer* timer) = 0;
+  friend struct TimerState;
+  // Any thread.
+  virtual void ArmTimer(TimerState& timer, int64_t deadline_ns) = 0;
+  virtual void CancelTimer(TimerState& timer) = 0;
+  virtual void ResyncTimer(TimerState& timer) = 0;
+  virtual bool ReadTimer(const TimerState& timer, int64_t* deadline_ns) const = 0;
 };
 
 // A one-shot timer. Arm and Cancel from any thread; the callback runs on the loop's thread. After
@@ -76,23 +87,21 @@ class EventLoop {
 class Timer {
  public:
   Timer(EventLoop& loop, std::function<void()> callback);
-  // As above for guest time: deadlines are `clock`'s, and while that stands still the timer waits
-  // (call Resync after Start).
+  // As above for guest time: deadlines are `clock`'s, and while that stands still the timer waits.
+  // The loop's clock must be the base of `clock`.
   Timer(EventLoop& loop, const VmClock& clock, std::function<void()> callback);
   ~Timer();
   Timer(const Timer&) = delete;
   Timer& operator=(const Timer&) = delete;
 
-  void Arm(int64_t deadline_ns);
+  void Arm(int64_t deadline_ns);  // replaces an earlier deadline
   void Cancel();
   bool armed() const;
-  int64_t deadline_ns() const;
-  void Resync();
-
-  struct State;
+  int64_t deadline_ns() const;  // the last one armed
 
  private:
-  std::shared_ptr<State> state_;
+  EventLoop& loop_;
+  std::shared_ptr<TimerState> state_;
 };
 
 }  // namespace kvartz

@@ -1,0 +1,211 @@
+// The event loop on io_uring: polls, file operations and the wait itself go to the host in one call
+// a turn.
+#include <liburing.h>
+#include <poll.h>
+
+#include <cerrno>
+#include <vector>
+
+#include "base/check.h"
+#include "base/loop_core.h"
+
+namespace kvartz {
+namespace {
+
+constexpr unsigned kEntries = 256;
+constexpr unsigned kCompletionsPerTurn = 128;
+
+// user_data: a FileOp's address (aligned, so even), or an odd tag.
+constexpr uint64_t kIgnored = 1;
+constexpr uint64_t kPollTag = 3;
+
+uint64_t PollData(int fd, uint32_t generation) {
+  return uint64_t{generation} << 32 | static_cast<uint64_t>(fd) << 2 | kPollTag;
+}
+
+struct PollKey {
+  int fd;
+  uint32_t generation;
+};
+
+// Owns the ring. Errors of Create leave nothing behind.
+class Ring {
+ public:
+  Ring() = default;
+  Ring(const Ring&) = delete;
+  Ring& operator=(const Ring&) = delete;
+  ~Ring() {
+    if (ready_) io_uring_queue_exit(&ring_);
+  }
+
+  Result<> Init() {
+    io_uring_params params = {};
+    // Completions wait for our next call instead of interrupting us (Linux 5.19).
+    params.flags = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
+    int error = io_uring_queue_init_params(kEntries, &ring_, &params);
+    if (error == -EINVAL) {
+      params = {};
+      error = io_uring_queue_init_params(kEntries, &ring_, &params);
+    }
+    if (error < 0) return Fail(ErrnoError(-error, "cannot set up io_uring"));
+    ready_ = true;
+    io_uring_ring_dontfork(&ring_);
+    constexpr unsigned kNeeded = IORING_FEAT_NODROP | IORING_FEAT_EXT_ARG | IORING_FEAT_FAST_POLL;
+    if ((params.features & kNeeded) != kNeeded) {
+      return Fail(ErrorCode::kUnsupported, "the host's io_uring is too old (Linux 5.11 is needed)");
+    }
+    return {};
+  }
+
+  io_uring* get() { return &ring_; }
+
+ private:
+  io_uring ring_ = {};
+  bool ready_ = false;
+};
+
+class UringLoop final : public LoopCore {
+ public:
+  UringLoop(const Clock& clock, EventFd wake) : LoopCore(clock, std::move(wake)) {}
+  Result<> Init() {
+    TRY(ring_.Init());
+    WatchWakeups();
+    return {};
+  }
+
+  ~UringLoop() override {
+    DropWatchers();
+    // What is under way still writes to its owners' buffers: they get to know the end of it.
+    while (file_ops_ > 0) Wait(-1);
+  }
+
+  void Submit(FileOp* op) override {
+    io_uring_sqe* sqe = NextEntry();
+    auto length = static_cast<off_t>(op->length);
+    auto offset = op->offset;
+    switch (op->kind) {
+      case FileOp::Kind::kReadv:
+        if (op->iov_count == 1 && op->iov->iov_len <= INT32_MAX) {
+          auto size = static_cast<unsigned>(op->iov->iov_len);
+          io_uring_prep_read(sqe, op->fd, op->iov->iov_base, size, offset);
+        } else {
+          io_uring_prep_readv(sqe, op->fd, op->iov, op->iov_count, offset);
+        }
+        break;
+      case FileOp::Kind::kWritev:
+        if (op->iov_count == 1 && op->iov->iov_len <= INT32_MAX) {
+          auto size = static_cast<unsigned>(op->iov->iov_len);
+          io_uring_prep_write(sqe, op->fd, op->iov->iov_base, size, offset);
+        } else {
+          io_uring_prep_writev(sqe, op->fd, op->iov, op->iov_count, offset);
+        }
+        break;
+      case FileOp::Kind::kFsync:
+        io_uring_prep_fsync(sqe, op->fd, 0);
+        break;
+      case FileOp::Kind::kFdatasync:
+        io_uring_prep_fsync(sqe, op->fd, IORING_FSYNC_DATASYNC);
+        break;
+      case FileOp::Kind::kDiscard:
+      case FileOp::Kind::kWriteZeroes:
+        io_uring_prep_fallocate(sqe, op->fd, FallocateMode(op->kind), static_cast<off_t>(offset),
+                                length);
+        break;
+    }
+    io_uring_sqe_set_data64(sqe, reinterpret_cast<uint64_t>(op));
+    file_ops_++;
+  }
+
+  void Flush() override { io_uring_submit(ring_.get()); }
+  const char* backend_name() const override { return "io_uring"; }
+
+ private:
+  io_uring_sqe* NextEntry() {
+    io_uring_sqe* sqe = io_uring_get_sqe(ring_.get());
+    if (!sqe) {
+      io_uring_submit(ring_.get());
+      sqe = io_uring_get_sqe(ring_.get());
+      VERIFY(sqe != nullptr);
+    }
+    return sqe;
+  }
+
+  // Polls are one-shot and set again after each event, which is what makes them level-triggered.
+  // They are handed over by the thread that waits: the host ends the requests of a thread that goes
+  // away.
+  void UpdatePoll(Watcher& watcher) override {
+    if (watcher.polled) {
+      io_uring_sqe* sqe = NextEntry();
+      io_uring_prep_poll_remove(sqe, PollData(watcher.fd, watcher.generation));
+      io_uring_sqe_set_data64(sqe, kIgnored);
+      watcher.polled = false;
+      watcher.generation = NewGeneration();
+      // Now: until then the poll keeps the file open, though its owner may close it.
+      if (watcher.events == FdEvents::kNone) io_uring_submit(ring_.get());
+    }
+    if (watcher.events != FdEvents::kNone) to_poll_.push_back({watcher.fd, watcher.generation});
+  }
+
+  void Poll(const PollKey& key) {
+    Watcher* watcher = FindWatcher(key.fd, key.generation);
+    if (!watcher || watcher->polled || watcher->events == FdEvents::kNone) return;
+    io_uring_sqe* sqe = NextEntry();
+    io_uring_prep_poll_add(sqe, key.fd, PollMask(watcher->events));
+    io_uring_sqe_set_data64(sqe, PollData(key.fd, key.generation));
+    watcher->polled = true;
+  }
+
+  void Wait(int64_t timeout_ns) override {
+    for (const PollKey& key : to_poll_) Poll(key);
+    to_poll_.clear();
+    io_uring_cqe* cqes[kCompletionsPerTurn];
+    if (timeout_ns < 0) {
+      io_uring_submit_and_wait(ring_.get(), 1);
+    } else if (timeout_ns == 0) {
+      io_uring_submit(ring_.get());
+    } else {
+      __kernel_timespec timeout = {.tv_sec = timeout_ns / 1'000'000'000,
+                                   .tv_nsec = timeout_ns % 1'000'000'000};
+      io_uring_submit_and_wait_timeout(ring_.get(), cqes, 1, &timeout, nullptr);
+    }
+    unsigned count = io_uring_peek_batch_cqe(ring_.get(), cqes, kCompletionsPerTurn);
+    struct Completion {
+      uint64_t data;
+      int32_t result;
+    } completions[kCompletionsPerTurn];
+    for (unsigned i = 0; i < count; i++) completions[i] = {cqes[i]->user_data, cqes[i]->res};
+    io_uring_cq_advance(ring_.get(), count);
+    for (unsigned i = 0; i < count; i++) Complete(completions[i].data, completions[i].result);
+  }
+
+  void Complete(uint64_t data, int32_t result) {
+    if (data == kIgnored) return;
+    if ((data & 3) != kPollTag) {
+      auto* op = reinterpret_cast<FileOp*>(data);
+      file_ops_--;
+      op->done(op, result);
+      return;
+    }
+    PollKey key = {static_cast<int>((data & UINT32_MAX) >> 2), static_cast<uint32_t>(data >> 32)};
+    Watcher* watcher = FindWatcher(key.fd, key.generation);
+    if (!watcher) return;
+    watcher->polled = false;
+    to_poll_.push_back(key);
+    if (result == -ECANCELED) return;  // the thread that asked has ended; asked again by the next
+    Dispatch(key.fd, key.generation, result < 0 ? POLLERR : static_cast<uint32_t>(result));
+  }
+
+  Ring ring_;
+  std::vector<PollKey> to_poll_;
+  size_t file_ops_ = 0;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<EventLoop>> CreateUringLoop(const Clock& clock) {
+  auto loop = std::make_unique<UringLoop>(clock, TRY(EventFd::Create()));
+  TRY(loop->Init());
+  return loop;
+}
+
+}  // namespace kvartz

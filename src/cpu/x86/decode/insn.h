@@ -46,6 +46,11 @@ enum Attribute : uint32_t {
   kSystem = 1 << 12,     // set for the rows of system.def
   kVsib = 1 << 13,       // set from the operands: the index is a vector register
   kModIgnored = 1 << 14, // set from the operands: MOV CR/DR read ModRM as if mod were 3
+  kFp = 1 << 15,         // uses MXCSR
+  kNoWrite = 1 << 16,    // NATIVE: the first operand is only read
+  kStrLen = 1 << 17,     // PCMPESTRx: lengths in RAX and RDX
+  kStrIndex = 1 << 18,   // PCMPxSTRI: result in RCX
+  kStrMask = 1 << 19,    // PCMPxSTRM: result in XMM0
 };
 
 // ---- operands

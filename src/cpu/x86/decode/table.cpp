@@ -18,6 +18,8 @@ namespace kvartz::cpu::x86 {
 
 namespace {
 
+using enum Feature;  // rows name features without qualification
+
 // Attributes and features of a row, in any order.
 class RowTraits {
  public:

@@ -1,0 +1,49 @@
+// Vector and x87 instructions run on the host's own units: guest and host speak the same
+// instruction set, so the reference for what ADDPS does is ADDPS. A stub holds the instruction with
+// its operands renamed to fixed registers and a fixed memory slot of a NativeFrame; the interpreter
+// copies operands in, calls the stub, and commits what came out. So a fault or an unmasked SIMD
+// exception commits nothing, and no guest address ever reaches host code.
+//
+// Stubs are shared by all CPUs of the process and keyed by row, form and immediate: their number is
+// bounded.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/x86/decode/insn.h"
+
+namespace kvartz::cpu::x86 {
+
+// What a stub reads and writes. Offsets are known to the emitter.
+struct alignas(64) NativeFrame {
+  // By operand field: 0 the implicit XMM0, 1 ModRM.reg, 2 ModRM.rm, 3 VEX.vvvv, 4 immediate bits
+  // 7:4. MMX: low 8 bytes.
+  uint8_t vector[5][32];
+  uint8_t padding[32];
+  uint8_t memory[64];
+  uint64_t gpr;            // the general register operand
+  uint64_t rax, rdx, rcx;  // implicit operands of PCMPxSTRx
+  uint64_t flags;
+  uint32_t mxcsr;
+  uint32_t host_mxcsr = 0x1f80;
+};
+
+using NativeStub = void (*)(NativeFrame* frame, XsaveArea* fpu);
+
+// The stub of an instruction whose row is NATIVE. Built at first use. Null: no executable memory to
+// be had.
+NativeStub FindStub(const Insn& insn);
+
+// Which control bits decide whether an instruction may run (SDM vol. 3 tables 2-3, 13-1).
+enum class VectorClass : uint8_t { kX87, kMmx, kSse, kAvx };
+// Raises #UD or #NM if the class isn't enabled.
+void CheckVectorEnabled(Cpu& cpu, VectorClass vector_class);
+// Raises #MF if an unmasked x87 exception is pending.
+void CheckX87Pending(Cpu& cpu);
+// Turns the register file as MMX instructions do: physical order, TOP 0, all tags valid.
+void EnterMmx(XsaveArea& fpu);
+// Raises #XM (or #UD without CR4.OSXMMEXCPT) if `raised` holds an exception that MXCSR doesn't
+// mask; else adds it to MXCSR.
+void CommitSimdExceptions(Cpu& cpu, uint32_t raised);
+
+}  // namespace kvartz::cpu::x86

@@ -78,8 +78,8 @@ class Context:
             command += ["-accel", accel]
         return self.start_bare(*command[1:], *arguments)
 
-    def start_bare(self, *arguments):
-        vm = Vm([self.vmm, *arguments])
+    def start_bare(self, *arguments, user=None):
+        vm = Vm([self.vmm, *arguments], user)
         self._vms.append(vm)
         return vm
 
@@ -89,12 +89,12 @@ class Context:
 
 
 class Vm:
-    def __init__(self, command):
+    def __init__(self, command, user=None):
         self.command = command
         self.output = ""
         self._seen = 0
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=subprocess.STDOUT)
+                                         stderr=subprocess.STDOUT, user=user)
         self._out = self._process.stdout.fileno()
         fcntl.fcntl(self._out, fcntl.F_SETFL, os.O_NONBLOCK)
 

@@ -38,7 +38,7 @@ esac
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${KVARTZ_CACHE:-$HOME/.cache/kvartz}/guests
 packages=$cache/packages
-modules=(virtio_pci virtio_mmio virtio_blk virtio_net virtio_console virtio_balloon virtio-rng)
+modules=(virtio_pci virtio_mmio virtio_blk virtio_net virtio_console virtio_balloon virtio-rng button evdev)
 export PATH=$PATH:/usr/sbin:/sbin
 for tool in dpkg-deb lz4 mkfs.ext4 flock; do
   command -v $tool > /dev/null || die "$tool is missing; run ./dev setup"

@@ -35,13 +35,14 @@ class StateVisitor {
   bool saving() const { return !loading(); }
 
   // A named group; names are unique within their parent. When loading, `body` runs only if the
-  // section is there (if not: `required` decides between an error and the values of reset).
-  // Sections may come in any order.
+  // section is there, in any order. A required one must be there, and when a program that doesn't
+  // know it finds it in a stream that is an error too; optional ones are left at the values of
+  // reset or skipped.
   enum class Presence { kRequired, kOptional };
   virtual void Section(std::string_view name, const std::function<void()>& body,
                        Presence presence = Presence::kRequired) = 0;
-  // Version of the enclosing section; when loading returns the saved one, newer than `current` is
-  // an error.
+  // Version of the enclosing section; when loading returns the saved one (0: it had none), newer
+  // than `current` is an error.
   virtual uint32_t Version(uint32_t current) = 0;
 
   template <typename T>

@@ -68,7 +68,10 @@ struct X86State {
   void VisitState(StateVisitor& visitor);
 };
 
-// The state after RESET (SDM vol. 3 table 10-1) for CPU `index`; index 0 is the bootstrap processor.
+// The state after RESET (SDM vol. 3 table 10-1) for CPU `index`; index 0 is the bootstrap processor, whose LINT0 is set up for
+// the 8259 (virtual wire, MP specification 3.6.2.2), since direct boot has no firmware that would do it. `signature`: EAX of
+// CPUID leaf 1, found in EDX. The XSAVE area has the legacy region and header only; an engine extends it with zeros.
+X86State ResetState(unsigned index, uint32_t apic_id, uint32_t signature);
 X86State ResetState(unsigned index);
 
 }  // namespace kvartz::cpu

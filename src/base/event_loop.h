@@ -60,6 +60,9 @@ class EventLoop {
   virtual void Submit(FileOp* op) = 0;
   // Hands what was submitted to the host now (otherwise at the end of the loop's turn).
   virtual void Flush() = 0;
+  // Returns when no file operation is under way: their `done` is called meanwhile (it may submit
+  // more), and nothing else of a turn runs. Callable within a turn.
+  virtual void DrainFileOps() = 0;
 
   // Runs until Stop.
   virtual void Run() = 0;

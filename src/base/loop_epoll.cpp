@@ -81,9 +81,10 @@ class FilePool {
     work_.NotifyOne();
   }
 
-  OpQueue TakeDone() {
+  // Appends what is done to `queue`.
+  void TakeDone(OpQueue& queue) {
     LockGuard guard(mutex_);
-    return std::exchange(done_, {});
+    while (FileOp* op = done_.Pop()) queue.Push(op);
   }
 
  private:
@@ -133,12 +134,7 @@ class EpollLoop final : public LoopCore {
 
   ~EpollLoop() override {
     DropWatchers();
-    // What is under way still writes to its owners' buffers: they get to know the end of it.
-    while (file_ops_ > 0) {
-      pollfd wake = {.fd = file_wake_.fd(), .events = POLLIN, .revents = 0};
-      poll(&wake, 1, -1);
-      FinishFileOps();
-    }
+    DrainFileOps();  // what is under way still writes to its owners' buffers
   }
 
   void Submit(FileOp* op) override {
@@ -146,6 +142,12 @@ class EpollLoop final : public LoopCore {
     pool_.Submit(op);
   }
   void Flush() override {}
+  void DrainFileOps() override {
+    for (FinishFileOps(); file_ops_ > 0; FinishFileOps()) {
+      pollfd wake = {.fd = file_wake_.fd(), .events = POLLIN, .revents = 0};
+      poll(&wake, 1, -1);
+    }
+  }
   const char* backend_name() const override { return "epoll"; }
 
  private:
@@ -201,8 +203,9 @@ class EpollLoop final : public LoopCore {
 
   void FinishFileOps() {
     file_wake_.Consume();
-    OpQueue done = pool_.TakeDone();
-    while (FileOp* op = done.Pop()) {
+    pool_.TakeDone(finished_);
+    // A `done` may come back here (DrainFileOps): what is left is shared.
+    while (FileOp* op = finished_.Pop()) {
       file_ops_--;
       op->done(op, op->result);
     }
@@ -211,6 +214,7 @@ class EpollLoop final : public LoopCore {
   UniqueFd epoll_;
   EventFd file_wake_;
   FilePool pool_;
+  OpQueue finished_;
   size_t file_ops_ = 0;
   int always_ready_ = 0;
 };

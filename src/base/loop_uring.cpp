@@ -28,6 +28,11 @@ struct PollKey {
   uint32_t generation;
 };
 
+struct Completion {
+  uint64_t data = 0;
+  int32_t result = 0;
+};
+
 // Owns the ring. Errors of Create leave nothing behind.
 class Ring {
  public:
@@ -75,8 +80,7 @@ class UringLoop final : public LoopCore {
 
   ~UringLoop() override {
     DropWatchers();
-    // What is under way still writes to its owners' buffers: they get to know the end of it.
-    while (file_ops_ > 0) Wait(-1);
+    DrainFileOps();  // what is under way still writes to its owners' buffers
   }
 
   void Submit(FileOp* op) override {
@@ -117,6 +121,12 @@ class UringLoop final : public LoopCore {
   }
 
   void Flush() override { io_uring_submit(ring_.get()); }
+  void DrainFileOps() override {
+    for (CompleteBatch(Polls::kKeep); file_ops_ > 0; CompleteBatch(Polls::kKeep)) {
+      io_uring_submit_and_wait(ring_.get(), 1);
+      TakeBatch();
+    }
+  }
   const char* backend_name() const override { return "io_uring"; }
 
  private:
@@ -158,7 +168,6 @@ class UringLoop final : public LoopCore {
   void Wait(int64_t timeout_ns) override {
     for (const PollKey& key : to_poll_) Poll(key);
     to_poll_.clear();
-    io_uring_cqe* cqes[kCompletionsPerTurn];
     if (timeout_ns < 0) {
       io_uring_submit_and_wait(ring_.get(), 1);
     } else if (timeout_ns == 0) {
@@ -166,37 +175,57 @@ class UringLoop final : public LoopCore {
     } else {
       __kernel_timespec timeout = {.tv_sec = timeout_ns / 1'000'000'000,
                                    .tv_nsec = timeout_ns % 1'000'000'000};
-      io_uring_submit_and_wait_timeout(ring_.get(), cqes, 1, &timeout, nullptr);
+      io_uring_cqe* first = nullptr;
+      io_uring_submit_and_wait_timeout(ring_.get(), &first, 1, &timeout, nullptr);
     }
-    unsigned count = io_uring_peek_batch_cqe(ring_.get(), cqes, kCompletionsPerTurn);
-    struct Completion {
-      uint64_t data;
-      int32_t result;
-    } completions[kCompletionsPerTurn];
-    for (unsigned i = 0; i < count; i++) completions[i] = {cqes[i]->user_data, cqes[i]->res};
-    io_uring_cq_advance(ring_.get(), count);
-    for (unsigned i = 0; i < count; i++) Complete(completions[i].data, completions[i].result);
+    TakeBatch();
+    CompleteBatch(Polls::kDispatch);
   }
 
-  void Complete(uint64_t data, int32_t result) {
-    if (data == kIgnored) return;
-    if ((data & 3) != kPollTag) {
-      auto* op = reinterpret_cast<FileOp*>(data);
-      file_ops_--;
-      op->done(op, result);
-      return;
+  // Copied out, so that callbacks can use the ring. A callback may come back here (DrainFileOps),
+  // only after what it left of the batch at hand is complete.
+  void TakeBatch() {
+    io_uring_cqe* cqes[kCompletionsPerTurn];
+    batch_size_ = io_uring_peek_batch_cqe(ring_.get(), cqes, kCompletionsPerTurn);
+    for (unsigned i = 0; i < batch_size_; i++) batch_[i] = {cqes[i]->user_data, cqes[i]->res};
+    io_uring_cq_advance(ring_.get(), batch_size_);
+    batch_next_ = 0;
+  }
+
+  enum class Polls { kDispatch, kKeep };  // kKeep: they are asked for again in the next turn
+  void CompleteBatch(Polls polls) {
+    while (batch_next_ < batch_size_) {
+      Completion completion = batch_[batch_next_++];
+      if (completion.data == kIgnored) continue;
+      if ((completion.data & 3) == kPollTag) {
+        CompletePoll(completion, polls);
+      } else {
+        auto* op = reinterpret_cast<FileOp*>(completion.data);
+        file_ops_--;
+        op->done(op, completion.result);
+      }
     }
-    PollKey key = {static_cast<int>((data & UINT32_MAX) >> 2), static_cast<uint32_t>(data >> 32)};
+  }
+
+  void CompletePoll(const Completion& completion, Polls polls) {
+    PollKey key = {static_cast<int>((completion.data & UINT32_MAX) >> 2),
+                   static_cast<uint32_t>(completion.data >> 32)};
     Watcher* watcher = FindWatcher(key.fd, key.generation);
     if (!watcher) return;
     watcher->polled = false;
     to_poll_.push_back(key);
-    if (result == -ECANCELED) return;  // the thread that asked has ended; asked again by the next
-    Dispatch(key.fd, key.generation, result < 0 ? POLLERR : static_cast<uint32_t>(result));
+    // Cancelled: the thread that asked has ended; asked again by the next.
+    if (polls == Polls::kKeep || completion.result == -ECANCELED) return;
+    auto mask =
+        completion.result < 0 ? uint32_t{POLLERR} : static_cast<uint32_t>(completion.result);
+    Dispatch(key.fd, key.generation, mask);
   }
 
   Ring ring_;
   std::vector<PollKey> to_poll_;
+  Completion batch_[kCompletionsPerTurn];
+  unsigned batch_size_ = 0;
+  unsigned batch_next_ = 0;
   size_t file_ops_ = 0;
 };
 

@@ -493,6 +493,41 @@ TEST_P(EventLoopTest, DestructionWaitsForFileOperations) {
   EXPECT_TRUE(done);
 }
 
+TEST_P(EventLoopTest, DrainWithinACompletionFinishesTheOthersOfTheBatchButDispatchesNothing) {
+  struct Context {
+    EventLoop* loop;
+    int done = 0;
+    int done_after_drain = 0;
+  } context{loop_.get()};
+  UniqueFd file = TempFile();
+  Pipe pipe;
+  int dispatched = 0;
+  char byte = 'x';
+  iovec iov = {&byte, 1};
+  FileOp ops[3];
+  for (auto& op : ops) {
+    op = {.kind = FileOp::Kind::kWritev, .fd = file.get(), .iov = &iov, .iov_count = 1};
+    op.owner = &context;
+    op.done = [](FileOp* finished, int64_t) {
+      auto& c = *static_cast<Context*>(finished->owner);
+      c.done++;
+      c.loop->DrainFileOps();
+      if (c.done_after_drain == 0) c.done_after_drain = c.done;
+    };
+    loop_->Submit(&op);
+  }
+  loop_->Watch(pipe.read_end.get(), FdEvents::kRead, [&](FdEvents) {
+    dispatched++;
+    loop_->Unwatch(pipe.read_end.get());
+  });
+  loop_->RunOnce(0);
+  pipe.Write("x");
+  loop_->DrainFileOps();
+  EXPECT_EQ(context.done, 3);
+  EXPECT_EQ(context.done_after_drain, 3);
+  RunUntil([&] { return dispatched == 1; });
+}
+
 // With the host's clock: arming from another thread ends a wait that was longer.
 TEST_P(EventLoopTest, ArmFromAnotherThreadWakesTheLoop) {
   auto& clock = MonotonicClock::Instance();

@@ -24,10 +24,10 @@ PEER = "qemu-system-x86_64"
 
 
 def build_guest(directory):
+    sources = os.path.join(os.path.dirname(HERE), "tests/guest")
     path = os.path.join(directory, "first")
-    subprocess.run(["as", "--32", "-o", path + ".o", os.path.join(HERE, "guest/first.S")], check=True)
-    subprocess.run(["ld", "-m", "elf_i386", "-T", os.path.join(HERE, "guest/first.ld"), "-o", path, path + ".o"], check=True)
-    return path
+    subprocess.run(["as", "--32", "-o", path + ".o", os.path.join(sources, "first.S")], check=True)
+    subprocess.run(["ld", "-m", "elf_i386", "-T", os.path.join(sources, "pvh.ld"), "-o", path, path + ".o"], check=True)
 
 
 def command(vmm, accel, directory):

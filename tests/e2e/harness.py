@@ -60,6 +60,16 @@ class Context:
         """A private copy of the disk that boots."""
         return shutil.copyfile(os.path.join(self.guest, "disk.img"), self.path(name))
 
+    def bare_metal(self, source):
+        """Builds a guest program of tests/guest; returns the ELF file that -kernel takes."""
+        guests = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "guest")
+        program = self.path(os.path.splitext(source)[0])
+        subprocess.run(["g++", "-m32", "-std=c++23", "-Os", "-ffreestanding", "-fno-pic", "-fno-exceptions", "-fno-rtti",
+                        "-fno-stack-protector", "-mno-sse", "-nostdlib", "-static", "-no-pie", "-w",
+                        f"-Wl,-T,{guests}/pvh.ld,--build-id=none,--no-warn-rwx-segments", "-o", program,
+                        os.path.join(guests, source)], check=True)
+        return program
+
     def kernel(self, words, kernel="vmlinuz"):
         """The arguments that boot the test kernel and initramfs with `words` on its command line."""
         return ["-kernel", os.path.join(self.guest, kernel), "-initrd", os.path.join(self.guest, "initrd.img"),
@@ -130,15 +140,21 @@ class Vm:
         self._process.stdin.write(text.encode())
         self._process.stdin.flush()
 
-    def wait(self, seconds=60):
-        """Waits for the end; returns the exit code."""
-        deadline = time.monotonic() + seconds
+    def runs_until(self, deadline):
+        """Waits for the end or for `deadline`; True if it still runs then."""
         try:
             while self._read(deadline):
                 pass
-            return self._process.wait(max(1, deadline - time.monotonic()))
-        except (TimeoutError, subprocess.TimeoutExpired):
-            raise Failure(f"still running after {seconds} s; {self.tail()}") from None
+            return False
+        except TimeoutError:
+            return True
+
+    def wait(self, seconds=60):
+        """Waits for the end; returns the exit code."""
+        deadline = time.monotonic() + seconds
+        if self.runs_until(deadline):
+            raise Failure(f"still running after {seconds} s; {self.tail()}")
+        return self._process.wait()
 
     def expect_exit(self, code=0, seconds=60):
         actual = self.wait(seconds)

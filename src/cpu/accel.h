@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/clock.h"
@@ -35,6 +38,15 @@ class AccelHost {
   virtual void EngineFailed(unsigned index, const std::string& why) = 0;
 };
 
+// -accel kvm,NAME=VALUE,...
+struct KvmOptions {
+  std::optional<IrqchipMode> irqchip;  // kernel-irqchip=on|split; none: the board's choice
+  uint32_t dirty_ring_entries = 0;     // dirty-ring-size=N, a power of two; 0: dirty log
+};
+// Errors: unknown name (nearest match), malformed or unsupported value.
+Result<KvmOptions> ParseKvmOptions(
+    const std::vector<std::pair<std::string, std::string>>& options);
+
 struct AccelConfig {
   AddressSpace* memory = nullptr;
   AddressSpace* ports = nullptr;
@@ -45,6 +57,26 @@ struct AccelConfig {
   unsigned cpu_count = 1;
   CpuTopology topology;
   CpuModelRequest model;
+  KvmOptions kvm;
+};
+
+// What a debugger wants to be told of (SDM vol. 3 ch. 18). The guest's own use of the debug registers rests meanwhile.
+struct DebugRequest {
+  bool single_step = false;
+  bool software_breakpoints = false;  // INT3 stops instead of raising #BP
+  struct Hardware {
+    enum class Kind : uint8_t { kExecute, kWrite, kAccess = 3 };  // DR7 R/W
+    uint64_t address = 0;
+    Kind kind = Kind::kExecute;
+    uint8_t size = 1;  // 1, 2, 4, 8
+  };
+  std::vector<Hardware> hardware;  // at most 4
+  bool any() const { return single_step || software_breakpoints || !hardware.empty(); }
+};
+struct DebugStop {
+  uint64_t rip = 0;
+  uint64_t dr6 = 0;
+  uint8_t vector = 0;  // 1 #DB, 3 #BP
 };
 
 // One virtual CPU. Everything but Kick and Nmi is called on its own thread, or while that is parked.
@@ -54,6 +86,7 @@ class Vcpu {
     kKicked,       // Kick was called
     kTripleFault,  // reported to the host already
     kFailed,       // reported to the host already
+    kDebug,        // what SetDebug asked for; debug_stop() says where
   };
   virtual ~Vcpu() = default;
   // Runs guest code (and sleeps in HLT) until kicked or unable to go on.
@@ -67,6 +100,11 @@ class Vcpu {
   // To the values of RESET (index 0 is the bootstrap processor; the others wait for SIPI).
   virtual Result<> Reset() = 0;
   virtual unsigned index() const = 0;
+  // Errors: more than the engine can do.
+  virtual Result<> SetDebug(const DebugRequest& request) {
+    return Fail(ErrorCode::kUnsupported, "not supported yet: guest debugging in this engine");
+  }
+  virtual DebugStop debug_stop() const { return {}; }
 };
 
 // A virtual machine's engine. Any thread, unless said otherwise.
@@ -121,5 +159,8 @@ struct AccelChoice {
 };
 // Errors: an unknown name; "kvm" alone where it is absent or not fit (says which, and the remedy).
 Result<AccelChoice> ChooseAccel(const std::vector<std::string>& names);
+// The same for a given verdict; `probe` is called only if the answer depends on it.
+Result<AccelChoice> ChooseAccel(const std::vector<std::string>& names,
+                                const std::function<const KvmFitness&()>& probe);
 
 }  // namespace kvartz::cpu

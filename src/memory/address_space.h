@@ -63,6 +63,9 @@ struct Region {
   unsigned min_access = 1;
   unsigned max_access = 8;
   std::vector<Doorbell> doorbells;
+  // Writes may reach the handler late, in order, before the next access of any other kind (frame
+  // buffers in planes, packet memory): KVM collects them.
+  bool collect_writes = false;
 };
 
 // A part of a region that is visible: [base, base + size) of the space is region offset

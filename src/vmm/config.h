@@ -1,0 +1,64 @@
+// What one run of the program is to be: plain values, made by the command line.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "block/node.h"
+#include "device/core/properties.h"
+#include "host/chardev/chardev.h"
+#include "machine/machine_config.h"
+
+namespace kvartz::vmm {
+
+struct MonitorConfig {
+  enum class Mode { kQmp, kHmp };
+  std::string chardev;
+  Mode mode = Mode::kHmp;
+  bool pretty = false;
+};
+
+struct DriveConfig {
+  std::string option;  // as the user wrote it, for errors: "-drive file=a.img"
+  std::string id;
+  block::ImageOptions image;
+  std::string iothread;  // of the device that uses it; empty: the main loop
+};
+
+// A thing with an id whose options another table takes apart.
+struct BackendConfig {
+  std::string option;
+  std::string id;
+  Properties properties;
+};
+
+// -action, -no-reboot, -no-shutdown.
+enum class RebootAction { kReset, kShutdown };
+enum class ShutdownAction { kExit, kPause };
+enum class PanicAction { kPause, kShutdown, kExitFailure, kNone };
+
+struct VmConfig {
+  machine::MachineConfig machine;
+  std::vector<std::string> accels;
+
+  std::vector<host::ChardevConfig> chardevs;
+  std::vector<MonitorConfig> monitors;
+  std::vector<DriveConfig> drives;
+  std::vector<BackendConfig> netdevs;
+  std::vector<std::string> iothreads;
+
+  bool start_paused = false;  // -S
+  RebootAction reboot = RebootAction::kReset;
+  ShutdownAction shutdown = ShutdownAction::kExit;
+  PanicAction panic = PanicAction::kShutdown;
+  bool daemonize = false;
+  bool lock_memory = false;  // -overcommit mem-lock=on
+  std::string pidfile;
+  std::string process_name;
+  std::string log_file;
+  std::string log_categories;
+  std::string load_path;  // -incoming file:PATH
+};
+
+}  // namespace kvartz::vmm

@@ -24,7 +24,8 @@ std::string VirtioDriver(const CommandLine& line, const std::string& device) {
 
 Result<> CheckImageFormat(const std::string& format) {
   if (format.empty() || format == "raw") return {};
-  return NotYet(fmt::format("format={}; convert the image to raw (qemu-img convert -O raw)", format));
+  return NotYet(
+      fmt::format("format={}; convert the image to raw (qemu-img convert -O raw)", format));
 }
 
 Result<bool> TakeDiscard(Properties* properties) {
@@ -50,7 +51,8 @@ Result<> TakeAio(Properties* properties, const char* name) {
 
 Result<> AddUniqueDrive(CommandLine& line, DriveConfig drive) {
   for (const DriveConfig& other : line.config.drives) {
-    if (other.id == drive.id) return Fail(ErrorCode::kExists, fmt::format("id={}: another drive has this id", drive.id));
+    if (other.id == drive.id)
+      return Fail(ErrorCode::kExists, fmt::format("id={}: another drive has this id", drive.id));
   }
   line.config.drives.push_back(std::move(drive));
   return {};
@@ -63,8 +65,10 @@ const BackendConfig* FindBlockdev(const CommandLine& line, const std::string& na
   return nullptr;
 }
 
-// One node of -blockdev as an image: raw over file, or file alone. Nodes that it refers to are taken along.
-Result<block::ImageOptions> ImageOfBlockdev(const CommandLine& line, const BackendConfig& blockdev) {
+// One node of -blockdev as an image: raw over file, or file alone. Nodes that it refers to are
+// taken along.
+Result<block::ImageOptions> ImageOfBlockdev(const CommandLine& line,
+                                            const BackendConfig& blockdev) {
   Properties node = blockdev.properties;
   block::ImageOptions image;
   image.format = "raw";
@@ -73,15 +77,19 @@ Result<block::ImageOptions> ImageOfBlockdev(const CommandLine& line, const Backe
   Take(&node, "auto-read-only");
   std::string driver = Take(&node, "driver");
   std::string prefix;
-  bool direct = TRY(TakeBool(&node, "cache.direct", false)), no_flush = TRY(TakeBool(&node, "cache.no-flush", false));
+  bool direct = TRY(TakeBool(&node, "cache.direct", false)),
+       no_flush = TRY(TakeBool(&node, "cache.no-flush", false));
   if (driver == "raw") {
     image.raw_offset = TRY(TakeSize(&node, "offset", 0));
     image.raw_size = TRY(TakeSize(&node, "size", UINT64_MAX));
     std::string file = Take(&node, "file");
     if (!file.empty()) {
       const BackendConfig* below = FindBlockdev(line, file);
-      if (!below) return Fail(ErrorCode::kNotFound, fmt::format("file={}: there is no -blockdev with this node-name", file));
-      TRY(RefuseRest(node, "driver node-name file offset size read-only discard cache.direct cache.no-flush"));
+      if (!below)
+        return Fail(ErrorCode::kNotFound,
+                    fmt::format("file={}: there is no -blockdev with this node-name", file));
+      TRY(RefuseRest(
+          node, "driver node-name file offset size read-only discard cache.direct cache.no-flush"));
       node = below->properties;
     } else {
       prefix = "file.";
@@ -94,17 +102,21 @@ Result<block::ImageOptions> ImageOfBlockdev(const CommandLine& line, const Backe
     driver = Take(&node, prefix + "driver", "file");
     Take(&node, prefix + "node-name");
   }
-  if (driver != "file" && driver != "host_device") return NotYet(fmt::format("driver={} (raw, file, host_device)", driver));
+  if (driver != "file" && driver != "host_device")
+    return NotYet(fmt::format("driver={} (raw, file, host_device)", driver));
   image.path = Take(&node, prefix + "filename");
   image.locking = TRY(TakeLocking(&node, (prefix + "locking").c_str()));
   TRY(TakeAio(&node, (prefix + "aio").c_str()));
   if (image.path.empty()) return Fail(ErrorCode::kInvalid, prefix + "filename= is missing");
-  image.cache = direct ? block::CacheMode::kNone : no_flush ? block::CacheMode::kUnsafe : block::CacheMode::kWriteback;
+  image.cache = direct     ? block::CacheMode::kNone
+                : no_flush ? block::CacheMode::kUnsafe
+                           : block::CacheMode::kWriteback;
   TRY(RefuseRest(node, "filename locking aio read-only discard cache.direct cache.no-flush"));
   return image;
 }
 
-Result<> AddNicOf(CommandLine& line, Properties card, Properties backend, const std::string& option) {
+Result<> AddNicOf(CommandLine& line, Properties card, Properties backend,
+                  const std::string& option) {
   std::string model = Take(&card, "model", "virtio");
   std::string id = fmt::format("nic{}", line.config.netdevs.size());
   std::string given = Take(&backend, "id");
@@ -143,7 +155,8 @@ Result<> AddDrive(CommandLine& line, std::string_view argument) {
   drive.image.format = Take(&properties, "format", Take(&properties, "driver"));
   TRY(CheckImageFormat(drive.image.format));
   drive.image.cache = TRY(block::ParseCacheMode(Take(&properties, "cache", "writeback")));
-  drive.image.read_only = TRY(TakeBool(&properties, "readonly", TRY(TakeBool(&properties, "read-only", false))));
+  bool read_only = TRY(TakeBool(&properties, "read-only", false));
+  drive.image.read_only = TRY(TakeBool(&properties, "readonly", read_only));
   drive.image.discard_unmap = TRY(TakeDiscard(&properties));
   drive.image.locking = TRY(TakeLocking(&properties, "file.locking"));
   TRY(TakeAio(&properties, "aio"));
@@ -157,10 +170,13 @@ Result<> AddDrive(CommandLine& line, std::string_view argument) {
     if (properties.Find(name)) device.properties.Set(name, Take(&properties, name));
   }
   if (interface == "none" && !device.properties.all().empty()) {
-    return Fail(ErrorCode::kInvalid, fmt::format("{}= belongs to the -device that uses the drive", device.properties.all()[0].first));
+    return Fail(ErrorCode::kInvalid, fmt::format("{}= belongs to the -device that uses the drive",
+                                                 device.properties.all()[0].first));
   }
-  TRY(RefuseRest(properties, "file if id media format cache readonly read-only discard file.locking aio snapshot copy-on-read "
-                             "detect-zeroes index serial werror rerror addr"));
+  TRY(RefuseRest(properties,
+                 "file if id media format cache readonly read-only discard file.locking aio "
+                 "snapshot copy-on-read "
+                 "detect-zeroes index serial werror rerror addr"));
   if (interface == "virtio") {
     device.driver = VirtioDriver(line, "blk");
     device.properties.Set("drive", drive.id);
@@ -173,7 +189,8 @@ Result<> AddBlockdev(CommandLine& line, std::string_view argument) {
   Properties properties = TRY(ParseKeyval(argument, "driver"));
   std::string name = Take(&properties, "node-name");
   if (name.empty()) return Fail(ErrorCode::kInvalid, "node-name= is missing");
-  if (FindBlockdev(line, name)) return Fail(ErrorCode::kExists, fmt::format("node-name={}: another node has this name", name));
+  if (FindBlockdev(line, name))
+    return Fail(ErrorCode::kExists, fmt::format("node-name={}: another node has this name", name));
   line.blockdevs.push_back({fmt::format("-blockdev {}", name), name, std::move(properties)});
   return {};
 }
@@ -181,13 +198,16 @@ Result<> AddBlockdev(CommandLine& line, std::string_view argument) {
 Result<> AddNetdev(CommandLine& line, std::string_view argument) {
   Properties properties = TRY(ParseKeyval(argument, "type"));
   if (AsksForHelp(properties)) {
-    line.information = "Network backends:\nuser   through a network stack in this process\ntap    a tap interface of the host\n";
+    line.information =
+        "Network backends:\nuser   through a network stack in this process\ntap    a tap interface "
+        "of the host\n";
     return {};
   }
   std::string id = Take(&properties, "id");
   if (id.empty()) return Fail(ErrorCode::kInvalid, "id= is missing");
   for (const BackendConfig& other : line.config.netdevs) {
-    if (other.id == id) return Fail(ErrorCode::kExists, fmt::format("id={}: another netdev has this id", id));
+    if (other.id == id)
+      return Fail(ErrorCode::kExists, fmt::format("id={}: another netdev has this id", id));
   }
   line.networking_given = true;
   line.config.netdevs.push_back({fmt::format("-netdev {}", argument), id, std::move(properties)});
@@ -211,7 +231,8 @@ Result<> AddNet(CommandLine& line, std::string_view argument) {
   const std::string* type = properties.Find("type");
   if (!type) return Fail(ErrorCode::kInvalid, "must begin with nic, user, tap or none");
   if (*type == "none") return {};
-  if (properties.Find("vlan") || properties.Find("netdev")) return NotYet("vlan= and netdev= here; use -netdev and -device");
+  if (properties.Find("vlan") || properties.Find("netdev"))
+    return NotYet("vlan= and netdev= here; use -netdev and -device");
   if (*type == "nic") {
     properties.Remove("type");
     line.net_cards.push_back(std::move(properties));
@@ -230,7 +251,8 @@ Result<> AddObject(CommandLine& line, std::string_view argument) {
   }
   if (id.empty()) return Fail(ErrorCode::kInvalid, "id= is missing");
   if (type == "iothread") {
-    for (const char* hint : {"poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch"}) Take(&properties, hint);
+    for (const char* hint : {"poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch"})
+      Take(&properties, hint);
     TRY(RefuseRest(properties, "id poll-max-ns poll-grow poll-shrink aio-max-batch"));
     if (std::ranges::find(line.config.iothreads, id) != line.config.iothreads.end()) {
       return Fail(ErrorCode::kExists, fmt::format("id={}: another iothread has this id", id));
@@ -239,15 +261,18 @@ Result<> AddObject(CommandLine& line, std::string_view argument) {
     return {};
   }
   if (type == "memory-backend-ram" || type == "memory-backend-memfd") {
-    line.memory_backends.push_back({fmt::format("-object {}", argument), id, std::move(properties)});
+    line.memory_backends.push_back(
+        {fmt::format("-object {}", argument), id, std::move(properties)});
     return {};
   }
   return NotYet(fmt::format("{}; -object help lists what is", type));
 }
 
 Result<> FinishBackends(CommandLine& line) {
-  if (line.net_cards.size() > 1 || line.net_backends.size() > 1 || line.net_cards.size() != line.net_backends.size()) {
-    return Fail(ErrorCode::kUnsupported, "-net: not supported yet beyond one 'nic' and one 'user' or 'tap'; use -nic");
+  if (line.net_cards.size() > 1 || line.net_backends.size() > 1 ||
+      line.net_cards.size() != line.net_backends.size()) {
+    return Fail(ErrorCode::kUnsupported,
+                "-net: not supported yet beyond one 'nic' and one 'user' or 'tap'; use -nic");
   }
   if (!line.net_cards.empty()) {
     Result<> added = AddNicOf(line, line.net_cards[0], line.net_backends[0], "-net");

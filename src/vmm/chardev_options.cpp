@@ -11,19 +11,23 @@ namespace {
 using host::ChardevConfig;
 using Kind = ChardevConfig::Kind;
 
-#define COMMON                                                                           \
-  PROPERTY(ChardevConfig, "mux", mux, "several users share it"),                         \
-      PROPERTY(ChardevConfig, "logfile", logfile, "a copy of the output goes there"),    \
+#define COMMON                                                                        \
+  PROPERTY(ChardevConfig, "mux", mux, "several users share it"),                      \
+      PROPERTY(ChardevConfig, "logfile", logfile, "a copy of the output goes there"), \
       PROPERTY(ChardevConfig, "logappend", logappend, "keep what the log file holds")
 
 constexpr PropertySpec kPlain[] = {COMMON};
-constexpr PropertySpec kStdio[] = {PROPERTY(ChardevConfig, "signal", signal, "Ctrl-C ends the program"), COMMON};
-constexpr PropertySpec kFile[] = {PROPERTY(ChardevConfig, "path", path, "file for the output"),
-                                  PROPERTY(ChardevConfig, "append", append, "keep what the file holds"),
-                                  PROPERTY(ChardevConfig, "input-path", input_path, "file that is read"), COMMON};
-constexpr PropertySpec kPipe[] = {PROPERTY(ChardevConfig, "path", path, "named pipe, or the common part of .in and .out"),
-                                  COMMON};
-constexpr PropertySpec kRingbuf[] = {PROPERTY(ChardevConfig, "size", size, "bytes that are kept, a power of two"), COMMON};
+constexpr PropertySpec kStdio[] = {
+    PROPERTY(ChardevConfig, "signal", signal, "Ctrl-C ends the program"), COMMON};
+constexpr PropertySpec kFile[] = {
+    PROPERTY(ChardevConfig, "path", path, "file for the output"),
+    PROPERTY(ChardevConfig, "append", append, "keep what the file holds"),
+    PROPERTY(ChardevConfig, "input-path", input_path, "file that is read"), COMMON};
+constexpr PropertySpec kPipe[] = {
+    PROPERTY(ChardevConfig, "path", path, "named pipe, or the common part of .in and .out"),
+    COMMON};
+constexpr PropertySpec kRingbuf[] = {
+    PROPERTY(ChardevConfig, "size", size, "bytes that are kept, a power of two"), COMMON};
 constexpr PropertySpec kSocket[] = {
     PROPERTY(ChardevConfig, "path", path, "unix socket"),
     PROPERTY(ChardevConfig, "host", host, "TCP: address"),
@@ -51,8 +55,9 @@ constexpr KindRow kKinds[] = {
     {"socket", Kind::kSocket, kSocket, "unix or TCP socket, server or client"},
     {"stdio", Kind::kStdio, kStdio, "the terminal"},
 };
-constexpr std::string_view kNotYet[] = {"vc", "udp", "serial", "parallel", "tty", "spicevmc", "spiceport", "qemu-vdagent",
-                                        "dbus", "braille", "msmouse", "wctablet", "testdev", "hub", "websocket"};
+constexpr std::string_view kNotYet[] = {
+    "vc",   "udp",     "serial",  "parallel", "tty",     "spicevmc", "spiceport", "qemu-vdagent",
+    "dbus", "braille", "msmouse", "wctablet", "testdev", "hub",      "websocket"};
 
 Result<const KindRow*> FindKind(std::string_view name) {
   std::vector<std::string_view> names;
@@ -61,12 +66,14 @@ Result<const KindRow*> FindKind(std::string_view name) {
     names.emplace_back(row.name);
   }
   for (std::string_view known : kNotYet) {
-    if (name == known) return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: {}", name));
+    if (name == known)
+      return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: {}", name));
   }
   std::string_view nearest = NearestName(name, names);
-  return Fail(ErrorCode::kInvalid, fmt::format("unknown kind '{}'; {}", name,
-                                               nearest.empty() ? "-chardev help lists the kinds"
-                                                               : fmt::format("did you mean {}?", nearest)));
+  return Fail(ErrorCode::kInvalid,
+              fmt::format("unknown kind '{}'; {}", name,
+                          nearest.empty() ? "-chardev help lists the kinds"
+                                          : fmt::format("did you mean {}?", nearest)));
 }
 
 Result<ChardevConfig> Build(const KindRow& kind, Properties properties, const std::string& id) {
@@ -79,10 +86,13 @@ Result<ChardevConfig> Build(const KindRow& kind, Properties properties, const st
   TRY(ApplyProperties(kind.properties, properties, kind.name, &config));
   bool tcp = !config.host.empty() || !config.port.empty();
   if (kind.kind == Kind::kSocket) {
-    if (tcp == !config.path.empty()) return Fail(ErrorCode::kInvalid, "a socket needs either path= or host= and port=");
+    if (tcp == !config.path.empty())
+      return Fail(ErrorCode::kInvalid, "a socket needs either path= or host= and port=");
     if (tcp && config.port.empty()) return Fail(ErrorCode::kInvalid, "port= is missing");
-    if (!config.server && properties.Find("wait")) return Fail(ErrorCode::kInvalid, "wait= is for server=on");
-    if (config.server && config.reconnect_s) return Fail(ErrorCode::kInvalid, "reconnect= is for clients");
+    if (!config.server && properties.Find("wait"))
+      return Fail(ErrorCode::kInvalid, "wait= is for server=on");
+    if (config.server && config.reconnect_s)
+      return Fail(ErrorCode::kInvalid, "reconnect= is for clients");
   }
   config.wait = config.wait && config.server;
   if ((kind.kind == Kind::kFile || kind.kind == Kind::kPipe) && config.path.empty()) {
@@ -93,7 +103,9 @@ Result<ChardevConfig> Build(const KindRow& kind, Properties properties, const st
 
 Result<> AddUnique(CommandLine& line, ChardevConfig chardev) {
   for (const ChardevConfig& other : line.config.chardevs) {
-    if (other.id == chardev.id) return Fail(ErrorCode::kExists, fmt::format("id={}: another chardev has this id", chardev.id));
+    if (other.id == chardev.id)
+      return Fail(ErrorCode::kExists,
+                  fmt::format("id={}: another chardev has this id", chardev.id));
   }
   line.config.chardevs.push_back(std::move(chardev));
   return {};
@@ -116,7 +128,8 @@ Result<ChardevConfig> ParseChardev(std::string_view text) {
   return Build(*kind, std::move(properties), id);
 }
 
-Result<ChardevConfig> ParseShortChardev(std::string_view text, const std::string& id, bool* monitor) {
+Result<ChardevConfig> ParseShortChardev(std::string_view text, const std::string& id,
+                                        bool* monitor) {
   *monitor = text.starts_with("mon:");
   if (*monitor) text.remove_prefix(4);
   if (text.starts_with("chardev:")) {
@@ -137,7 +150,8 @@ Result<ChardevConfig> ParseShortChardev(std::string_view text, const std::string
     properties = TRY(ParseKeyval(rest, "address"));
     std::string address = Take(&properties, "address");
     size_t port = address.rfind(':');
-    if (port == std::string::npos) return Fail(ErrorCode::kInvalid, fmt::format("{}: must be {}:HOST:PORT", text, kind));
+    if (port == std::string::npos)
+      return Fail(ErrorCode::kInvalid, fmt::format("{}: must be {}:HOST:PORT", text, kind));
     std::string host = address.substr(0, port);
     if (host.starts_with('[') && host.ends_with(']')) host = host.substr(1, host.size() - 2);
     properties.Set("host", host);
@@ -145,17 +159,20 @@ Result<ChardevConfig> ParseShortChardev(std::string_view text, const std::string
     if (kind == "telnet") properties.Set("telnet", "on");
     kind = "socket";
   } else if (kind.starts_with("/dev/")) {
-    return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: the host's own serial port {}", kind));
+    return Fail(ErrorCode::kUnsupported,
+                fmt::format("not supported yet: the host's own serial port {}", kind));
   } else {
     properties = TRY(ParseKeyval(text, "kind"));
     std::string name = Take(&properties, "kind");
-    ChardevConfig config = TRY(Build(*TRY(FindKind(name)), std::move(properties), id));
+    const KindRow* row = TRY(FindKind(name));
+    ChardevConfig config = TRY(Build(*row, std::move(properties), id));
     // The monitor wants the keys that would otherwise end the program.
     if (*monitor) config.signal = false;
     config.mux = config.mux || *monitor;
     return config;
   }
-  ChardevConfig config = TRY(Build(*TRY(FindKind(kind)), std::move(properties), id));
+  const KindRow* row = TRY(FindKind(kind));
+  ChardevConfig config = TRY(Build(*row, std::move(properties), id));
   config.mux = config.mux || *monitor;
   return config;
 }
@@ -163,13 +180,15 @@ Result<ChardevConfig> ParseShortChardev(std::string_view text, const std::string
 Result<> AddChardev(CommandLine& line, std::string_view argument) {
   if (argument == "help" || argument == "?") {
     line.information = "Character devices:\n";
-    for (const KindRow& row : kKinds) line.information += fmt::format("{:10} {}\n", row.name, row.help);
+    for (const KindRow& row : kKinds)
+      line.information += fmt::format("{:10} {}\n", row.name, row.help);
     return {};
   }
   return AddUnique(line, TRY(ParseChardev(argument)));
 }
 
-Result<> AddMonitor(CommandLine& line, std::string_view text, MonitorConfig::Mode mode, bool pretty) {
+Result<> AddMonitor(CommandLine& line, std::string_view text, MonitorConfig::Mode mode,
+                    bool pretty) {
   if (text == "none") return {};
   std::string id = fmt::format("compat_monitor{}", line.config.monitors.size());
   bool monitor = false;
@@ -185,7 +204,8 @@ Result<> AddMon(CommandLine& line, std::string_view argument) {
   MonitorConfig monitor;
   monitor.chardev = Take(&properties, "chardev");
   std::string mode = Take(&properties, "mode", "readline");
-  if (mode != "readline" && mode != "control") return Fail(ErrorCode::kInvalid, fmt::format("mode={}: readline or control", mode));
+  if (mode != "readline" && mode != "control")
+    return Fail(ErrorCode::kInvalid, fmt::format("mode={}: readline or control", mode));
   monitor.mode = mode == "control" ? MonitorConfig::Mode::kQmp : MonitorConfig::Mode::kHmp;
   monitor.pretty = TRY(TakeBool(&properties, "pretty", false));
   Take(&properties, "id");
@@ -198,7 +218,8 @@ Result<> AddMon(CommandLine& line, std::string_view argument) {
 // Serial ports and monitors, with the defaults that depend on each other.
 Result<> FinishConsoles(CommandLine& line) {
   bool isa_serial_given = false;
-  for (const DeviceSpec& device : line.config.machine.devices) isa_serial_given |= device.driver == "isa-serial";
+  for (const DeviceSpec& device : line.config.machine.devices)
+    isa_serial_given |= device.driver == "isa-serial";
   bool default_serial = line.serials.empty() && !isa_serial_given && !line.no_defaults;
   bool default_monitor = !line.monitor_given && !line.no_defaults;
   if (line.nographic && default_serial && default_monitor) {
@@ -207,7 +228,8 @@ Result<> FinishConsoles(CommandLine& line) {
     if (default_serial) line.serials.emplace_back("stdio");
     if (default_monitor) {
       bool console_takes_it = false;
-      for (const std::string& serial : line.serials) console_takes_it |= serial.find("stdio") != std::string::npos;
+      for (const std::string& serial : line.serials)
+        console_takes_it |= serial.find("stdio") != std::string::npos;
       if (!console_takes_it) line.monitors.emplace_back("stdio");
     }
   } else if (default_serial) {
@@ -220,7 +242,9 @@ Result<> FinishConsoles(CommandLine& line) {
     Result<ChardevConfig> chardev = ParseShortChardev(text, fmt::format("serial{}", i), &monitor);
     if (!chardev) return Fail(std::move(chardev).error().In("-serial " + text));
     line.config.machine.devices.push_back(
-        {"isa-serial", fmt::format("serial{}", i), {{"index", fmt::format("{}", i)}, {"chardev", chardev->id}}});
+        {"isa-serial",
+         fmt::format("serial{}", i),
+         {{"index", fmt::format("{}", i)}, {"chardev", chardev->id}}});
     if (monitor) line.config.monitors.push_back({chardev->id, MonitorConfig::Mode::kHmp, false});
     if (text.find("chardev:") == std::string::npos) TRY(AddUnique(line, std::move(*chardev)));
   }
@@ -230,8 +254,11 @@ Result<> FinishConsoles(CommandLine& line) {
   }
   for (const MonitorConfig& monitor : line.config.monitors) {
     if (!Find(line, monitor.chardev)) {
-      return Fail(ErrorCode::kNotFound,
-                  fmt::format("monitor on chardev '{0}': there is no such chardev; add -chardev KIND,id={0}", monitor.chardev));
+      return Fail(
+          ErrorCode::kNotFound,
+          fmt::format(
+              "monitor on chardev '{0}': there is no such chardev; add -chardev KIND,id={0}",
+              monitor.chardev));
     }
   }
   return {};

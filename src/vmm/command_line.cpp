@@ -56,7 +56,8 @@ Result<> LogCategories(CommandLine& line, std::string_view argument) {
   return {};
 }
 Result<> Serial(CommandLine& line, std::string_view argument) {
-  if (line.serials.size() >= 4) return Fail(ErrorCode::kNoSpace, "a machine has at most 4 serial ports");
+  if (line.serials.size() >= 4)
+    return Fail(ErrorCode::kNoSpace, "a machine has at most 4 serial ports");
   line.serials.emplace_back(argument);
   return {};
 }
@@ -66,11 +67,13 @@ Result<> Parallel(CommandLine&, std::string_view argument) {
 }
 Result<> Display(CommandLine&, std::string_view argument) {
   if (argument == "none") return {};
-  return Fail(ErrorCode::kUnsupported, "not supported yet: displays; use -display none or -nographic");
+  return Fail(ErrorCode::kUnsupported,
+              "not supported yet: displays; use -display none or -nographic");
 }
 Result<> Vga(CommandLine&, std::string_view argument) {
   if (argument == "none") return {};
-  return Fail(ErrorCode::kUnsupported, "not supported yet: graphics cards; use -vga none and a serial console");
+  return Fail(ErrorCode::kUnsupported,
+              "not supported yet: graphics cards; use -vga none and a serial console");
 }
 Result<> Monitor(CommandLine& line, std::string_view argument) {
   line.monitor_given = true;
@@ -85,11 +88,13 @@ Result<> QmpPretty(CommandLine& line, std::string_view argument) {
 }
 Result<> Sandbox(CommandLine&, std::string_view argument) {
   if (argument.starts_with("off")) return {};
-  return Fail(ErrorCode::kUnsupported, "not supported yet; confine the process from outside, or use -sandbox off");
+  return Fail(ErrorCode::kUnsupported,
+              "not supported yet; confine the process from outside, or use -sandbox off");
 }
 Result<> Disk(CommandLine&, std::string_view argument) {
   return Fail(ErrorCode::kUnsupported,
-              fmt::format("not supported yet: IDE disks; use -drive file={},format=raw,if=virtio", argument));
+              fmt::format("not supported yet: IDE disks; use -drive file={},format=raw,if=virtio",
+                          argument));
 }
 
 constexpr OptionRow kRows[] = {
@@ -97,20 +102,25 @@ constexpr OptionRow kRows[] = {
     {"help", nullptr, "print this list and exit", Help},
     {"version", nullptr, "print the version and exit", Version},
 
-    {"machine", "TYPE[,option=value...]", "machine type and its options; 'help' lists the types", Machine},
+    {"machine", "TYPE[,option=value...]", "machine type and its options; 'help' lists the types",
+     Machine},
     {"M", "TYPE[,option=value...]", "the same as -machine", Machine},
-    {"accel", "NAME[,thread=multi]", "engine: kvm, or kvartz (alias tcg); several: the first that is fit", Accel},
+    {"accel", "NAME[,thread=multi]",
+     "engine: kvm, or kvartz (alias tcg); several: the first that is fit", Accel},
     {"enable-kvm", nullptr, "the same as -accel kvm", EnableKvm},
     {"cpu", "MODEL[,+feature][,-feature]", "processor model; 'help' lists the models", Cpu},
-    {"smp", "N[,sockets=][,cores=][,threads=]", "number of processors and their topology (default 1)", Smp},
+    {"smp", "N[,sockets=][,cores=][,threads=]",
+     "number of processors and their topology (default 1)", Smp},
     {"m", "SIZE", "guest memory in MiB, or with a suffix (default 128M)", Memory},
     {"mem-prealloc", nullptr, "take all guest memory from the host at the start", MemPrealloc},
     {"name", "NAME[,process=TITLE]", "name of the guest, and of the process", Name},
     {"uuid", "UUID", "the machine's UUID", Uuid},
     {"rtc", "base=utc|localtime|DATE", "the real-time clock at the start", Rtc},
-    {"boot", "order=LETTERS[,menu=on]", "what the firmware boots: c disk, d cdrom, n network", Boot},
+    {"boot", "order=LETTERS[,menu=on]", "what the firmware boots: c disk, d cdrom, n network",
+     Boot},
     {"smbios", "type=N,field=value...", "texts of the SMBIOS tables", AddSmbios},
-    {"fw_cfg", "name=NAME,file=FILE|string=TEXT", "a file that the guest's firmware can read", FwCfg},
+    {"fw_cfg", "name=NAME,file=FILE|string=TEXT", "a file that the guest's firmware can read",
+     FwCfg},
     {"global", "DRIVER.PROPERTY=VALUE", "a default for a property of a device", Global},
     {"no-acpi", nullptr, "no ACPI tables", NoAcpi},
     {"no-hpet", nullptr, "no HPET", NoHpet},
@@ -123,21 +133,28 @@ constexpr OptionRow kRows[] = {
 
     {"drive", "file=FILE,format=raw,if=virtio", "a disk", AddDrive},
     {"blockdev", "driver=raw,node-name=ID,...", "the host's side of a disk", AddBlockdev},
-    {"device", "DRIVER[,property=value...]", "a device; 'help' lists the drivers, 'DRIVER,help' the properties", Device},
-    {"object", "TYPE,id=ID[,property=value...]", "iothread, memory-backend-ram, memory-backend-memfd", AddObject},
-    {"netdev", "TYPE,id=ID[,option=value...]", "the host's side of a network card: user, tap", AddNetdev},
-    {"nic", "TYPE[,model=DRIVER][,mac=MAC]...", "a network card with its host side; none: no default card", AddNic},
+    {"device", "DRIVER[,property=value...]",
+     "a device; 'help' lists the drivers, 'DRIVER,help' the properties", Device},
+    {"object", "TYPE,id=ID[,property=value...]",
+     "iothread, memory-backend-ram, memory-backend-memfd", AddObject},
+    {"netdev", "TYPE,id=ID[,option=value...]", "the host's side of a network card: user, tap",
+     AddNetdev},
+    {"nic", "TYPE[,model=DRIVER][,mac=MAC]...",
+     "a network card with its host side; none: no default card", AddNic},
     {"net", "nic|user|tap|none[,...]", "the older spelling of -nic", AddNet},
 
-    {"chardev", "KIND,id=ID[,option=value...]", "a character device: stdio, socket, pty, file, null...", AddChardev},
-    {"serial", "DEVICE", "serial port on stdio, mon:stdio, pty, file:, unix:, tcp:, chardev:ID, null or none", Serial},
+    {"chardev", "KIND,id=ID[,option=value...]",
+     "a character device: stdio, socket, pty, file, null...", AddChardev},
+    {"serial", "DEVICE",
+     "serial port on stdio, mon:stdio, pty, file:, unix:, tcp:, chardev:ID, null or none", Serial},
     {"parallel", "none", "parallel ports are not supported yet", Parallel},
     {"monitor", "DEVICE", "human monitor on stdio, unix:, tcp:...", Monitor},
     {"qmp", "DEVICE", "QMP on unix:PATH,server=on,wait=off, tcp:HOST:PORT...", Qmp},
     {"qmp-pretty", "DEVICE", "as -qmp, with line breaks", QmpPretty},
     {"mon", "chardev=ID[,mode=control|readline]", "a monitor on a chardev", AddMon},
     {"debugcon", "DEVICE", "what firmware writes to port 0xe9", Debugcon},
-    {"nographic", nullptr, "serial console and monitor on the terminal; Ctrl-a h lists the keys", Nographic},
+    {"nographic", nullptr, "serial console and monitor on the terminal; Ctrl-a h lists the keys",
+     Nographic},
     {"display", "none", "displays are not supported yet", Display},
     {"vga", "none", "graphics cards are not supported yet", Vga},
     {"k", "LAYOUT", "keyboard layout (there is no display that would need it)", Harmless},
@@ -145,7 +162,8 @@ constexpr OptionRow kRows[] = {
     {"S", nullptr, "wait for 'cont' before the first instruction", Paused},
     {"no-reboot", nullptr, "exit when the guest reboots", NoReboot},
     {"no-shutdown", nullptr, "stay when the guest powers off", NoShutdown},
-    {"action", "reboot=|shutdown=|panic=", "what follows a reboot, power-off or panic of the guest", Action},
+    {"action", "reboot=|shutdown=|panic=", "what follows a reboot, power-off or panic of the guest",
+     Action},
     {"incoming", "file:PATH", "go on with the machine that was saved there", Incoming},
     {"daemonize", nullptr, "go to the background when the machine is set up", Daemonize},
     {"pidfile", "FILE", "write the process id there", Pidfile},
@@ -161,17 +179,58 @@ constexpr OptionRow kRows[] = {
 
 // Known elsewhere, not supported here yet: refused by name.
 constexpr std::string_view kUnsupported[] = {
-    "add-fd",      "acpitable",   "alt-grab",  "async-teardown", "audio",
-    "audiodev",    "cdrom",       "chroot",     "compat",          "ctrl-grab",
-    "dfilter",     "dtb",         "dump-vmstate", "echr",          "fda",
-    "fdb",         "fsdev",       "full-screen", "gdb",           "icount",
-    "iscsi",       "loadvm",      "mem-path",   "mtdblock",        "numa",
-    "only-migratable", "option-rom", "pflash", "plugin",          "preconfig",
-    "readconfig",  "rotate",      "runas",      "s",              "sd",
-    "seed",        "semihosting", "set",       "singlestep",     "snapshot",
-    "spice",       "tpmdev",      "trace",      "usb",            "usbdevice",
-    "virtfs",      "vnc",         "watchdog",   "watchdog-action", "win2k-hack",
-    "writeconfig", "xen-domid",
+    "add-fd",
+    "acpitable",
+    "alt-grab",
+    "async-teardown",
+    "audio",
+    "audiodev",
+    "cdrom",
+    "chroot",
+    "compat",
+    "ctrl-grab",
+    "dfilter",
+    "dtb",
+    "dump-vmstate",
+    "echr",
+    "fda",
+    "fdb",
+    "fsdev",
+    "full-screen",
+    "gdb",
+    "icount",
+    "iscsi",
+    "loadvm",
+    "mem-path",
+    "mtdblock",
+    "numa",
+    "only-migratable",
+    "option-rom",
+    "pflash",
+    "plugin",
+    "preconfig",
+    "readconfig",
+    "rotate",
+    "runas",
+    "s",
+    "sd",
+    "seed",
+    "semihosting",
+    "set",
+    "singlestep",
+    "snapshot",
+    "spice",
+    "tpmdev",
+    "trace",
+    "usb",
+    "usbdevice",
+    "virtfs",
+    "vnc",
+    "watchdog",
+    "watchdog-action",
+    "win2k-hack",
+    "writeconfig",
+    "xen-domid",
 };
 constexpr const char* kDisks[] = {"hda", "hdb", "hdc", "hdd"};
 
@@ -188,14 +247,16 @@ std::unexpected<Error> Refused(std::string_view option, Result<> why) {
 
 Result<> Unknown(std::string_view option, std::string_view name) {
   for (std::string_view known : kUnsupported) {
-    if (name == known) return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: -{}", name));
+    if (name == known)
+      return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: -{}", name));
   }
   std::vector<std::string_view> names;
   for (const OptionRow& row : OptionRows()) names.emplace_back(row.name);
   std::string_view nearest = NearestName(name, names);
   return Fail(ErrorCode::kInvalid,
-              nearest.empty() ? fmt::format("{}: unknown option; -help lists the options", option)
-                              : fmt::format("{}: unknown option; did you mean -{}?", option, nearest));
+              nearest.empty()
+                  ? fmt::format("{}: unknown option; -help lists the options", option)
+                  : fmt::format("{}: unknown option; did you mean -{}?", option, nearest));
 }
 
 }  // namespace
@@ -219,7 +280,8 @@ Result<CommandLine> ParseCommandLine(std::span<const char* const> arguments) {
     std::string shown(option);
     if (row->argument) {
       if (i + 1 >= arguments.size()) {
-        return Fail(ErrorCode::kInvalid, fmt::format("{}: an argument is missing: {}", option, row->argument));
+        return Fail(ErrorCode::kInvalid,
+                    fmt::format("{}: an argument is missing: {}", option, row->argument));
       }
       argument = arguments[++i];
       shown += " " + std::string(argument.substr(0, 200));
@@ -241,7 +303,8 @@ std::string HelpText() {
       "  kvartz-vmm -m 512 -nographic -kernel vmlinuz -initrd initrd.img -append console=ttyS0\n\n"
       "Options (commas within values are doubled; many also take a JSON object):\n";
   for (const OptionRow& row : OptionRows()) {
-    std::string left = fmt::format("  -{}{}{}", row.name, row.argument ? " " : "", row.argument ? row.argument : "");
+    std::string left = fmt::format("  -{}{}{}", row.name, row.argument ? " " : "",
+                                   row.argument ? row.argument : "");
     if (left.size() > 38) {
       text += fmt::format("{}\n{:40}{}\n", left, "", row.help);
     } else {
@@ -249,7 +312,8 @@ std::string HelpText() {
     }
   }
   text +=
-      "\nOn a console that is shared with the monitor: Ctrl-a x ends the machine, Ctrl-a c switches to the\n"
+      "\nOn a console that is shared with the monitor: Ctrl-a x ends the machine, Ctrl-a c "
+      "switches to the\n"
       "monitor and back, Ctrl-a h lists the other keys.\n";
   return text;
 }

@@ -1,4 +1,5 @@
-// The command line: one table of options, in the spelling that scripts and management programs use for this kind of program.
+// The command line: one table of options, in the spelling that scripts and management programs use
+// for this kind of program.
 #pragma once
 
 #include <span>
@@ -11,7 +12,8 @@
 
 namespace kvartz::vmm {
 
-// What the handlers fill. Finish() turns what only makes sense together (defaults, -nographic, -net pairs) into `config`.
+// What the handlers fill. Finish() turns what only makes sense together (defaults, -nographic, -net
+// pairs) into `config`.
 struct CommandLine {
   VmConfig config;
   // Print this and exit with success, if it isn't empty (-help, -version, -device help).
@@ -28,7 +30,7 @@ struct CommandLine {
   std::vector<Properties> net_cards, net_backends;  // -net nic, -net user|tap
   std::vector<BackendConfig> blockdevs;
   std::vector<BackendConfig> memory_backends;
-  std::string memory_backend;  // -machine memory-backend=
+  std::string memory_backend;                                // -machine memory-backend=
   std::vector<std::pair<std::string, std::string>> globals;  // "driver.property", value
   unsigned max_cpus = 0;
   bool ram_given = false;
@@ -51,8 +53,10 @@ std::span<const OptionRow> OptionRows();
 
 // The parts of Finish and of the handlers that deal with backends (backend_options.cpp).
 Result<host::ChardevConfig> ParseChardev(std::string_view text);
-// -serial's and -monitor's short forms; `*monitor` is set where "mon:" asks for a monitor on the same chardev.
-Result<host::ChardevConfig> ParseShortChardev(std::string_view text, const std::string& id, bool* monitor);
+// -serial's and -monitor's short forms; `*monitor` is set where "mon:" asks for a monitor on the
+// same chardev.
+Result<host::ChardevConfig> ParseShortChardev(std::string_view text, const std::string& id,
+                                              bool* monitor);
 Result<> AddDrive(CommandLine& line, std::string_view argument);
 Result<> AddBlockdev(CommandLine& line, std::string_view argument);
 Result<> AddNetdev(CommandLine& line, std::string_view argument);
@@ -61,7 +65,8 @@ Result<> AddNet(CommandLine& line, std::string_view argument);
 Result<> AddObject(CommandLine& line, std::string_view argument);
 Result<> AddChardev(CommandLine& line, std::string_view argument);
 Result<> AddMon(CommandLine& line, std::string_view argument);
-Result<> AddMonitor(CommandLine& line, std::string_view text, MonitorConfig::Mode mode, bool pretty);
+Result<> AddMonitor(CommandLine& line, std::string_view text, MonitorConfig::Mode mode,
+                    bool pretty);
 Result<> FinishConsoles(CommandLine& line);
 Result<> FinishBackends(CommandLine& line);
 Result<> AddSmbios(CommandLine& line, std::string_view argument);

@@ -21,10 +21,13 @@ Result<> Flatten(const boost::json::value& value, const std::string& name, Prope
   if (out->all().size() > kJsonFieldsMax) return Fail(ErrorCode::kInvalid, "too many fields");
   if (const json::object* object = value.if_object()) {
     for (const auto& field : *object) {
-      TRY(Flatten(field.value(), name.empty() ? std::string(field.key()) : name + "." + std::string(field.key()), out));
+      TRY(Flatten(field.value(),
+                  name.empty() ? std::string(field.key()) : name + "." + std::string(field.key()),
+                  out));
     }
   } else if (const json::array* array = value.if_array()) {
-    for (size_t i = 0; i < array->size(); ++i) TRY(Flatten((*array)[i], fmt::format("{}.{}", name, i), out));
+    for (size_t i = 0; i < array->size(); ++i)
+      TRY(Flatten((*array)[i], fmt::format("{}.{}", name, i), out));
   } else if (const json::string* text = value.if_string()) {
     out->Set(name, std::string(*text));
   } else if (value.is_bool()) {
@@ -74,7 +77,8 @@ Result<Properties> ParseKeyval(std::string_view text, std::string_view implied) 
   for (bool first = true; !text.empty(); first = false) {
     std::string item = NextItem(&text);
     size_t equals = item.find('=');
-    if (equals == 0 || item.empty()) return Fail(ErrorCode::kInvalid, fmt::format("'{}': a name=value is expected", item));
+    if (equals == 0 || item.empty())
+      return Fail(ErrorCode::kInvalid, fmt::format("'{}': a name=value is expected", item));
     if (equals != std::string::npos) {
       properties.Set(item.substr(0, equals), item.substr(equals + 1));
     } else if (first && !implied.empty()) {
@@ -120,7 +124,8 @@ Result<uint64_t> ParseNumber(std::string_view text, uint64_t low, uint64_t high)
   return value;
 }
 
-Result<uint64_t> TakeNumber(Properties* properties, std::string_view name, uint64_t fallback, uint64_t low, uint64_t high) {
+Result<uint64_t> TakeNumber(Properties* properties, std::string_view name, uint64_t fallback,
+                            uint64_t low, uint64_t high) {
   if (!properties->Find(name)) return fallback;
   std::string text = Take(properties, name);
   Result<uint64_t> value = ParseNumber(text, low, high);
@@ -137,7 +142,9 @@ Result<uint64_t> ParseSize(std::string_view text, char default_suffix) {
     if (!value) return error;
     return value;
   }
-  char suffix = text.back() >= 'a' && text.back() <= 'z' ? static_cast<char>(text.back() - 'a' + 'A') : text.back();
+  char suffix = text.back() >= 'a' && text.back() <= 'z'
+                    ? static_cast<char>(text.back() - 'a' + 'A')
+                    : text.back();
   if (suffix >= '0' && suffix <= '9') {
     suffix = default_suffix;
   } else {
@@ -145,7 +152,8 @@ Result<uint64_t> ParseSize(std::string_view text, char default_suffix) {
   }
   size_t power = kSuffixes.find(suffix);
   // Digits, and a fraction of the unit if there is one; a sign, inf and nan are no sizes.
-  if (power == std::string_view::npos || text.empty() || text.find_first_not_of("0123456789.") != std::string_view::npos) {
+  if (power == std::string_view::npos || text.empty() ||
+      text.find_first_not_of("0123456789.") != std::string_view::npos) {
     return error;
   }
   unsigned shift = static_cast<unsigned>(power) * 10;
@@ -156,7 +164,9 @@ Result<uint64_t> ParseSize(std::string_view text, char default_suffix) {
   if (end == text.data() + text.size()) return bytes;
   double fraction = 0;
   auto [fraction_end, bad] = std::from_chars(end, text.data() + text.size(), fraction);
-  if (bad != std::errc() || fraction_end != text.data() + text.size() || shift == 0 || fraction >= 1) return error;
+  if (bad != std::errc() || fraction_end != text.data() + text.size() || shift == 0 ||
+      fraction >= 1)
+    return error;
   return bytes + static_cast<uint64_t>(std::ldexp(fraction, static_cast<int>(shift)));
 }
 
@@ -186,7 +196,8 @@ Result<> RefuseRest(const Properties& properties, std::string_view known) {
 bool AsksForHelp(const Properties& properties) {
   if (properties.Find("help") || properties.Find("?")) return true;
   for (const auto& [name, value] : properties.all()) {
-    if ((name == "driver" || name == "type" || name == "backend" || name == "model" || name == "qom-type") &&
+    if ((name == "driver" || name == "type" || name == "backend" || name == "model" ||
+         name == "qom-type") &&
         (value == "help" || value == "?")) {
       return true;
     }

@@ -23,7 +23,8 @@ Result<std::vector<uint8_t>> ReadSmallFile(const std::string& path, uint64_t max
   struct stat info;
   if (!fd || fstat(fd.get(), &info) != 0) return Fail(ErrnoError(errno, "cannot open " + path));
   if (!S_ISREG(info.st_mode) || static_cast<uint64_t>(info.st_size) > max_size) {
-    return Fail(ErrorCode::kInvalid, fmt::format("{}: must be a file of at most {} MiB", path, max_size >> 20));
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("{}: must be a file of at most {} MiB", path, max_size >> 20));
   }
   std::vector<uint8_t> data(static_cast<size_t>(info.st_size));
   size_t done = 0;
@@ -48,13 +49,16 @@ void AddAccels(CommandLine& line, std::string_view names) {
 std::string ListMachines() {
   std::string text = "Machine types:\n";
   for (const machine::MachineType& type : machine::MachineTypes()) {
-    if (!type.alias.empty()) text += fmt::format("{:28} {} (alias of {})\n", type.alias, type.description, type.name);
+    if (!type.alias.empty())
+      text += fmt::format("{:28} {} (alias of {})\n", type.alias, type.description, type.name);
     text += fmt::format("{:28} {}\n", type.name, type.description);
   }
   return text;
 }
 
-Result<> Refuse(std::string_view what) { return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: {}", what)); }
+Result<> Refuse(std::string_view what) {
+  return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: {}", what));
+}
 
 }  // namespace
 
@@ -90,11 +94,13 @@ Result<> Accel(CommandLine& line, std::string_view argument) {
   Properties properties = TRY(ParseKeyval(argument, "accel"));
   std::string names = Take(&properties, "accel");
   if (names == "help" || names == "?") {
-    line.information = "Accelerators:\nkvm      the host's KVM\nkvartz   the own engine (alias: tcg)\n";
+    line.information =
+        "Accelerators:\nkvm      the host's KVM\nkvartz   the own engine (alias: tcg)\n";
     return {};
   }
   AddAccels(line, names);
-  if (Take(&properties, "thread", "multi") != "multi") return Refuse("thread=single; each processor has its thread");
+  if (Take(&properties, "thread", "multi") != "multi")
+    return Refuse("thread=single; each processor has its thread");
   Take(&properties, "tb-size");  // a hint for translators
   if (properties.Find("kernel-irqchip")) {
     line.config.machine.options.emplace_back("kernel-irqchip", Take(&properties, "kernel-irqchip"));
@@ -127,7 +133,9 @@ Result<> Smp(CommandLine& line, std::string_view argument) {
   TRY(RefuseRest(properties, "cpus maxcpus sockets dies cores threads"));
   dies = std::max<uint64_t>(dies, 1);
   uint64_t total = max ? max : cpus;
-  if (total == 0) total = std::max<uint64_t>(sockets, 1) * dies * std::max<uint64_t>(cores, 1) * std::max<uint64_t>(threads, 1);
+  if (total == 0)
+    total = std::max<uint64_t>(sockets, 1) * dies * std::max<uint64_t>(cores, 1) *
+            std::max<uint64_t>(threads, 1);
   // What isn't said is made up of cores first.
   if (cores == 0) {
     sockets = std::max<uint64_t>(sockets, 1);
@@ -141,14 +149,17 @@ Result<> Smp(CommandLine& line, std::string_view argument) {
   }
   if (cpus == 0) cpus = total;
   if (sockets * dies * cores * threads != total || total > kCpusMax) {
-    return Fail(ErrorCode::kInvalid, fmt::format("sockets ({}) x dies ({}) x cores ({}) x threads ({}) must be the number of "
-                                                 "processors ({}), at most {}",
-                                                 sockets, dies, cores, threads, total, kCpusMax));
+    return Fail(
+        ErrorCode::kInvalid,
+        fmt::format("sockets ({}) x dies ({}) x cores ({}) x threads ({}) must be the number of "
+                    "processors ({}), at most {}",
+                    sockets, dies, cores, threads, total, kCpusMax));
   }
-  if (cpus != total) return Refuse(fmt::format("maxcpus={} beyond cpus={} (processor hot-plug)", total, cpus));
+  if (cpus != total)
+    return Refuse(fmt::format("maxcpus={} beyond cpus={} (processor hot-plug)", total, cpus));
   line.config.machine.cpu_count = static_cast<unsigned>(cpus);
-  line.config.machine.topology = {static_cast<unsigned>(sockets), static_cast<unsigned>(dies), static_cast<unsigned>(cores),
-                                  static_cast<unsigned>(threads)};
+  line.config.machine.topology = {static_cast<unsigned>(sockets), static_cast<unsigned>(dies),
+                                  static_cast<unsigned>(cores), static_cast<unsigned>(threads)};
   return {};
 }
 
@@ -162,7 +173,8 @@ Result<> Memory(CommandLine& line, std::string_view argument) {
   Take(&properties, "slots");
   TRY(RefuseRest(properties, "size"));
   if (*size < kMemoryMin) {
-    return Fail(ErrorCode::kInvalid, fmt::format("{} bytes are too little memory; a machine needs at least 1M", *size));
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("{} bytes are too little memory; a machine needs at least 1M", *size));
   }
   line.config.machine.ram_bytes = (*size + kPageSize - 1) & ~(kPageSize - 1);
   line.ram_given = true;
@@ -187,7 +199,9 @@ Result<> Uuid(CommandLine& line, std::string_view argument) {
   size_t digits = 0;
   for (char c : argument) {
     if (c == '-') continue;
-    int digit = c >= '0' && c <= '9' ? c - '0' : (c | 0x20) >= 'a' && (c | 0x20) <= 'f' ? (c | 0x20) - 'a' + 10 : -1;
+    int digit = c >= '0' && c <= '9'                     ? c - '0'
+                : (c | 0x20) >= 'a' && (c | 0x20) <= 'f' ? (c | 0x20) - 'a' + 10
+                                                         : -1;
     if (digit < 0 || digits == 32) {
       digits = 0;
       break;
@@ -196,7 +210,8 @@ Result<> Uuid(CommandLine& line, std::string_view argument) {
     ++digits;
   }
   if (digits != 32) {
-    return Fail(ErrorCode::kInvalid, "a UUID has 32 hexadecimal digits: 12345678-1234-1234-1234-123456789abc");
+    return Fail(ErrorCode::kInvalid,
+                "a UUID has 32 hexadecimal digits: 12345678-1234-1234-1234-123456789abc");
   }
   line.config.machine.uuid = uuid;
   return {};
@@ -207,13 +222,17 @@ Result<> Rtc(CommandLine& line, std::string_view argument) {
   machine::RtcConfig& rtc = line.config.machine.rtc;
   std::string base = Take(&properties, "base", "utc");
   if (base == "utc" || base == "localtime") {
-    rtc.base = base == "utc" ? machine::RtcConfig::Base::kUtc : machine::RtcConfig::Base::kLocaltime;
+    rtc.base =
+        base == "utc" ? machine::RtcConfig::Base::kUtc : machine::RtcConfig::Base::kLocaltime;
   } else {
     tm date = {};
     const char* end = strptime(base.c_str(), "%Y-%m-%d", &date);
     if (end && *end == 'T') end = strptime(end, "T%H:%M:%S", &date);
     if (!end || *end) {
-      return Fail(ErrorCode::kInvalid, fmt::format("base={}: must be utc, localtime, or a date such as 2026-01-31T12:00:00", base));
+      return Fail(
+          ErrorCode::kInvalid,
+          fmt::format("base={}: must be utc, localtime, or a date such as 2026-01-31T12:00:00",
+                      base));
     }
     rtc.base = machine::RtcConfig::Base::kDate;
     rtc.date_s = timegm(&date);
@@ -228,11 +247,15 @@ Result<> Boot(CommandLine& line, std::string_view argument) {
   machine::BootConfig& boot = line.config.machine.boot;
   boot.order = Take(&properties, "order", boot.order);
   if (boot.order.find_first_not_of("acdnop") != std::string::npos) {
-    return Fail(ErrorCode::kInvalid, fmt::format("order={}: the letters are a, b (floppies), c (disk), d (cdrom), n (network)", boot.order));
+    return Fail(
+        ErrorCode::kInvalid,
+        fmt::format("order={}: the letters are a, b (floppies), c (disk), d (cdrom), n (network)",
+                    boot.order));
   }
   if (properties.Find("menu")) boot.menu = TRY(TakeBool(&properties, "menu", false));
   if (properties.Find("splash-time")) {
-    boot.splash_time_ms = static_cast<unsigned>(TRY(TakeNumber(&properties, "splash-time", 0, 0, 0xffff)));
+    boot.splash_time_ms =
+        static_cast<unsigned>(TRY(TakeNumber(&properties, "splash-time", 0, 0, 0xffff)));
   }
   if (TRY(TakeBool(&properties, "strict", false))) return Refuse("strict=on");
   return RefuseRest(properties, "order menu splash-time strict");
@@ -240,9 +263,12 @@ Result<> Boot(CommandLine& line, std::string_view argument) {
 
 Result<> FwCfg(CommandLine& line, std::string_view argument) {
   Properties properties = TRY(ParseKeyval(argument, "name"));
-  std::string name = Take(&properties, "name"), path = Take(&properties, "file"), text = Take(&properties, "string");
-  if (name.empty() || name.size() > 55) return Fail(ErrorCode::kInvalid, "name= must have 1 to 55 characters");
-  if (path.empty() == text.empty()) return Fail(ErrorCode::kInvalid, "either file= or string= is needed");
+  std::string name = Take(&properties, "name"), path = Take(&properties, "file"),
+              text = Take(&properties, "string");
+  if (name.empty() || name.size() > 55)
+    return Fail(ErrorCode::kInvalid, "name= must have 1 to 55 characters");
+  if (path.empty() == text.empty())
+    return Fail(ErrorCode::kInvalid, "either file= or string= is needed");
   TRY(RefuseRest(properties, "name file string"));
   std::vector<uint8_t> data(text.begin(), text.end());
   if (!path.empty()) data = TRY(ReadSmallFile(path, kFwCfgFileMax));
@@ -251,9 +277,11 @@ Result<> FwCfg(CommandLine& line, std::string_view argument) {
 }
 
 Result<> Global(CommandLine& line, std::string_view argument) {
-  // What these ask for is so: there is no sleep state S3 or S4, and lost timer ticks are delivered late.
-  for (std::string_view fulfilled : {"PIIX4_PM.disable_s3=1", "PIIX4_PM.disable_s4=1", "ICH9-LPC.disable_s3=1",
-                                     "ICH9-LPC.disable_s4=1", "kvm-pit.lost_tick_policy=delay"}) {
+  // What these ask for is so: there is no sleep state S3 or S4, and lost timer ticks are delivered
+  // late.
+  for (std::string_view fulfilled :
+       {"PIIX4_PM.disable_s3=1", "PIIX4_PM.disable_s4=1", "ICH9-LPC.disable_s3=1",
+        "ICH9-LPC.disable_s4=1", "kvm-pit.lost_tick_policy=delay"}) {
     if (argument == fulfilled) return {};
   }
   size_t equals = argument.find('='), dot = argument.substr(0, equals).find('.');
@@ -261,7 +289,8 @@ Result<> Global(CommandLine& line, std::string_view argument) {
     return Fail(ErrorCode::kInvalid, "must be DRIVER.PROPERTY=VALUE");
   }
   TRY(FindDeviceType(std::string(argument.substr(0, dot))));
-  line.globals.emplace_back(std::string(argument.substr(0, equals)), std::string(argument.substr(equals + 1)));
+  line.globals.emplace_back(std::string(argument.substr(0, equals)),
+                            std::string(argument.substr(equals + 1)));
   return {};
 }
 
@@ -299,14 +328,17 @@ Result<> Device(CommandLine& line, std::string_view argument) {
   std::string driver = Take(&properties, "driver");
   if (driver == "help" || driver == "?") {
     line.information = "Devices:\n";
-    for (const DeviceType& type : DeviceTypes()) line.information += fmt::format("{:28} {}\n", type.name, type.description);
+    for (const DeviceType& type : DeviceTypes())
+      line.information += fmt::format("{:28} {}\n", type.name, type.description);
     return {};
   }
-  if (driver.empty()) return Fail(ErrorCode::kInvalid, "driver= is missing; -device help lists the drivers");
+  if (driver.empty())
+    return Fail(ErrorCode::kInvalid, "driver= is missing; -device help lists the drivers");
   TRY(FindDeviceType(driver));
   std::string id = Take(&properties, "id");
   for (const DeviceSpec& other : line.config.machine.devices) {
-    if (!id.empty() && other.id == id) return Fail(ErrorCode::kExists, fmt::format("id={}: another device has this id", id));
+    if (!id.empty() && other.id == id)
+      return Fail(ErrorCode::kExists, fmt::format("id={}: another device has this id", id));
   }
   line.config.machine.devices.push_back({driver, id, std::move(properties)});
   return {};
@@ -316,7 +348,8 @@ Result<> Debugcon(CommandLine& line, std::string_view argument) {
   bool monitor = false;
   host::ChardevConfig chardev = TRY(ParseShortChardev(argument, "debugcon", &monitor));
   if (monitor) return Refuse("mon: on a debug console");
-  line.config.machine.devices.push_back({"isa-debugcon", "", {{"chardev", chardev.id}, {"iobase", "0xe9"}}});
+  line.config.machine.devices.push_back(
+      {"isa-debugcon", "", {{"chardev", chardev.id}, {"iobase", "0xe9"}}});
   if (!argument.starts_with("chardev:")) line.config.chardevs.push_back(std::move(chardev));
   return {};
 }
@@ -367,21 +400,24 @@ Result<> Overcommit(CommandLine& line, std::string_view argument) {
 Result<> FinishMachine(CommandLine& line) {
   machine::MachineConfig& config = line.config.machine;
   if (config.boot.kernel.empty() && (!config.boot.cmdline.empty() || !config.boot.initrd.empty())) {
-    return Fail(ErrorCode::kInvalid, fmt::format("{} is given without a kernel; add -kernel FILE",
-                                                 config.boot.cmdline.empty() ? "-initrd" : "-append"));
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("{} is given without a kernel; add -kernel FILE",
+                            config.boot.cmdline.empty() ? "-initrd" : "-append"));
   }
   for (const auto& [name, value] : line.globals) {
     size_t dot = name.find('.');
     for (DeviceSpec& device : config.devices) {
       std::string property = name.substr(dot + 1);
-      if (device.driver == name.substr(0, dot) && !device.properties.Find(property)) device.properties.Set(property, value);
+      if (device.driver == name.substr(0, dot) && !device.properties.Find(property))
+        device.properties.Set(property, value);
     }
   }
   bool backend_found = line.memory_backend.empty();
   for (BackendConfig& backend : line.memory_backends) {
     if (backend.id != line.memory_backend) {
       return Fail(ErrorCode::kUnsupported,
-                  fmt::format("{}: not supported yet: memory that isn't the machine's; add -machine memory-backend={}",
+                  fmt::format("{}: not supported yet: memory that isn't the machine's; add "
+                              "-machine memory-backend={}",
                               backend.option, backend.id));
     }
     backend_found = true;
@@ -390,18 +426,22 @@ Result<> FinishMachine(CommandLine& line) {
       return Fail(ErrorCode::kInvalid, fmt::format("{}: size= and -m differ", backend.option));
     }
     config.ram_bytes = size;
-    config.ram_options.prealloc = TRY(TakeBool(&backend.properties, "prealloc", config.ram_options.prealloc));
-    config.ram_options.shared = TRY(TakeBool(&backend.properties, "share", config.ram_options.shared));
+    config.ram_options.prealloc =
+        TRY(TakeBool(&backend.properties, "prealloc", config.ram_options.prealloc));
+    config.ram_options.shared =
+        TRY(TakeBool(&backend.properties, "share", config.ram_options.shared));
     uint64_t huge_size = TRY(TakeSize(&backend.properties, "hugetlbsize", 2 << 20));
     if (TRY(TakeBool(&backend.properties, "hugetlb", false))) {
-      config.ram_options.huge_pages =
-          huge_size == 1 << 30 ? RamOptions::HugePages::kHugetlb1G : RamOptions::HugePages::kHugetlb2M;
+      config.ram_options.huge_pages = huge_size == 1 << 30 ? RamOptions::HugePages::kHugetlb1G
+                                                           : RamOptions::HugePages::kHugetlb2M;
     }
     Result<> rest = RefuseRest(backend.properties, "size prealloc share hugetlb hugetlbsize");
     if (!rest) return Fail(std::move(rest).error().In(backend.option));
   }
   if (!backend_found) {
-    return Fail(ErrorCode::kNotFound, fmt::format("-machine memory-backend={0}: there is no -object with id={0}", line.memory_backend));
+    return Fail(ErrorCode::kNotFound,
+                fmt::format("-machine memory-backend={0}: there is no -object with id={0}",
+                            line.memory_backend));
   }
   return {};
 }

@@ -1,5 +1,5 @@
-// Handlers of the options that describe the machine itself. Each takes one option's argument; errors name what is wrong with
-// it, the option's name is added by the caller.
+// Handlers of the options that describe the machine itself. Each takes one option's argument;
+// errors name what is wrong with it, the option's name is added by the caller.
 #pragma once
 
 #include "vmm/command_line.h"

@@ -13,7 +13,7 @@ using machine::SmbiosConfig;
 struct Field {
   int type;
   const char* name;
-  std::string SmbiosConfig::*member;
+  std::string SmbiosConfig::* member;
 };
 constexpr Field kFields[] = {
     {0, "vendor", &SmbiosConfig::bios_vendor},
@@ -41,17 +41,21 @@ constexpr Field kFields[] = {
 
 Result<> AddSmbios(CommandLine& line, std::string_view argument) {
   Properties properties = TRY(ParseKeyval(argument, ""));
-  if (!properties.Find("type")) return Fail(ErrorCode::kUnsupported, "type= is missing (file= is not supported yet)");
+  if (!properties.Find("type"))
+    return Fail(ErrorCode::kUnsupported, "type= is missing (file= is not supported yet)");
   uint64_t type = TRY(TakeNumber(&properties, "type", 0, 0, 255));
   SmbiosConfig& smbios = line.config.machine.smbios;
   if (type == 11) {
     for (const auto& [name, value] : properties.all()) {
-      if (name != "value") return Fail(ErrorCode::kUnsupported, fmt::format("{}=: type 11 takes value= only", name));
+      if (name != "value")
+        return Fail(ErrorCode::kUnsupported, fmt::format("{}=: type 11 takes value= only", name));
       smbios.oem_strings.push_back(value);
     }
     return {};
   }
-  if (type > 3) return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: type={} (0 to 3, and 11)", type));
+  if (type > 3)
+    return Fail(ErrorCode::kUnsupported,
+                fmt::format("not supported yet: type={} (0 to 3, and 11)", type));
   if (type == 1 && properties.Find("uuid")) {
     TRY(Uuid(line, Take(&properties, "uuid")));
   }

@@ -1,9 +1,16 @@
 #include "device/char/serial_16550.h"
 
+#include <fmt/core.h>
+
 #include <algorithm>
 
+#include "device/core/backends.h"
+#include "device/core/device_types.h"
 
 namespace kvartz {
+
+Result<std::unique_ptr<Device>> MakeIsaSerial(DeviceRequest& request);
+
 namespace {
 
 // Registers (table 2 of the datasheet).
@@ -34,6 +41,19 @@ constexpr uint8_t kMsrCts = 0x10, kMsrDsr = 0x20, kMsrRi = 0x40, kMsrDcd = 0x80,
 
 constexpr uint8_t kRxTrigger[4] = {1, 4, 8, 14};  // FCR bits 6, 7
 constexpr int64_t kBaudBase = 115200;             // 1.8432 MHz / 16
+
+struct IsaSerialConfig {
+  uint32_t index = 0;
+  uint32_t iobase = 0;
+  uint32_t irq = 0;
+  std::string chardev;
+};
+constexpr PropertySpec kIsaSerialProperties[] = {
+    PROPERTY(IsaSerialConfig, "index", index, "0 to 3: COM1 to COM4"),
+    PROPERTY(IsaSerialConfig, "iobase", iobase, "first I/O port, if not that of the index"),
+    PROPERTY(IsaSerialConfig, "irq", irq, "interrupt line, if not that of the index"),
+    PROPERTY(IsaSerialConfig, "chardev", chardev, "id of the host's side"),
+};
 
 }  // namespace
 
@@ -369,6 +389,32 @@ void Serial16550::VisitState(StateVisitor& v) {
   if (!rx_timed_out_) ArmRxTimeout();
   AcceptInputIfStalled();
   UpdateIrq();
+}
+
+Result<std::unique_ptr<Device>> MakeIsaSerial(DeviceRequest& request) {
+  IsaSerialConfig config;
+  TRY(ApplyProperties(kIsaSerialProperties, request.properties, "isa-serial", &config));
+  if (config.index > 3 || config.iobase > 65536 - Serial16550::kPortCount || config.irq > 15) {
+    return Fail(ErrorCode::kInvalid,
+                "isa-serial: index is 0 to 3, iobase at most 0xfff8, irq at most 15");
+  }
+  if (!config.iobase) config.iobase = Serial16550::kIoBase[config.index];
+  if (!config.irq) config.irq = Serial16550::kIrq[config.index];
+  IrqLine irq = request.isa_irqs ? IrqLine(*request.isa_irqs, config.irq) : IrqLine();
+  auto serial = std::make_unique<Serial16550>(request.env, irq);
+  if (!config.chardev.empty()) {
+    host::Chardev* chardev =
+        request.env.backends ? request.env.backends->FindChardev(config.chardev) : nullptr;
+    if (!chardev) {
+      return Fail(
+          ErrorCode::kNotFound,
+          fmt::format("isa-serial: chardev={0}: there is no such chardev; add -chardev KIND,id={0}",
+                      config.chardev));
+    }
+    TRY(serial->ConnectChardev(*chardev));
+  }
+  request.ports.push_back({static_cast<uint16_t>(config.iobase), Serial16550::kPortCount, 0});
+  return serial;
 }
 
 }  // namespace kvartz

@@ -98,7 +98,7 @@ Result<std::unique_ptr<Chardev::Port>> Chardev::Connect(CharUser& user) {
   loop_.Post([self = self_, connected = port.get()] {
     Chardev* chardev = *self;
     if (!chardev || std::ranges::find(chardev->ports_, connected) == chardev->ports_.end()) return;
-    if (chardev->open_) connected->user_.CharEventArrived(CharEvent::kOpened);
+    chardev->Announce(*connected);
     chardev->Pump();
     chardev->backend_->InputRoomChanged();
   });
@@ -203,7 +203,7 @@ void Chardev::SetOpen(bool open) {
     out_begin_ = 0;
     in_.clear();
   }
-  Announce(open ? CharEvent::kOpened : CharEvent::kClosed);
+  for (size_t i = 0; i < ports_.size(); ++i) Announce(*ports_[i]);
   // Nothing is refused while closed: who waits for room may go on.
   if (!open) Writable();
 }
@@ -213,8 +213,9 @@ void Chardev::Break() {
   if (!ports_.empty()) ports_[focus_]->user_.CharEventArrived(CharEvent::kBreak);
 }
 
-void Chardev::Announce(CharEvent event) {
-  for (size_t i = 0; i < ports_.size(); ++i) ports_[i]->user_.CharEventArrived(event);
+void Chardev::Announce(Port& port) {
+  if (std::exchange(port.told_open_, open_) == open_) return;
+  port.user_.CharEventArrived(open_ ? CharEvent::kOpened : CharEvent::kClosed);
 }
 
 std::string Chardev::RingbufRead(size_t max_bytes) {
@@ -250,11 +251,11 @@ void Chardev::MuxCommand(uint8_t key) {
     case 'h':
     case '?':
       Say("\r\n"
-          "Ctrl-a h       this list\r\n"
-          "Ctrl-a x       end the virtual machine\r\n"
-          "Ctrl-a c       switch between console and monitor\r\n"
-          "Ctrl-a b       send a break\r\n"
-          "Ctrl-a Ctrl-a  send a Ctrl-a\r\n");
+          "C-a h       this list\r\n"
+          "C-a x       end the virtual machine\r\n"
+          "C-a c       switch between console and monitor\r\n"
+          "C-a b       send a break\r\n"
+          "C-a C-a     send a C-a\r\n");
       break;
     default:
       break;

@@ -95,6 +95,7 @@ class Chardev final {
     Chardev& chardev_;
     CharUser& user_;
     bool wants_writable_ = false;
+    bool told_open_ = false;
   };
 
   // `quit`: Ctrl-a x. Errors: the host refuses (path, address and reason), the port or path is
@@ -134,7 +135,7 @@ class Chardev final {
   void MuxCommand(uint8_t key);
   void FocusNext();
   void Say(std::string_view text);
-  void Announce(CharEvent event);
+  void Announce(Port& port);
 
   const ChardevConfig config_;
   EventLoop& loop_;

@@ -9,7 +9,9 @@ namespace {
 class Decoder {
  public:
   Decoder(const DecodeContext& context, std::span<const uint8_t> bytes, Insn* insn)
-      : context_(context), bytes_(bytes.first(std::min<size_t>(bytes.size(), sizeof insn->bytes))), insn_(*insn) {}
+      : context_(context),
+        bytes_(bytes.first(std::min<size_t>(bytes.size(), sizeof insn->bytes))),
+        insn_(*insn) {}
 
   DecodeStatus Run() {
     insn_ = Insn{};
@@ -37,7 +39,8 @@ class Decoder {
 
   bool Peek(uint8_t* byte) {
     if (position_ >= bytes_.size()) {
-      return Fail(bytes_.size() == sizeof insn_.bytes ? DecodeStatus::kTooLong : DecodeStatus::kTruncated);
+      return Fail(bytes_.size() == sizeof insn_.bytes ? DecodeStatus::kTooLong
+                                                      : DecodeStatus::kTruncated);
     }
     *byte = bytes_[position_];
     return true;
@@ -77,17 +80,39 @@ class Decoder {
     while (Next(&byte)) {
       uint8_t rex = 0;
       switch (byte) {
-        case 0x26: Segment(kEs); break;
-        case 0x2e: Segment(kCs); break;
-        case 0x36: Segment(kSs); break;
-        case 0x3e: Segment(kDs); break;
-        case 0x64: Segment(kFs); break;
-        case 0x65: Segment(kGs); break;
-        case 0x66: insn_.flags |= kHas66; break;
-        case 0x67: insn_.flags |= kHas67; break;
-        case 0xf0: insn_.flags |= kHasLock; break;
-        case 0xf2: insn_.flags = (insn_.flags & ~kHasRep) | kHasRepne; break;
-        case 0xf3: insn_.flags = (insn_.flags & ~kHasRepne) | kHasRep; break;
+        case 0x26:
+          Segment(kEs);
+          break;
+        case 0x2e:
+          Segment(kCs);
+          break;
+        case 0x36:
+          Segment(kSs);
+          break;
+        case 0x3e:
+          Segment(kDs);
+          break;
+        case 0x64:
+          Segment(kFs);
+          break;
+        case 0x65:
+          Segment(kGs);
+          break;
+        case 0x66:
+          insn_.flags |= kHas66;
+          break;
+        case 0x67:
+          insn_.flags |= kHas67;
+          break;
+        case 0xf0:
+          insn_.flags |= kHasLock;
+          break;
+        case 0xf2:
+          insn_.flags = (insn_.flags & ~kHasRep) | kHasRepne;
+          break;
+        case 0xf3:
+          insn_.flags = (insn_.flags & ~kHasRepne) | kHasRep;
+          break;
         default:
           if (!is64() || (byte & 0xf0) != 0x40) {
             --position_;
@@ -169,13 +194,15 @@ class Decoder {
     insn_.vex_pp = last & 3;
     map_ = static_cast<OpcodeMap>(map);
     w_ = (rex & 8) != 0;
-    constexpr PrefixRule kRules[] = {PrefixRule::kNp, PrefixRule::k66, PrefixRule::kF3, PrefixRule::kF2};
+    constexpr PrefixRule kRules[] = {PrefixRule::kNp, PrefixRule::k66, PrefixRule::kF3,
+                                     PrefixRule::kF2};
     prefix_ = kRules[last & 3];
     return Next(&insn_.opcode);
   }
 
   bool Match() {
-    const InsnTable::Bucket bucket = InsnTable::Get().Find((insn_.flags & kHasVex) != 0, map_, insn_.opcode);
+    const InsnTable::Bucket bucket =
+        InsnTable::Get().Find((insn_.flags & kHasVex) != 0, map_, insn_.opcode);
     if (bucket.rows.empty()) {
       return Invalid();
     }
@@ -233,7 +260,10 @@ class Decoder {
         break;
       case CodeMode::k64:
         insn_.address_size = swap_address ? 4 : 8;
-        insn_.operand_size = w64 ? 8 : swap_operand ? 2 : (row.attributes & kDefault64) != 0 ? 8 : 4;
+        insn_.operand_size = w64                                  ? 8
+                             : swap_operand                       ? 2
+                             : (row.attributes & kDefault64) != 0 ? 8
+                                                                  : 4;
         if ((row.attributes & kForce64) != 0) {
           insn_.operand_size = 8;
         }
@@ -242,18 +272,17 @@ class Decoder {
     full_size_ = insn_.operand_size;
     for (unsigned i = 0; i < row.operand_count; ++i) {
       const Operand& operand = row.operands[i];
-      const bool general = operand.kind == OperandKind::kReg || operand.kind == OperandKind::kRm ||
-                           operand.kind == OperandKind::kRmReg || operand.kind == OperandKind::kVvvv ||
-                           operand.kind == OperandKind::kMoffs || operand.kind == OperandKind::kStrSrc ||
-                           operand.kind == OperandKind::kStrDst ||
-                           (operand.kind == OperandKind::kFixedReg && operand.size == 1);
+      const bool general =
+          operand.kind == OperandKind::kReg || operand.kind == OperandKind::kRm ||
+          operand.kind == OperandKind::kRmReg || operand.kind == OperandKind::kVvvv ||
+          operand.kind == OperandKind::kMoffs || operand.kind == OperandKind::kStrSrc ||
+          operand.kind == OperandKind::kStrDst ||
+          (operand.kind == OperandKind::kFixedReg && operand.size == 1);
       if (general) {
-        const uint8_t size = operand.size;
-        insn_.operand_size = size == kSizeW || size == kSizeRegOrByte ? (w64 ? 8 : 4)
-                             : size >= kSizeRegOrByte                 ? insn_.operand_size
-                                                                      : size;
+        insn_.operand_size = operand.size >= kSizeRegOrByte ? insn_.operand_size : operand.size;
       }
-      if (general || (operand.kind != OperandKind::kImm && operand.kind != OperandKind::kFixedReg)) {
+      if (general ||
+          (operand.kind != OperandKind::kImm && operand.kind != OperandKind::kFixedReg)) {
         break;  // the first operand that is neither an immediate nor DX decides
       }
     }
@@ -262,8 +291,9 @@ class Decoder {
   bool Memory() {
     const Row& row = *insn_.row;
     const unsigned extend = is64() ? insn_.rex : 0;
-    insn_.reg = static_cast<uint8_t>(row.opcode_register ? (insn_.opcode & 7) | (extend & 1) << 3
-                                                         : (insn_.modrm >> 3 & 7) | (extend & 4) << 1);
+    insn_.reg =
+        static_cast<uint8_t>(row.opcode_register ? (insn_.opcode & 7) | (extend & 1) << 3
+                                                 : (insn_.modrm >> 3 & 7) | (extend & 4) << 1);
     if (override_ != kSegCount) {
       insn_.segment = override_;
     }
@@ -289,7 +319,8 @@ class Decoder {
       return Invalid();
     }
     unsigned displacement = mod == 1 ? 1 : mod == 2 ? 4 : 0;
-    if (mod == 0 && (insn_.base & 7) == 5 && insn_.base != kNoRegister) {  // RBP and R13 as a base need a displacement
+    if (mod == 0 && (insn_.base & 7) == 5 &&
+        insn_.base != kNoRegister) {  // RBP and R13 as a base need a displacement
       insn_.base = rm == 5 && is64() ? kBaseRip : kNoRegister;
       displacement = 4;
     }
@@ -306,14 +337,16 @@ class Decoder {
     }
     insn_.scale = sib >> 6;
     const unsigned index = (sib >> 3 & 7) | (extend & 2) << 2;
-    insn_.index = index == 4 && (insn_.row->attributes & kVsib) == 0 ? kNoRegister : static_cast<uint8_t>(index);
+    insn_.index = index == 4 && (insn_.row->attributes & kVsib) == 0 ? kNoRegister
+                                                                     : static_cast<uint8_t>(index);
     insn_.base = static_cast<uint8_t>((sib & 7) | (extend & 1) << 3);
     return true;
   }
 
   bool Memory16(unsigned mod, unsigned rm) {
     constexpr uint8_t kBase[] = {kRbx, kRbx, kRbp, kRbp, kRsi, kRdi, kRbp, kRbx};
-    constexpr uint8_t kIndex[] = {kRsi, kRdi, kRsi, kRdi, kNoRegister, kNoRegister, kNoRegister, kNoRegister};
+    constexpr uint8_t kIndex[] = {kRsi,        kRdi,        kRsi,        kRdi,
+                                  kNoRegister, kNoRegister, kNoRegister, kNoRegister};
     if ((insn_.row->attributes & kVsib) != 0) {
       return Invalid();
     }
@@ -350,15 +383,21 @@ class Decoder {
   bool Immediate(ImmKind kind, int64_t* value) {
     const unsigned z = full_size_ == 2 ? 2 : 4;
     switch (kind) {
-      case ImmKind::kNone: return true;
+      case ImmKind::kNone:
+        return true;
       case ImmKind::kIb:
       case ImmKind::kCb:
-      case ImmKind::kIs4: return Number(1, value);
-      case ImmKind::kIw: return Number(2, value);
-      case ImmKind::kId: return Number(4, value);
+      case ImmKind::kIs4:
+        return Number(1, value);
+      case ImmKind::kIw:
+        return Number(2, value);
+      case ImmKind::kId:
+        return Number(4, value);
       case ImmKind::kIz:
-      case ImmKind::kCz: return Number(z, value);
-      case ImmKind::kIv: return Number(full_size_, value);
+      case ImmKind::kCz:
+        return Number(z, value);
+      case ImmKind::kIv:
+        return Number(full_size_, value);
       case ImmKind::kMoffs:
         if (!Number(insn_.address_size, &insn_.disp)) {
           return false;
@@ -456,11 +495,16 @@ DecodeStatus Decode(const DecodeContext& context, std::span<const uint8_t> bytes
 
 unsigned OperandSize(const Insn& insn, const Operand& operand) {
   switch (operand.size) {
-    case kSizeOperand: return insn.operand_size;
-    case kSizeW: return insn.w() ? 8 : 4;
-    case kSizeRegOrWord: return insn.has_memory() ? 2 : insn.operand_size;
-    case kSizeRegOrByte: return insn.has_memory() ? 1 : insn.w() ? 8 : 4;
-    default: return operand.size;
+    case kSizeOperand:
+      return insn.operand_size;
+    case kSizeW:
+      return insn.operand_size == 8 ? 8 : 4;
+    case kSizeRegOrWord:
+      return insn.has_memory() ? 2 : insn.operand_size;
+    case kSizeRegOrByte:
+      return insn.has_memory() ? 1 : insn.operand_size == 8 ? 8 : 4;
+    default:
+      return operand.size;
   }
 }
 

@@ -8,7 +8,8 @@
 
 namespace kvartz::cpu::x86 {
 
-#define INSN(mnemonic, encoding, operands, flags, ...) void Exec_##mnemonic(Cpu& cpu, const Insn& insn);
+#define INSN(mnemonic, encoding, operands, flags, ...) \
+  void Exec_##mnemonic(Cpu& cpu, const Insn& insn);
 #define PICK(mnemonic, encoding, operands, flags, ...) ExecFn Pick_##mnemonic(const Insn& insn);
 #define NATIVE(mnemonic, encoding, operands, flags, ...)
 #include "cpu/x86/decode/all.def"
@@ -24,7 +25,9 @@ using enum Feature;  // rows name features without qualification
 class RowTraits {
  public:
   constexpr void Add(Attribute attribute) { attributes |= attribute; }
-  constexpr void Add(Feature feature) { features[features[0] == Feature::kAlways ? 0 : 1] = feature; }
+  constexpr void Add(Feature feature) {
+    features[features[0] == Feature::kAlways ? 0 : 1] = feature;
+  }
 
   uint32_t attributes = 0;
   Feature features[2] = {Feature::kAlways, Feature::kAlways};
@@ -51,11 +54,13 @@ struct RowText {
   {#mnemonic, encoding, operands, flags, Traits(__VA_ARGS__), Exec_##mnemonic, nullptr},
 #define PICK(mnemonic, encoding, operands, flags, ...) \
   {#mnemonic, encoding, operands, flags, Traits(__VA_ARGS__), nullptr, Pick_##mnemonic},
-#define NATIVE(mnemonic, encoding, operands, flags, ...) \
-  {#mnemonic, encoding, operands, flags, Traits(kNative __VA_OPT__(, ) __VA_ARGS__), ExecNative, nullptr},
+#define NATIVE(mnemonic, encoding, operands, flags, ...)                              \
+  {#mnemonic,  encoding, operands, flags, Traits(kNative __VA_OPT__(, ) __VA_ARGS__), \
+   ExecNative, nullptr},
 constexpr RowText kRows[] = {
 #include "cpu/x86/decode/all.def"
-    {nullptr, nullptr, nullptr, nullptr, {}, nullptr, nullptr},  // end; also keeps an empty table legal
+    {nullptr, nullptr, nullptr, nullptr, {}, nullptr, nullptr},  // end; also keeps an empty table
+                                                                 // legal
 };
 constexpr size_t kSystemBegin = [] {
   constexpr const char* kNames[] = {
@@ -86,8 +91,9 @@ struct ImmToken {
   ImmKind kind;
 };
 constexpr ImmToken kImmTokens[] = {
-    {"ib", ImmKind::kIb}, {"iw", ImmKind::kIw}, {"id", ImmKind::kId}, {"iz", ImmKind::kIz},     {"iv", ImmKind::kIv},
-    {"cb", ImmKind::kCb}, {"cz", ImmKind::kCz}, {"cp", ImmKind::kCp}, {"mo", ImmKind::kMoffs}, {"/is4", ImmKind::kIs4},
+    {"ib", ImmKind::kIb},    {"iw", ImmKind::kIw},    {"id", ImmKind::kId}, {"iz", ImmKind::kIz},
+    {"iv", ImmKind::kIv},    {"cb", ImmKind::kCb},    {"cz", ImmKind::kCz}, {"cp", ImmKind::kCp},
+    {"mo", ImmKind::kMoffs}, {"/is4", ImmKind::kIs4},
 };
 
 // Cuts the text up to `separator` off the front.
@@ -122,7 +128,8 @@ class EncodingParser {
     std::string_view rest = row_->encoding;
     for (bool first = true; !rest.empty(); first = false) {
       const std::string_view token = Cut(&rest, ' ');
-      VERIFY((first && Prefix(token)) || Rex(token) || Byte(token) || ModRm(token) || Immediate(token));
+      VERIFY((first && Prefix(token)) || Rex(token) || Byte(token) || ModRm(token) ||
+             Immediate(token));
     }
     VERIFY(have_opcode_);
   }
@@ -157,7 +164,9 @@ class EncodingParser {
     } else if (field == "W0" || field == "W1") {
       row_->w = field == "W1" ? Tri::kYes : Tri::kNo;
     } else if (field == "0F" || field == "0F38" || field == "0F3A") {
-      row_->map = field == "0F" ? OpcodeMap::k0f : field == "0F38" ? OpcodeMap::k0f38 : OpcodeMap::k0f3a;
+      row_->map = field == "0F"     ? OpcodeMap::k0f
+                  : field == "0F38" ? OpcodeMap::k0f38
+                                    : OpcodeMap::k0f3a;
     } else if (RuleOf(field) != PrefixRule::kAny) {
       row_->prefix = RuleOf(field);
     } else {
@@ -205,7 +214,8 @@ class EncodingParser {
   }
 
   bool ModRm(std::string_view token) {
-    if (token.size() != 2 || token[0] != '/' || (token[1] != 'r' && (token[1] < '0' || token[1] > '7'))) {
+    if (token.size() != 2 || token[0] != '/' ||
+        (token[1] != 'r' && (token[1] < '0' || token[1] > '7'))) {
       return false;
     }
     row_->has_modrm = true;
@@ -261,8 +271,8 @@ void ParseOperands(Row* row) {
   std::string_view rest = row->operand_text;
   while (!rest.empty()) {
     const std::string_view text = Cut(&rest, ',');
-    const auto* found =
-        std::find_if(std::begin(kTokens), std::end(kTokens), [&](const Token& token) { return token.text == text; });
+    const auto* found = std::find_if(std::begin(kTokens), std::end(kTokens),
+                                     [&](const Token& token) { return token.text == text; });
     VERIFY(found != std::end(kTokens) && row->operand_count < std::size(row->operands));
     row->operands[row->operand_count++] = found->operand;
   }
@@ -282,14 +292,28 @@ void ParseFlags(Row* row) {
   for (size_t i = 0; i < text.size(); ++i) {
     FlagEffects& flags = row->flags;
     switch (text[i]) {
-      case '-': break;
-      case 'm': flags.modified |= kColumns[i]; break;
-      case 't': flags.tested |= kColumns[i]; break;
-      case 'b': flags.tested |= kColumns[i], flags.modified |= kColumns[i]; break;
-      case '0': flags.cleared |= kColumns[i]; break;
-      case '1': flags.set |= kColumns[i]; break;
-      case 'u': flags.undefined |= kColumns[i]; break;
-      default: VERIFY(!"flag column");
+      case '-':
+        break;
+      case 'm':
+        flags.modified |= kColumns[i];
+        break;
+      case 't':
+        flags.tested |= kColumns[i];
+        break;
+      case 'b':
+        flags.tested |= kColumns[i], flags.modified |= kColumns[i];
+        break;
+      case '0':
+        flags.cleared |= kColumns[i];
+        break;
+      case '1':
+        flags.set |= kColumns[i];
+        break;
+      case 'u':
+        flags.undefined |= kColumns[i];
+        break;
+      default:
+        VERIFY(!"flag column");
     }
   }
 }
@@ -313,8 +337,9 @@ Row ParseRow(const RowText& text, bool system) {
 
 // Number of constraints that a row puts on the code.
 int Specificity(const Row& row) {
-  return 2 * std::popcount(row.modrm_mask) + (row.prefix != PrefixRule::kAny ? 4 : 0) + (row.w != Tri::kAny ? 1 : 0) +
-         (row.vex_l != Tri::kAny ? 1 : 0) + (row.memory != Tri::kAny ? 1 : 0) + (row.rex_b_clear ? 1 : 0);
+  return 2 * std::popcount(row.modrm_mask) + (row.prefix != PrefixRule::kAny ? 4 : 0) +
+         (row.w != Tri::kAny ? 1 : 0) + (row.vex_l != Tri::kAny ? 1 : 0) +
+         (row.memory != Tri::kAny ? 1 : 0) + (row.rex_b_clear ? 1 : 0);
 }
 
 }  // namespace
@@ -334,7 +359,8 @@ InsnTable::InsnTable() {
   entries.reserve(kCount + 128);
   for (const Row& row : rows_) {
     for (unsigned i = 0; i < (row.opcode_register ? 8u : 1u); ++i) {
-      entries.push_back({Slot(row.vex, row.map, static_cast<uint8_t>(row.opcode + i)), Specificity(row), &row});
+      entries.push_back(
+          {Slot(row.vex, row.map, static_cast<uint8_t>(row.opcode + i)), Specificity(row), &row});
     }
   }
   std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {

@@ -44,8 +44,7 @@ struct Limits {
   // Of offset and length of reads and writes, or they end with -EINVAL. 512 or 4096 with O_DIRECT
   // (a disk offers no smaller sectors then), else 1. Buffers need no alignment.
   uint32_t request_alignment = 1;
-  uint32_t discard_granularity = 0;    // 0: discard isn't supported (it succeeds and does nothing)
-  uint64_t max_transfer = 1ull << 30;  // bytes of one read or write
+  uint32_t discard_granularity = 0;  // 0: discard isn't supported (it succeeds and does nothing)
   bool write_cache = true;  // false: each write is on stable storage when done (writethrough)
 };
 
@@ -76,7 +75,8 @@ class Node {
   virtual void Submit(Request* request) = 0;
   // Calls `done`, but not from within Submit.
   void FinishLater(Request* request, int result);
-  bool FinishLateOnes();  // true if there were any; for Drain
+  // Does so now; true if there were any. For Drain.
+  bool FinishLateOnes();
 
   uint64_t size_bytes_ = 0;
   bool read_only_ = false;
@@ -84,6 +84,7 @@ class Node {
 
  private:
   struct LateList;
+  int Check(const Request& request) const;  // 0 or -errno
   EventLoop& loop_;
   std::string name_;
   std::shared_ptr<LateList> late_;
@@ -99,7 +100,7 @@ enum class CacheMode : uint8_t {
 
 struct ImageOptions {
   std::string path;
-  std::string format;  // "raw"; empty: found out
+  std::string format = {};  // "raw"; empty: found out
   CacheMode cache = CacheMode::kWriteback;
   bool read_only = false;
   bool discard_unmap = true;  // false: discards are ignored

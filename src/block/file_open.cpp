@@ -1,0 +1,150 @@
+#include "block/file_open.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <memory>
+
+#include "block/file_lock.h"
+
+namespace kvartz::block {
+namespace {
+
+constexpr uint64_t kSectorSize = 512;
+
+bool IsDirect(CacheMode cache) {
+  return cache == CacheMode::kNone || cache == CacheMode::kDirectSync;
+}
+
+int OpenFlags(const ImageOptions& options) {
+  // O_NONBLOCK: a pipe in the image's place must not hang us here; cleared afterwards.
+  int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK | (options.read_only ? O_RDONLY : O_RDWR);
+  if (IsDirect(options.cache)) flags |= O_DIRECT;
+  if (options.cache == CacheMode::kWritethrough || options.cache == CacheMode::kDirectSync)
+    flags |= O_DSYNC;
+  return flags;
+}
+
+// The first directory on the way to `path` that is missing or may not be entered; empty: the way is
+// free.
+std::string FirstObstacle(const std::string& path, int error) {
+  for (size_t slash = path.find('/', 1); slash != path.npos; slash = path.find('/', slash + 1)) {
+    std::string part = path.substr(0, slash);
+    int mode = error == ENOENT ? F_OK : X_OK;
+    if (faccessat(AT_FDCWD, part.c_str(), mode, AT_EACCESS) < 0 && errno == error) return part;
+  }
+  return "";
+}
+
+std::unexpected<Error> OpenError(const ImageOptions& options, int error) {
+  const std::string& path = options.path;
+  std::string image = fmt::format("disk image '{}'", path);
+  std::string obstacle = FirstObstacle(path, error);
+  switch (error) {
+    case ENOENT:
+      if (!obstacle.empty()) {
+        return Fail(ErrorCode::kNotFound,
+                    fmt::format("{} doesn't exist: there is no directory '{}'", image, obstacle));
+      }
+      return Fail(
+          ErrorCode::kNotFound,
+          fmt::format("{} doesn't exist: check the path, or create it (truncate -s 10G '{}')",
+                      image, path));
+    case EACCES:
+    case EPERM:
+      if (!obstacle.empty()) {
+        return Fail(ErrorCode::kPermission,
+                    fmt::format("{} cannot be opened: uid {} may not enter the directory '{}'",
+                                image, geteuid(), obstacle));
+      }
+      if (faccessat(AT_FDCWD, path.c_str(), R_OK, AT_EACCESS) < 0) {
+        return Fail(ErrorCode::kPermission,
+                    fmt::format("{} is not readable by uid {}: give it access (chmod or chown)",
+                                image, geteuid()));
+      }
+      [[fallthrough]];
+    case EROFS:
+      return Fail(
+          ErrorCode::kPermission,
+          fmt::format(
+              "{} is not writable by uid {}: give it access, or attach the image with readonly=on",
+              image, geteuid()));
+    case EISDIR:
+      return Fail(ErrorCode::kInvalid, fmt::format("{} is a directory", image));
+    case EINVAL:
+      if (IsDirect(options.cache)) {
+        return Fail(
+            ErrorCode::kUnsupported,
+            fmt::format("{} is on a file system without direct I/O: use cache=writeback", image));
+      }
+      [[fallthrough]];
+    default:
+      return Fail(ErrnoError(error, fmt::format("cannot open {}", image)));
+  }
+}
+
+// The smallest unit that direct I/O takes here; found by trying, since few file systems tell.
+Result<uint32_t> ProbeDirectAlignment(int fd, const std::string& path) {
+  constexpr uint32_t kLargest = 4096;
+  std::unique_ptr<void, decltype(&free)> buffer(aligned_alloc(2 * kLargest, 2 * kLargest), &free);
+  if (!buffer) return Fail(ErrorCode::kNoSpace, "out of memory");
+  for (uint32_t unit = 512; unit <= kLargest; unit *= 2) {
+    // At an address that is aligned to `unit` and no more.
+    if (pread(fd, static_cast<char*>(buffer.get()) + unit % kLargest, unit, 0) >= 0) return unit;
+    if (errno != EINVAL)
+      return Fail(ErrnoError(errno, fmt::format("cannot read disk image '{}'", path)));
+  }
+  return Fail(
+      ErrorCode::kUnsupported,
+      fmt::format("disk image '{}' is on a device without usable direct I/O: use cache=writeback",
+                  path));
+}
+
+uint64_t RoundUp(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
+
+}  // namespace
+
+Result<OpenedFile> OpenImageFile(const ImageOptions& options) {
+  OpenedFile file;
+  file.fd.Reset(open(options.path.c_str(), OpenFlags(options)));
+  if (!file.fd) return OpenError(options, errno);
+  struct stat st;
+  if (fstat(file.fd.get(), &st) < 0) return OpenError(options, errno);
+  if (S_ISDIR(st.st_mode)) return OpenError(options, EISDIR);
+  if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) {
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("disk image '{}' is neither a file nor a block device", options.path));
+  }
+  fcntl(file.fd.get(), F_SETFL, OpenFlags(options) & ~O_NONBLOCK);
+
+  file.is_device = S_ISBLK(st.st_mode);
+  file.length_bytes = static_cast<uint64_t>(st.st_size);
+  file.discard_granularity = static_cast<uint32_t>(std::max<int64_t>(st.st_blksize, 512));
+  if (file.is_device) {
+    int sector = 512;
+    if (ioctl(file.fd.get(), BLKGETSIZE64, &file.length_bytes) < 0 ||
+        ioctl(file.fd.get(), BLKSSZGET, &sector) < 0) {
+      return Fail(
+          ErrnoError(errno, fmt::format("cannot tell the size of device '{}'", options.path)));
+    }
+    file.discard_granularity = static_cast<uint32_t>(sector);
+  }
+  if (options.locking == ImageOptions::Locking::kAuto) {
+    TRY(LockImage(file.fd.get(), options.path, {!options.read_only, options.share_write}));
+  }
+  file.size_bytes = RoundUp(file.length_bytes, kSectorSize);
+  if (IsDirect(options.cache)) {
+    file.direct_alignment = TRY(ProbeDirectAlignment(file.fd.get(), options.path));
+    file.size_bytes = RoundUp(file.size_bytes, file.direct_alignment);
+  }
+  return file;
+}
+
+}  // namespace kvartz::block

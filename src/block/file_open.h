@@ -1,0 +1,21 @@
+// Opening the host's file of a disk image: the errors that people meet, and what O_DIRECT asks for.
+#pragma once
+
+#include "base/fd.h"
+#include "block/node.h"
+
+namespace kvartz::block {
+
+struct OpenedFile {
+  UniqueFd fd;
+  bool is_device = false;
+  uint64_t size_bytes = 0;        // rounded up to 512 (and to direct_alignment)
+  uint64_t length_bytes = 0;      // as it is
+  uint32_t direct_alignment = 0;  // of offsets, lengths and memory with O_DIRECT; 0 without
+  uint32_t discard_granularity = 0;
+};
+
+// Opens, checks and locks. Errors name the image and what to do.
+Result<OpenedFile> OpenImageFile(const ImageOptions& options);
+
+}  // namespace kvartz::block

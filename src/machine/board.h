@@ -20,10 +20,15 @@
 
 namespace kvartz {
 class HostBackends;
+class IoApic;
 class PciDevice;
+class PicPair;
 }  // namespace kvartz
 
 namespace kvartz::machine {
+
+class IrqRouter;
+struct CpuEntry;
 
 // What a board is given. Everything outlives it.
 struct BoardEnv {
@@ -78,23 +83,35 @@ class Board : private cpu::AccelHost, private MsiSink {
   // each once.
   const std::vector<std::shared_ptr<RamBlock>>& ram_blocks() const { return ram_blocks_; }
 
-  // Devices stop touching guest memory, and may again.
-  void Quiesce();
-  void Resume();
+  // Guest time goes on, devices resume; and the reverse: devices are quiet (their transfers have
+  // ended), time stands still. By VcpuThreads, vCPUs parked.
+  void StartTime();
+  void StopTime();
 
  protected:
   Board(const MachineConfig& config, const MachineType& type, const BoardEnv& env);
 
   // Each board's part, in the order of construction.
-  virtual Result<> TakeOptions() = 0;
+  virtual Result<> TakeOptions() = 0;  // sets irqchip_
   virtual Result<> MapRam() = 0;
-  virtual Result<> WireDevices() = 0;
+  virtual Result<> WireDevices() = 0;  // connects router_, sets isa_irqs_ if there is an ISA bus
+  // Plugs the function where addr= and bus= say.
   virtual Result<> AttachPci(PciDevice& device, const Properties& properties) = 0;
-  virtual Result<> AttachVirtioMmio(const DeviceSpec& spec, const DeviceType& type,
-                                    const Properties& properties, Device** out) = 0;
+  struct MmioSlot {
+    uint64_t base = 0;
+    IrqLine irq;
+  };
+  // A free virtio-mmio slot.
+  virtual Result<MmioSlot> TakeMmioSlot(const DeviceSpec& spec) = 0;
   // Firmware tables, kernel and initrd go to RAM, vCPU 0 to its entry point. At the end of every
   // reset.
   virtual Result<> LoadBoot() = 0;
+
+  // Where boards put firmware tables when there is no firmware: RAM that the memory map calls
+  // reserved.
+  static constexpr uint64_t kFirmwareTables = 0xe0000;
+  // The bootstrap processor begins there.
+  Result<> EnterKernel(const CpuEntry& entry);
 
   DeviceEnv MakeEnv(const std::string& id);
   // Takes over a device that the board wired itself.
@@ -104,19 +121,45 @@ class Board : private cpu::AccelHost, private MsiSink {
     devices_.push_back(std::move(device));
     return reference;
   }
-  void MapPorts(MmioDevice& device, const std::string& name, uint16_t base, uint16_t count,
-                IoHandler* handler = nullptr);
-  Result<std::shared_ptr<RamBlock>> AddRam(const std::string& name, uint64_t size_bytes);
+  // Maps ports [base, base + count); the handler's offset of the first one is `handler_offset`.
+  void MapPorts(MmioDevice& device, uint16_t base, uint16_t count, uint64_t handler_offset = 0,
+                unsigned max_access = 1);
+  void MapMmio(MmioDevice& device, uint64_t base, uint64_t size);
+  // Creates the machine's RAM and maps it as PCs do: up to `low_limit` below 4 GiB, the rest above.
+  // [hole_begin, hole_end) of the block stays unmapped.
+  Result<> MapPcRam(uint64_t low_limit, uint64_t hole_begin, uint64_t hole_end);
+  // vCPUs and devices go, the last first. At the top of each derived destructor: devices refer to
+  // its buses.
+  void DestroyDevices();
 
   const MachineConfig config_;
   const MachineType type_;
   const BoardEnv env_;
+  cpu::IrqchipMode irqchip_ = cpu::IrqchipMode::kUser;
   AddressSpace memory_;
   AddressSpace ports_;
-  std::vector<std::shared_ptr<RamBlock>> ram_blocks_;
+  std::vector<std::shared_ptr<RamBlock>> ram_blocks_;  // the first is RAM itself
+  uint64_t low_ram_bytes_ = 0;                         // below 4 GiB, from 0
   std::unique_ptr<cpu::Accel> accel_;
+  std::unique_ptr<IrqRouter> router_;
+  PicPair* pic_ = nullptr;
+  IoApic* ioapic_ = nullptr;
+  IrqSink* isa_irqs_ = nullptr;
+  std::vector<std::unique_ptr<IoHandler>> port_windows_;
   std::vector<std::unique_ptr<Device>> devices_;
   std::vector<std::unique_ptr<cpu::Vcpu>> vcpus_;
+
+ private:
+  Result<> Build();
+  void MapPortsAt(MmioDevice& device, const DeviceRequest::PortRange& range, unsigned max_access);
+  // cpu::AccelHost and MsiSink.
+  uint8_t AcknowledgePic() final;
+  void BroadcastEoi(uint8_t vector) final;
+  void TripleFault(unsigned index) final;
+  void EngineFailed(unsigned index, const std::string& why) final;
+  void SendMsi(uint64_t address, uint32_t data) final;
+
+  unsigned auto_ids_ = 0;
 };
 
 }  // namespace kvartz::machine

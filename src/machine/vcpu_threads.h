@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -36,12 +37,14 @@ class VcpuThreads {
  private:
   struct Slot;
   void Body(Slot& slot);
-  void ParkAll();
 
   Board& board_;
   Mutex mutex_;
   CondVar changed_;
   bool run_ GUARDED_BY(mutex_) = false;
+  uint64_t run_count_ GUARDED_BY(mutex_) =
+      0;  // of ResumeAll: a vCPU that is stuck runs again in the next one only
+  std::atomic<bool> running_now_{false};  // run_, for the vCPUs' loops
   bool quit_ GUARDED_BY(mutex_) = false;
   bool running_ = false;
   std::vector<std::unique_ptr<Slot>> slots_;

@@ -14,8 +14,8 @@ namespace kvartz {
 
 class HostBackends;
 
-// Receives the level of interrupt lines: an interrupt controller, or the board's router. Any thread; a leaf: it may be called
-// with a device's lock held and never calls back into a device.
+// Receives the level of interrupt lines: an interrupt controller, or the board's router. Any
+// thread; a leaf: it may be called with a device's lock held and never calls back into a device.
 class IrqSink {
  public:
   virtual ~IrqSink() = default;
@@ -59,13 +59,14 @@ class MachineControl {
   virtual void ExitProcess(int code) = 0;
 };
 
-// The surroundings of a device, given to its constructor and copied there; what it refers to outlives the device.
+// The surroundings of a device, given to its constructor and copied there; what it refers to
+// outlives the device.
 struct DeviceEnv {
-  std::string id;       // "serial0", the user's id=, or a path such as "pci.0/03.0"
+  std::string id;  // "serial0", the user's id=, or a path such as "pci.0/03.0"
   AddressSpace& memory;
   AddressSpace& ports;
-  EventLoop& loop;      // the main loop
-  const VmClock& clock; // guest time
+  EventLoop& loop;       // the main loop
+  const VmClock& clock;  // guest time
   MsiSink& msi;
   MachineControl& machine;
   HostBackends* backends = nullptr;  // drives, netdevs, chardevs, I/O threads; null: none
@@ -78,8 +79,9 @@ enum class ResetPhase {
   kExit,   // the device may act again
 };
 
-// Guarded by its slot: lock() is held around every call below but Quiesce/Resume, around I/O (the bus takes it) and around the
-// timer and host callbacks of the device (which take it themselves with a LockGuard at their top).
+// Guarded by its slot: lock() is held around every call below but Quiesce/Resume, around I/O (the
+// bus takes it) and around the timer and host callbacks of the device (which take it themselves
+// with a LockGuard at their top).
 class Device {
  public:
   explicit Device(const DeviceEnv& env) : env_(env) {}
@@ -89,8 +91,8 @@ class Device {
 
   virtual void Reset(ResetPhase phase) = 0;
   virtual void VisitState(StateVisitor& visitor) = 0;
-  // The machine is about to be stopped or saved: returns when nothing of the device touches guest memory any more. Called
-  // on the main loop, without the lock, vCPUs parked. Resume undoes it.
+  // The machine is about to be stopped or saved: returns when nothing of the device touches guest
+  // memory any more. Called on the main loop, without the lock, vCPUs parked. Resume undoes it.
   virtual void Quiesce() {}
   virtual void Resume() {}
 

@@ -1,0 +1,123 @@
+// What -device makes: each virtio device on each transport.
+#include <fmt/core.h>
+
+#include "block/node.h"
+#include "device/core/backends.h"
+#include "device/core/device_types.h"
+#include "device/virtio/virtio_blk.h"
+#include "device/virtio/virtio_net.h"
+#include "device/virtio/virtio_pci.h"
+#include "device/virtio/virtio_rng.h"
+
+namespace kvartz {
+namespace {
+
+template <typename Config>
+Result<Config> ConfigOf(const DeviceRequest& request, std::span<const PropertySpec> table,
+                        const char* driver) {
+  Config config;
+  TRY(ApplyProperties(table, request.properties, driver, &config));
+  if (config.virtio.iommu_platform) {
+    return Fail(ErrorCode::kUnsupported,
+                "not supported yet: iommu_platform=on (there is no virtual IOMMU)");
+  }
+  if (!config.virtio.romfile.empty()) {
+    return Fail(ErrorCode::kUnsupported,
+                "not supported yet: option ROMs (say romfile= without a name)");
+  }
+  return config;
+}
+
+using DevicePtr = std::unique_ptr<VirtioDevice>;
+
+Result<DevicePtr> CreateBlk(const DeviceRequest& request, const char* driver) {
+  auto config = TRY(ConfigOf<BlkConfig>(request, kBlkProperties, driver));
+  HostBackends* backends = request.env.backends;
+  if (config.drive.empty())
+    return Fail(ErrorCode::kInvalid, "drive= is missing: name a -drive or -blockdev by its id");
+  block::Node* node = backends ? backends->FindDrive(config.drive) : nullptr;
+  if (!node)
+    return Fail(ErrorCode::kNotFound,
+                fmt::format("drive={}: there is no such -drive or -blockdev", config.drive));
+  if (!config.iothread.empty()) {
+    EventLoop* loop = backends->FindIoThread(config.iothread);
+    if (!loop)
+      return Fail(ErrorCode::kNotFound,
+                  fmt::format("iothread={}: there is no such -object iothread", config.iothread));
+    if (loop != &node->loop()) {
+      return Fail(ErrorCode::kState,
+                  fmt::format("iothread={}: drive '{}' is served by another thread",
+                              config.iothread, config.drive));
+    }
+  }
+  return TRY(VirtioBlk::Create(request.env, std::move(config), *node));
+}
+
+Result<DevicePtr> CreateNet(const DeviceRequest& request, const char* driver) {
+  auto config = TRY(ConfigOf<NetConfig>(request, kNetProperties, driver));
+  host::NetBackend* backend = nullptr;
+  if (!config.netdev.empty()) {
+    backend = request.env.backends ? request.env.backends->FindNetdev(config.netdev) : nullptr;
+    if (!backend)
+      return Fail(ErrorCode::kNotFound,
+                  fmt::format("netdev={}: there is no such -netdev", config.netdev));
+    if (backend->connected())
+      return Fail(ErrorCode::kBusy,
+                  fmt::format("netdev={}: another card is connected to it", config.netdev));
+  }
+  return TRY(VirtioNet::Create(request.env, config, backend));
+}
+
+Result<DevicePtr> CreateRng(const DeviceRequest& request, const char* driver) {
+  auto config = TRY(ConfigOf<RngConfig>(request, kRngProperties, driver));
+  if (config.period_ms == 0) return Fail(ErrorCode::kInvalid, "period: at least 1 millisecond");
+  return std::make_unique<VirtioRng>(request.env, config);
+}
+
+enum class Variant { kDefault, kTransitional, kNonTransitional };
+
+// What disable-legacy, disable-modern and the name together ask for.
+Result<VirtioPci::Interfaces> InterfacesOf(const VirtioConfig& config, Variant variant) {
+  bool legacy = config.disable_legacy != OnOffAuto::kOn && variant != Variant::kNonTransitional;
+  bool modern = !config.disable_modern;
+  if (variant == Variant::kTransitional && (!legacy || !modern)) {
+    return Fail(
+        ErrorCode::kInvalid,
+        "a transitional device has both interfaces: leave out disable-legacy and disable-modern");
+  }
+  if (!legacy && !modern)
+    return Fail(ErrorCode::kInvalid,
+                "without legacy and modern interface nothing is left of the device");
+  return !legacy  ? VirtioPci::Interfaces::kModernOnly
+         : modern ? VirtioPci::Interfaces::kTransitional
+                  : VirtioPci::Interfaces::kLegacyOnly;
+}
+
+template <Result<DevicePtr> (*kCreate)(const DeviceRequest&, const char*), Variant kVariant>
+Result<std::unique_ptr<Device>> MakeOnPci(DeviceRequest& request, const char* driver) {
+  DevicePtr device = TRY(kCreate(request, driver));
+  VirtioPci::Interfaces interfaces = TRY(InterfacesOf(device->options(), kVariant));
+  return TRY(VirtioPci::Create(request.env, std::move(device), interfaces));
+}
+
+}  // namespace
+
+// The factories of devices.def's rows for one kind of device.
+#define VIRTIO_FACTORIES(Name, name)                                                             \
+  Result<std::unique_ptr<Device>> MakeVirtio##Name##Pci(DeviceRequest& request) {                \
+    return MakeOnPci<Create##Name, Variant::kDefault>(request, "virtio-" name "-pci");           \
+  }                                                                                              \
+  Result<std::unique_ptr<Device>> MakeVirtio##Name##PciTransitional(DeviceRequest& request) {    \
+    return MakeOnPci<Create##Name, Variant::kTransitional>(request,                              \
+                                                           "virtio-" name "-pci-transitional");  \
+  }                                                                                              \
+  Result<std::unique_ptr<Device>> MakeVirtio##Name##PciNonTransitional(DeviceRequest& request) { \
+    return MakeOnPci<Create##Name, Variant::kNonTransitional>(                                   \
+        request, "virtio-" name "-pci-non-transitional");                                        \
+  }
+
+VIRTIO_FACTORIES(Blk, "blk")
+VIRTIO_FACTORIES(Net, "net")
+VIRTIO_FACTORIES(Rng, "rng")
+
+}  // namespace kvartz

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Writes the documents that follow from kvartz-vmm's own tables: make_docs.py PROGRAM [--check]
+
+  docs/kvartz-vmm.1    the man page, from -help
+  docs/devices.md      the devices, from -device help
+
+--check writes nothing and fails when a document is not what would be written.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+MAN_HEAD = r""".TH KVARTZ-VMM 1 "" "Kvartz {version}" "Kvartz"
+.SH NAME
+kvartz-vmm \- run a virtual machine
+.SH SYNOPSIS
+.B kvartz-vmm
+.RI [ option ...]
+.SH DESCRIPTION
+Runs one x86-64 virtual machine until its guest powers off or somebody ends it.
+Options, device names, the monitor and QMP are spelled as QEMU spells them.
+What is not known or not supported is refused by name before anything runs.
+.PP
+The engine is KVM where the host offers one that is fit to run a guest, and otherwise an x86-64 engine of our own; the first
+line of output says which, and why.
+.SH OPTIONS
+"""
+
+MAN_TAIL = r""".SH CONSOLE KEYS
+On a console that is shared with the monitor
+.RB ( \-nographic ,
+.BR "\-serial mon:stdio" ):
+.TP
+.B Ctrl-a h
+show the keys
+.TP
+.B Ctrl-a x
+end the machine
+.TP
+.B Ctrl-a c
+switch between console and monitor
+.TP
+.B Ctrl-a Ctrl-a
+send Ctrl-a
+.SH EXIT STATUS
+0 when the guest powered off or somebody ended the machine; 1 when it could not start or cannot go on; what the guest wrote
+to an isa-debug-exit device, as 2*value+1, when it did that.
+.SH EXAMPLES
+.nf
+kvartz-vmm -m 512 -nographic -kernel vmlinuz -initrd initrd.img -append console=ttyS0
+kvartz-vmm -M pc -m 1G -smp 2 -drive file=disk.img,format=raw,if=virtio -nic user,hostfwd=tcp::2222-:22 -nographic
+.fi
+"""
+
+
+def output(program, *arguments):
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def parse_options(text):
+    """(option, argument, help) of each "  -option ARGUMENT   help" of -help; the help may stand on the next line."""
+    rows = []
+    for line in text.splitlines():
+        if match := re.match(r"  -(\S+)(?: (\S.*?))?(?:\s{2,}(\S.*))?$", line):
+            rows.append([match[1], match[2] or "", match[3] or ""])
+        elif rows and not rows[-1][2] and line.startswith(" " * 20):
+            rows[-1][2] = line.strip()
+    return rows
+
+
+def roff(text):
+    text = text.replace("\\", r"\e").replace("-", r"\-")
+    return "\\&" + text if text.startswith((".", "'")) else text
+
+
+def man_page(program):
+    version = re.search(r"version (\S+)", output(program, "-version"))[1]
+    text = MAN_HEAD.format(version=version)
+    for option, argument, help_text in parse_options(output(program, "-help")):
+        text += f".TP\n.B \\-{roff(option)}\n" if not argument else f'.TP\n.BI \\-{roff(option)} " {roff(argument)}"\n'
+        text += roff(help_text) + "\n"
+    return text + MAN_TAIL
+
+
+def devices(program):
+    rows = re.findall(r'name "([^"]+)"(?:, bus (\w+))?.*?(?:desc "([^"]*)")?$', output(program, "-device", "help"), re.M)
+    if not rows:
+        sys.exit("make_docs: -device help lists nothing")
+    table = "".join(f"| `{name}` | {bus} | {description} |\n" for name, bus, description in rows)
+    return ("# Devices\n\nWhat `-device` takes; `-device NAME,help` lists a device's properties. Made from `-device help` by "
+            "tools/make_docs.py.\n\n| device | bus | what it is |\n|---|---|---|\n" + table)
+
+
+def main():
+    arguments = [a for a in sys.argv[1:] if a != "--check"]
+    if len(arguments) != 1:
+        sys.exit(__doc__)
+    stale = []
+    for path, text in (("docs/kvartz-vmm.1", man_page(arguments[0])), ("docs/devices.md", devices(arguments[0]))):
+        full = os.path.join(ROOT, path)
+        old = ""
+        if os.path.exists(full):
+            with open(full, encoding="utf-8") as file:
+                old = file.read()
+        if old == text:
+            continue
+        stale.append(path)
+        if "--check" not in sys.argv:
+            with open(full, "w", encoding="utf-8") as file:
+                file.write(text)
+    if stale and "--check" in sys.argv:
+        sys.exit(f"make_docs: {' and '.join(stale)} is not up to date; run ./dev fix, then commit")
+
+
+if __name__ == "__main__":
+    main()

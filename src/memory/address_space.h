@@ -53,7 +53,7 @@ struct Region {
   uint64_t size = 0;
   // Overlaps: the higher priority wins; within one, the later added.
   int priority = 0;
-  std::shared_ptr<RamBlock> ram;  // kRam, kRom
+  std::shared_ptr<RamBlock> ram = {};  // kRam, kRom
   uint64_t ram_offset = 0;
   IoHandler* handler = nullptr;
   Mutex* lock = nullptr;  // taken around the handler; null: the handler locks for itself
@@ -62,7 +62,7 @@ struct Region {
   // `size` is a multiple of min_access.
   unsigned min_access = 1;
   unsigned max_access = 8;
-  std::vector<Doorbell> doorbells;
+  std::vector<Doorbell> doorbells = {};
   // Writes may reach the handler late, in order, before the next access of any other kind (frame
   // buffers in planes, packet memory): KVM collects them.
   bool collect_writes = false;

@@ -10,8 +10,8 @@
 
 namespace kvartz {
 
-// Any thread. Costs one relaxed load a write while it is off. Also the place where writers tell of changed code: an engine
-// that decodes it switches the watch on.
+// Any thread. Costs one relaxed load a write while it is off. Also the place where writers tell of
+// changed code: an engine that decodes it switches the watch on.
 class DirtyBitmap {
  public:
   explicit DirtyBitmap(uint64_t size_bytes);

@@ -1,12 +1,14 @@
-// Which 4 KiB pages of a RAM block hold code that an engine has decoded, and whether it was written since.
+// Which 4 KiB pages of a RAM block hold code that an engine has decoded, and whether it was written
+// since.
 #pragma once
 
 #include <cstdint>
 
 namespace kvartz {
 
-// One word a page: bit 0: watched; bit 1: some CPU may write without telling (it holds a writable translation); above: the
-// page's generation. Any thread; words are accessed with __atomic builtins. Words of pages that nobody watches cost no memory.
+// One word a page: bit 0: watched; bit 1: some CPU may write without telling (it holds a writable
+// translation); above: the page's generation. Any thread; words are accessed with __atomic
+// builtins. Words of pages that nobody watches cost no memory.
 class PageWatch {
  public:
   static constexpr uint32_t kWatched = 1, kWritable = 2, kGeneration = 4;

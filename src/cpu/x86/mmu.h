@@ -119,7 +119,7 @@ bool Probe(Cpu& cpu, uint64_t linear, uint64_t* physical);
 // Segment checks; the linear address. Canonical checks are the slow path's: the TLB holds only canonical pages.
 inline uint64_t Linear(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size, Access access) {
   if (cpu.flat_segments) [[likely]] {
-    if (seg < kFs) return offset;
+    if (seg < kFs && !(access == Access::kWrite && seg == kCs)) return offset;  // code segments aren't writable
     if (cpu.code_mode == CodeMode::k64) return offset + cpu.seg[seg].base;
   }
   return CheckSegment(cpu, seg, offset, size, access);

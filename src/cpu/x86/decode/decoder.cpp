@@ -249,6 +249,9 @@ class Decoder {
     const bool swap_address = (insn_.flags & kHas67) != 0;
     const bool swap_operand = (insn_.flags & kHas66) != 0 && row.prefix != PrefixRule::k66;
     const bool w64 = w_ && is64();
+    if (!is64() && row.w == Tri::kAny) {
+      insn_.rex &= static_cast<uint8_t>(~8);  // VEX.W that chooses a register size counts in 64-bit mode only
+    }
     switch (context_.mode) {
       case CodeMode::k16:
         insn_.address_size = swap_address ? 4 : 2;
@@ -387,8 +390,13 @@ class Decoder {
         return true;
       case ImmKind::kIb:
       case ImmKind::kCb:
-      case ImmKind::kIs4:
         return Number(1, value);
+      case ImmKind::kIs4:
+        if (!Number(1, value)) {
+          return false;
+        }
+        *value &= is64() ? 0xff : 0x7f;  // eight registers outside 64-bit mode
+        return true;
       case ImmKind::kIw:
         return Number(2, value);
       case ImmKind::kId:

@@ -40,10 +40,13 @@ enum class VectorClass : uint8_t { kX87, kMmx, kSse, kAvx };
 void CheckVectorEnabled(Cpu& cpu, VectorClass vector_class);
 // Raises #MF if an unmasked x87 exception is pending.
 void CheckX87Pending(Cpu& cpu);
+// Makes `top` the top of the stack without moving a register: ST(i) are other registers then.
+void TurnX87(XsaveArea& fpu, unsigned top);
 // Turns the register file as MMX instructions do: physical order, TOP 0, all tags valid.
 void EnterMmx(XsaveArea& fpu);
-// Raises #XM (or #UD without CR4.OSXMMEXCPT) if `raised` holds an exception that MXCSR doesn't
-// mask; else adds it to MXCSR.
-void CommitSimdExceptions(Cpu& cpu, uint32_t raised);
+// Calls a stub that uses MXCSR: under the guest's masks, so that the host's CPU itself decides what
+// an unmasked exception does. False if one was raised: then nothing was stored. `frame.mxcsr` has
+// the exceptions that came up.
+bool CallWithMxcsr(NativeStub stub, NativeFrame& frame, XsaveArea& fpu);
 
 }  // namespace kvartz::cpu::x86

@@ -6,6 +6,7 @@
 
 #include "cpu/x86/interp/native.h"
 #include "cpu/x86/interp/vector_plan.h"
+#include "cpu/x86/mmu.h"
 
 namespace kvartz::cpu::x86 {
 
@@ -34,29 +35,18 @@ void CheckX87Pending(Cpu& cpu) {
   if ((cpu.fpu.fsw & kErrorSummary) && (cpu.cr0 & cr0::kNe)) Raise(cpu, kMF);
 }
 
-void EnterMmx(XsaveArea& fpu) {
-  const unsigned top = (fpu.fsw >> 11) & 7;
-  if (top != 0) {
-    uint8_t physical[8][16];
-    for (unsigned i = 0; i < 8; ++i) std::memcpy(physical[(i + top) & 7], fpu.st[i], 16);
-    std::memcpy(fpu.st, physical, sizeof(fpu.st));
-  }
-  fpu.fsw &= static_cast<uint16_t>(~0x3800);
-  fpu.ftw = 0xff;
+void TurnX87(XsaveArea& fpu, unsigned top) {
+  const unsigned turn = (((fpu.fsw >> 11) & 7) - top) & 7;
+  if (turn == 0) return;
+  uint8_t turned[8][16];
+  for (unsigned i = 0; i < 8; ++i) std::memcpy(turned[(i + turn) & 7], fpu.st[i], 16);
+  std::memcpy(fpu.st, turned, sizeof(fpu.st));
+  fpu.fsw = static_cast<uint16_t>((fpu.fsw & ~0x3800) | top << 11);
 }
 
-void CommitSimdExceptions(Cpu& cpu, uint32_t raised) {
-  raised &= 0x3f;
-  const uint32_t unmasked = raised & ~(cpu.fpu.mxcsr >> 7);
-  if (unmasked == 0) [[likely]] {
-    cpu.fpu.mxcsr |= raised;
-    return;
-  }
-  // Invalid, denormal and divide-by-zero are found before the result; what the result would have
-  // raised isn't then.
-  constexpr uint32_t kBefore = 0x7;
-  cpu.fpu.mxcsr |= (unmasked & kBefore) ? raised & kBefore : raised;
-  Raise(cpu, (cpu.cr4 & cr4::kOsxmmexcpt) ? kXM : kUD);
+void EnterMmx(XsaveArea& fpu) {
+  TurnX87(fpu, 0);
+  fpu.ftw = 0xff;
 }
 
 namespace {
@@ -105,8 +95,8 @@ void ExecX87(Cpu& cpu, const Insn& insn, const VectorPlan& plan) {
     offset = EffectiveAddress(cpu, insn);
     // A masked response writes the operand, an unmasked one doesn't: what is there must be known in
     // either case.
-    ReadMemBytes(cpu, insn.seg(), offset, frame.memory, plan.memory_size);
     if (plan.memory_written) CheckWrite(cpu, insn.seg(), offset, plan.memory_size);
+    ReadMemBytes(cpu, insn.seg(), offset, frame.memory, plan.memory_size);
   }
   frame.flags = cpu.rflags & rflags::kStatus;
   XsaveArea& fpu = cpu.fpu;
@@ -129,15 +119,20 @@ void ExecNative(Cpu& cpu, const Insn& insn) {
   const VectorPlan& plan = VectorPlan::Of(*insn.row);
   if (plan.x87) return ExecX87(cpu, insn, plan);
   CheckVectorEnabled(cpu, plan.vector_class);
-  if (plan.mmx) CheckX87Pending(cpu);
   NativeFrame frame;
   uint64_t offset = 0;
   const bool memory = insn.has_memory();
+  const bool mmx = plan.mmx && !(memory && plan.mmx_in_rm);
   const unsigned memory_size = plan.MemorySize(insn);
+  if (mmx) CheckX87Pending(cpu);
   if (memory) {
     offset = EffectiveAddress(cpu, insn);
     if (plan.align) CheckAlignment(cpu, insn, offset, memory_size);
-    if (!plan.memory_written) ReadMemBytes(cpu, insn.seg(), offset, frame.memory, memory_size);
+    if (!plan.memory_written) {
+      ReadMemBytes(cpu, insn.seg(), offset, frame.memory, memory_size);
+    } else if (plan.fp) {
+      CheckWrite(cpu, insn.seg(), offset, memory_size);  // a page fault leaves MXCSR alone
+    }
   }
   for (unsigned i = 0; i < plan.input_count; ++i) {
     const VectorPlan::Register& in = plan.inputs[i];
@@ -159,14 +154,19 @@ void ExecNative(Cpu& cpu, const Insn& insn) {
     frame.rax = cpu.gpr[kRax];
     frame.rdx = cpu.gpr[kRdx];
   }
-  if (plan.fp) frame.mxcsr = (cpu.fpu.mxcsr & 0xffc0) | 0x1f80;
-
-  plan.Stub(insn)(&frame, &cpu.fpu);
-
-  if (plan.fp) CommitSimdExceptions(cpu, frame.mxcsr);
+  bool completed = true;
+  if (plan.fp) {
+    frame.mxcsr = cpu.fpu.mxcsr & ~0x3fu;
+    completed = CallWithMxcsr(plan.Stub(insn), frame, cpu.fpu);
+  } else {
+    plan.Stub(insn)(&frame, &cpu.fpu);
+  }
+  if (mmx && !plan.memory_written) EnterMmx(cpu.fpu);  // before a SIMD exception is reported
+  if (plan.fp) cpu.fpu.mxcsr |= frame.mxcsr & 0x3f;
+  if (!completed) Raise(cpu, (cpu.cr4 & cr4::kOsxmmexcpt) ? kXM : kUD);
   const bool to_memory = plan.memory_written && memory;
   if (to_memory) WriteMemBytes(cpu, insn.seg(), offset, frame.memory, memory_size);
-  if (plan.mmx) EnterMmx(cpu.fpu);
+  if (mmx) EnterMmx(cpu.fpu);
   if (plan.writes_register && !to_memory) CommitRegister(cpu, insn, plan, frame);
   if (plan.string_index) cpu.gpr[kRcx] = static_cast<uint32_t>(frame.rcx);
   if (plan.string_mask) StoreVector(cpu, 0, frame.vector[0], plan.vex);

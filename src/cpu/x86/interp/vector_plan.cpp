@@ -76,6 +76,7 @@ VectorPlan::VectorPlan(const Row& row) {
     if (input_count > before) {
       vector |= inputs[before].file == File::kVector;
       mmx |= inputs[before].file == File::kMmx;
+      mmx_in_rm |= operand.kind == kMmRm && vector;
       writes_register |= i == 0 && (row.attributes & kNoWrite) == 0;
     }
   }

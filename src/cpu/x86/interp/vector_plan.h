@@ -48,6 +48,8 @@ struct VectorPlan {
   }
 
   VectorClass vector_class = VectorClass::kSse;
+  bool mmx_in_rm =
+      false;  // the MMX register may be memory instead (CVTPI2PS): then the x87 unit isn't touched
   bool x87 = false, mmx = false, vex = false, fp = false, align = false;
   bool memory_written = false;   // the memory operand is the destination
   bool writes_register = false;  // inputs[0] is the destination

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "cpu/x86/interp/native.h"
+#include "cpu/x86/mmu.h"
 
 namespace kvartz::cpu::x86 {
 namespace {
@@ -86,6 +87,7 @@ void LoadX87(Cpu& cpu, const Insn& insn, const uint8_t* area) {
 }
 
 void InitX87(XsaveArea& fpu) {
+  TurnX87(fpu, 0);
   fpu.fcw = 0x37f;
   fpu.fsw = 0;
   fpu.ftw = 0;
@@ -174,6 +176,7 @@ void LoadEnvironment(Cpu& cpu, const Insn& insn, const Environment& env) {
     return value;
   };
   fpu.fcw = static_cast<uint16_t>((get(0) & 0x1f3f) | 0x40);
+  TurnX87(fpu, get(1) >> 11 & 7);
   fpu.fsw = static_cast<uint16_t>(get(1));
   const uint32_t tags = get(2);
   fpu.ftw = 0;

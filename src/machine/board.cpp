@@ -219,6 +219,21 @@ Result<> Board::Reset() {
   return LoadBoot();
 }
 
+std::vector<uint32_t> Board::ApicIds() const {
+  std::vector<uint32_t> ids;
+  for (unsigned i = 0; i < config_.cpu_count; i++) {
+    const cpu::CpuidTable& table = accel_->cpuid(i);
+    const cpu::CpuidLeaf* topology = table.Find(0xb, 0);
+    ids.push_back(topology && topology->ebx ? topology->edx : table.Lookup(1, 0).ebx >> 24);
+  }
+  return ids;
+}
+
+uint64_t Board::PhysicalLimit() const {
+  unsigned bits = accel_->cpuid(0).Lookup(0x80000008, 0).eax & 0xff;
+  return 1ull << std::clamp(bits, 32u, 52u);
+}
+
 Result<> Board::EnterKernel(const CpuEntry& entry) {
   cpu::X86State state;
   TRY(vcpus_[0]->GetState(&state));

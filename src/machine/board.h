@@ -109,9 +109,13 @@ class Board : private cpu::AccelHost, private MsiSink {
 
   // Where boards put firmware tables when there is no firmware: RAM that the memory map calls
   // reserved.
-  static constexpr uint64_t kFirmwareTables = 0xe0000;
+  static constexpr uint64_t kFirmwareTables = 0xe0000, kSmbiosTables = 0xf0000;
   // The bootstrap processor begins there.
   Result<> EnterKernel(const CpuEntry& entry);
+
+  // From the CPUID tables: local APIC ids, and the highest physical address plus one.
+  std::vector<uint32_t> ApicIds() const;
+  uint64_t PhysicalLimit() const;
 
   DeviceEnv MakeEnv(const std::string& id);
   // Takes over a device that the board wired itself.

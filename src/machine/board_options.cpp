@@ -1,5 +1,7 @@
 #include "machine/board_options.h"
 
+#include <unistd.h>
+
 #include <cctype>
 #include <charconv>
 #include <ctime>
@@ -88,6 +90,40 @@ Result<int> ParsePciAddress(const std::string& id, const Properties& properties)
                     " is no PCI address; write SLOT or SLOT.FUNCTION (hexadecimal, to 1f.7)");
   }
   return slot << 3 | function;
+}
+
+Result<std::optional<uint32_t>> ParseBootIndex(const std::string& id,
+                                               const Properties& properties) {
+  const std::string* text = properties.Find("bootindex");
+  if (!text) return std::optional<uint32_t>();
+  uint32_t index = 0;
+  auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), index);
+  if (error != std::errc() || end != text->data() + text->size()) {
+    return Fail(ErrorCode::kInvalid, "device '" + id + "': bootindex=" + *text + " is no number");
+  }
+  return index;
+}
+
+Result<BootFile> FindFirmware(const BootConfig& boot, const std::string& fallback) {
+  const std::string& name = boot.firmware.empty() ? fallback : boot.firmware;
+  std::vector<std::string> directories = boot.data_dirs;
+  for (const char* directory : {"/usr/share/seabios", "/usr/share/qemu"})
+    directories.push_back(directory);
+  if (!boot.firmware.empty() && access(name.c_str(), F_OK) == 0)
+    return BootFile::Open("firmware", name);
+  if (name.find('/') == std::string::npos) {
+    for (const std::string& directory : directories) {
+      std::string path = directory + "/" + name;
+      if (access(path.c_str(), F_OK) == 0) return BootFile::Open("firmware", path);
+    }
+  }
+  if (boot.firmware.empty()) {
+    return Fail(
+        ErrorCode::kNotFound,
+        "there is no kernel and no firmware: give -kernel, or install the package seabios (" +
+            name + ")");
+  }
+  return BootFile::Open("firmware", name);
 }
 
 int64_t RtcOffset(const RtcConfig& config) {

@@ -1,9 +1,11 @@
 // What boards share in reading their options.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "device/core/properties.h"
+#include "machine/loader/boot_file.h"
 #include "machine/machine_config.h"
 
 namespace kvartz::machine {
@@ -49,6 +51,11 @@ Result<uint64_t> ParseSize(const std::string& what, const std::string& text);
 // addr=SLOT[.FUNCTION] (hexadecimal) of a device on the only bus, as devfn; -1: not given. Errors:
 // malformed, another bus.
 Result<int> ParsePciAddress(const std::string& id, const Properties& properties);
+// bootindex=N of a device. Errors: not a number.
+Result<std::optional<uint32_t>> ParseBootIndex(const std::string& id, const Properties& properties);
+// The firmware file: as given (a path, or a name in one of the data directories), or `fallback`
+// there. Errors: not found.
+Result<BootFile> FindFirmware(const BootConfig& boot, const std::string& fallback);
 // Seconds that the RTC shows beyond UTC of the host.
 int64_t RtcOffset(const RtcConfig& config);
 

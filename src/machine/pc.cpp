@@ -1,9 +1,12 @@
 #include "machine/pc.h"
 
+#include <fmt/core.h>
+
 #include <algorithm>
 
-#include "base/check.h"
+#include "base/endian.h"
 #include "device/char/i8042.h"
+#include "device/core/fw_cfg.h"
 #include "device/core/properties.h"
 #include "device/irq/ioapic.h"
 #include "device/irq/pic_8259.h"
@@ -11,8 +14,10 @@
 #include "device/pci/pci_config.h"
 #include "device/pci/piix3.h"
 #include "device/pci/piix4_pm.h"
+#include "device/timer/hpet.h"
 #include "device/timer/pit_8254.h"
 #include "device/timer/rtc.h"
+#include "machine/acpi/pc_acpi.h"
 #include "machine/board_options.h"
 #include "machine/irq_router.h"
 #include "machine/wall_clock.h"
@@ -81,16 +86,30 @@ Result<> PcBoard::MapRam() {
   return {};
 }
 
-Result<> PcBoard::WireDevices() {
-  if (config_.boot.kernel.empty()) {
-    return Fail(ErrorCode::kUnsupported, "no kernel to start; give one with -kernel");
-  } else {
-    kernel_ = TRY(Kernel::OpenPath(config_.boot.kernel));
-    if (!config_.boot.initrd.empty()) TRY(kernel_->OpenInitrd(config_.boot.initrd));
+Result<> PcBoard::OpenFirmware() {
+  BootFile file = TRY(FindFirmware(config_.boot, "bios-256k.bin"));
+  constexpr uint64_t kUnit = 64 << 10, kMost = 16 * kMiB;
+  if (file.size() % kUnit || file.size() > kMost) {
+    return file.Bad(
+        "is no firmware for a PC: its size must be a multiple of 64 KiB, up to 16 MiB, and is " +
+        std::to_string(file.size()));
   }
+  bios_ = TRY(RamBlock::Create("bios", file.size()));
+  TRY(file.Read(0, bios_->host(), file.size()));
+  Region region;
+  region.name = "bios";
+  region.kind = RegionKind::kRom;
+  region.base = k4GiB - file.size();
+  region.size = file.size();
+  region.ram = bios_;
+  memory_.Add(std::move(region));
+  return {};
+}
+
+void PcBoard::WireInterrupts() {
   isa_irqs_ = router_.get();
-  bool user_irqchip = irqchip_ == cpu::IrqchipMode::kUser;
-  if (user_irqchip) {
+  Pit8254* pit = nullptr;
+  if (irqchip_ == cpu::IrqchipMode::kUser) {
     pic_output_ = std::make_unique<PicOutput>(*accel_);
     pic_ = &Own(std::make_unique<PicPair>(MakeEnv("pic"), IrqLine(*pic_output_, 0)));
     MapPorts(*pic_, PicPair::kMaster, 2, PicPair::kMaster);
@@ -98,20 +117,25 @@ Result<> PcBoard::WireDevices() {
     MapPorts(*pic_, PicPair::kElcr, 2, PicPair::kElcr);
     ioapic_ = &Own(std::make_unique<IoApic>(MakeEnv("ioapic")));
     MapMmio(*ioapic_, IoApic::kBase, IoApic::kSize);
-    Pit8254& pit = Own(std::make_unique<Pit8254>(MakeEnv("pit"), IrqLine(*router_, 0)));
-    MapPorts(pit, Pit8254::kBase, 4, Pit8254::kBase);
-    MapPorts(pit, Pit8254::kSpeaker, 1, Pit8254::kSpeaker);
+    pit = &Own(std::make_unique<Pit8254>(MakeEnv("pit"), IrqLine(*router_, 0)));
+    MapPorts(*pit, Pit8254::kBase, 4, Pit8254::kBase);
+    MapPorts(*pit, Pit8254::kSpeaker, 1, Pit8254::kSpeaker);
   }
   router_->Connect(pic_, ioapic_);
   rtc_ = &Own(std::make_unique<Rtc>(MakeEnv("rtc"), IrqLine(*router_, 8), WallClock::Instance(),
                                     RtcOffset(config_.rtc)));
   MapPorts(*rtc_, Rtc::kBase, 2);
   FillCmos();
-  I8042& i8042 = Own(std::make_unique<I8042>(MakeEnv("i8042")));
-  MapPorts(i8042, I8042::kData, 1, I8042::kData);
-  MapPorts(i8042, I8042::kCommand, 1, I8042::kCommand);
-  MapPorts(i8042, I8042::kPort92, 1, I8042::kPort92);
+  if (options_.hpet) {
+    // PCI doesn't use the pins beyond the ISA lines. The kernel's PIT can't be replaced.
+    Hpet::Wiring wiring{router_.get(), 0xff0000, {}};
+    if (pit) wiring.replaced = [pit](bool legacy) { pit->SetIrqConnected(!legacy); };
+    hpet_ = &Own(std::make_unique<Hpet>(MakeEnv("hpet"), std::move(wiring)));
+    MapMmio(*hpet_, Hpet::kBase, Hpet::kSize);
+  }
+}
 
+Result<> PcBoard::WirePci() {
   pirq_ = std::make_unique<IrqForward>();
   pci_ = std::make_unique<PciBus>(*pirq_);
   host_bridge_ = &Own(std::make_unique<I440fx>(MakeEnv("pci.0/00.0"), ram_blocks_[0], bios_));
@@ -132,6 +156,39 @@ Result<> PcBoard::WireDevices() {
   PciConfigPorts& config_ports =
       Own(std::make_unique<PciConfigPorts>(MakeEnv("pci-config"), *pci_));
   MapPorts(config_ports, PciConfigPorts::kBase, 8, 0, 4);
+  return {};
+}
+
+Result<> PcBoard::WireDevices() {
+  if (config_.boot.kernel.empty()) {
+    if (!config_.boot.initrd.empty() || !config_.boot.cmdline.empty()) {
+      return Fail(ErrorCode::kInvalid,
+                  "-initrd and -append go with a kernel; give one with -kernel");
+    }
+    TRY(OpenFirmware());
+  } else {
+    if (!config_.boot.firmware.empty()) {
+      return Fail(ErrorCode::kUnsupported,
+                  "not supported yet: -kernel together with -bios; a kernel needs no firmware "
+                  "here, leave out -bios");
+    }
+    kernel_ = TRY(Kernel::OpenPath(config_.boot.kernel));
+    if (!config_.boot.initrd.empty()) TRY(kernel_->OpenInitrd(config_.boot.initrd));
+  }
+  WireInterrupts();
+  I8042& i8042 = Own(std::make_unique<I8042>(MakeEnv("i8042")));
+  MapPorts(i8042, I8042::kData, 1, I8042::kData);
+  MapPorts(i8042, I8042::kCommand, 1, I8042::kCommand);
+  MapPorts(i8042, I8042::kPort92, 1, I8042::kPort92);
+  TRY(WirePci());
+  for (const auto& [name, data] : config_.fw_cfg_files) {
+    if (name.empty() || name.size() > FwCfg::kMaxName) {
+      return Fail(ErrorCode::kInvalid,
+                  "-fw_cfg name='" + name + "': names have 1 to 55 characters");
+    }
+  }
+  fw_cfg_ = &Own(std::make_unique<FwCfg>(MakeEnv("fw_cfg")));
+  MapPorts(*fw_cfg_, FwCfg::kBase, 12, 0, 8);
   return {};
 }
 
@@ -176,8 +233,10 @@ void PcBoard::FillCmos() {
 }
 
 Result<> PcBoard::AttachPci(PciDevice& device, const Properties& properties) {
-  int devfn = TRY(ParsePciAddress(device.id(), properties));
-  TRY(pci_->Plug(device, devfn));
+  int wanted = TRY(ParsePciAddress(device.id(), properties));
+  std::optional<uint32_t> boot_index = TRY(ParseBootIndex(device.id(), properties));
+  uint8_t devfn = TRY(pci_->Plug(device, wanted));
+  if (boot_index) boot_devices_.push_back({*boot_index, devfn});
   return {};
 }
 
@@ -260,9 +319,144 @@ void PcBoard::AssignBars() {
   }
 }
 
+// \_SB.PCI0's window for 64-bit BARs lies behind RAM, as far as the processor reaches and no
+// further than needed.
+AcpiTables PcBoard::Acpi() const {
+  PcAcpiConfig acpi;
+  acpi.cpus.apic_ids = ApicIds();
+  acpi.pci_hole_begin = pci_hole_begin_;
+  constexpr uint64_t kGiB = 1ull << 30, kWindow = 512 * kGiB;
+  uint64_t ram_end = k4GiB + config_.ram_bytes - low_ram_bytes_;
+  acpi.pci_window64_begin = (ram_end + kGiB - 1) / kGiB * kGiB;
+  acpi.pci_window64_end = std::max(acpi.pci_window64_begin,
+                                   std::min(acpi.pci_window64_begin + kWindow, PhysicalLimit()));
+  acpi.pm_base = kPmBase;
+  acpi.sci = kSciLine;
+  acpi.hpet = hpet_ != nullptr;
+  acpi.fw_cfg = fw_cfg_ != nullptr;
+  ViewCache ports(const_cast<AddressSpace&>(ports_));
+  constexpr uint16_t kSerial[] = {0x3f8, 0x2f8, 0x3e8, 0x2e8};
+  for (unsigned i = 0; i < 4; i++) {
+    if (ports.Get().Find(kSerial[i])) acpi.serial_ports |= 1 << i;
+  }
+  return BuildPcAcpi(acpi);
+}
+
+SmbiosTables PcBoard::Smbios() const {
+  SmbiosInput input;
+  input.texts = &config_.smbios;
+  input.machine_name = type_.name;
+  if (config_.uuid) input.uuid = *config_.uuid;
+  input.sockets = config_.topology.sockets;
+  input.cores_per_socket = config_.topology.dies * config_.topology.cores;
+  input.threads_per_socket = input.cores_per_socket * config_.topology.threads;
+  cpu::CpuidLeaf features = accel_->cpuid(0).Lookup(1, 0);
+  input.cpuid_signature = features.eax;
+  input.cpuid_features = features.edx;
+  input.ram.push_back({0, low_ram_bytes_});
+  if (config_.ram_bytes > low_ram_bytes_)
+    input.ram.push_back({k4GiB, config_.ram_bytes - low_ram_bytes_});
+  return BuildSmbios(input);
+}
+
+// Open Firmware paths of the functions with a bootindex, one a line; SeaBIOS looks at their class
+// names no closer than this.
+std::vector<uint8_t> PcBoard::BootOrder() const {
+  std::string text;
+  std::vector<BootDevice> sorted = boot_devices_;
+  std::stable_sort(sorted.begin(), sorted.end());
+  for (const BootDevice& device : sorted) {
+    uint32_t base_class = pci_->ConfigRead(device.devfn, pci::kClass + 2, 1);
+    unsigned function = device.devfn & 7;
+    std::string at =
+        fmt::format("{:x}", device.devfn >> 3) + (function ? fmt::format(",{:x}", function) : "");
+    text += "/pci@i0cf8/";
+    switch (base_class) {
+      case 1:
+        text += "scsi@" + at + "/disk@0,0";
+        break;
+      case 2:
+        text += "ethernet@" + at + "/ethernet-phy@0";
+        break;
+      default:
+        text += "pci@" + at;
+    }
+    text += "\n";
+  }
+  if (text.empty()) return {};
+  return std::vector<uint8_t>(text.c_str(), text.c_str() + text.size() + 1);
+}
+
+void PcBoard::FillFwCfg() {
+  FwCfg& fw = *fw_cfg_;
+  if (config_.uuid)
+    fw.SetItem(FwCfg::kUuid, std::vector<uint8_t>(config_.uuid->begin(), config_.uuid->end()));
+  fw.SetInteger(FwCfg::kRamSize, config_.ram_bytes, 8);
+  fw.SetInteger(FwCfg::kNoGraphic, 1, 2);
+  fw.SetInteger(FwCfg::kCpuCount, config_.cpu_count, 2);
+  fw.SetInteger(FwCfg::kMaxCpus, config_.cpu_count, 2);
+  fw.SetInteger(FwCfg::kBootMenu, config_.boot.menu.value_or(false), 2);
+  fw.SetItem(FwCfg::kNuma, std::vector<uint8_t>(8 * (1 + config_.cpu_count)));
+  fw.SetInteger(FwCfg::kIrq0Override, 1, 4);
+  // S5 by its type, S3 and S4 not offered.
+  fw.SetFile("etc/system-states", {0x80, 0, 0, 1, 2, 0x80});
+  std::vector<uint8_t> e820;
+  auto add = [&](uint64_t base, uint64_t size, uint32_t type) {
+    struct {
+      Le64 base, size;
+      Le32 type;
+    } entry{base, size, type};
+    const auto* bytes = reinterpret_cast<const uint8_t*>(&entry);
+    e820.insert(e820.end(), bytes, bytes + sizeof entry);
+  };
+  add(0, low_ram_bytes_, E820Entry::kRam);
+  if (config_.ram_bytes > low_ram_bytes_)
+    add(k4GiB, config_.ram_bytes - low_ram_bytes_, E820Entry::kRam);
+  add(0xfeffc000, 0x4000, E820Entry::kReserved);
+  fw.SetFile("etc/e820", std::move(e820));
+  if (options_.acpi) {
+    AcpiTables acpi = Acpi();
+    fw.SetFile("etc/acpi/tables", acpi.tables());
+    fw.SetFile("etc/acpi/rsdp", acpi.rsdp());
+    fw.SetFile("etc/table-loader", acpi.LoaderScript());
+  }
+  SmbiosTables smbios = Smbios();
+  fw.SetFile("etc/smbios/smbios-anchor", smbios.anchor);
+  fw.SetFile("etc/smbios/smbios-tables", smbios.tables);
+  if (std::vector<uint8_t> order = BootOrder(); !order.empty())
+    fw.SetFile("bootorder", std::move(order));
+  if (config_.boot.splash_time_ms) {
+    fw.SetFile("etc/boot-menu-wait", {static_cast<uint8_t>(*config_.boot.splash_time_ms),
+                                      static_cast<uint8_t>(*config_.boot.splash_time_ms >> 8)});
+  }
+  // Without a display, SeaBIOS's messages and int 10h text go to the first serial port.
+  if (ViewCache(ports_).Get().Find(0x3f8)) fw.SetFile("etc/sercon-port", {0xf8, 0x03});
+  for (const auto& [name, data] : config_.fw_cfg_files) fw.SetFile(name, data);
+}
+
 Result<> PcBoard::LoadBoot() {
+  {
+    LockGuard guard(fw_cfg_->lock());
+    FillFwCfg();
+  }
+  if (!kernel_) return {};  // the processor begins in the firmware
   PlayFirmware();
-  BootSpace space{memory_, low_ram_bytes_, E820(), 0, config_.boot.cmdline};
+  GuestMemory memory(memory_);
+  uint64_t rsdp = 0;
+  if (options_.acpi) {
+    std::vector<uint8_t> tables = Acpi().PlaceAt(kFirmwareTables);
+    if (tables.size() > kSmbiosTables - kFirmwareTables) {
+      return Fail(ErrorCode::kNoSpace, "the ACPI tables for " + std::to_string(config_.cpu_count) +
+                                           " CPUs are too long");
+    }
+    memory.Write(Gpa(kFirmwareTables), tables.data(), tables.size());
+    rsdp = kFirmwareTables;
+  }
+  std::vector<uint8_t> smbios = Smbios().PlaceAt(kSmbiosTables);
+  if (smbios.size() > kMiB - kSmbiosTables)
+    return Fail(ErrorCode::kNoSpace, "the SMBIOS tables are too long; shorten -smbios");
+  memory.Write(Gpa(kSmbiosTables), smbios.data(), smbios.size());
+  BootSpace space{memory_, low_ram_bytes_, E820(), rsdp, config_.boot.cmdline};
   CpuEntry entry = TRY(kernel_->Load(space));
   return EnterKernel(entry);
 }

@@ -5,8 +5,10 @@
 #include <optional>
 
 #include "device/pci/pci_device.h"
+#include "machine/acpi/tables.h"
 #include "machine/board.h"
 #include "machine/loader/kernel.h"
+#include "machine/smbios.h"
 
 namespace kvartz {
 class I440fx;
@@ -14,6 +16,7 @@ class Piix3;
 class Piix4Pm;
 class Rtc;
 class FwCfg;
+class Hpet;
 }  // namespace kvartz
 
 namespace kvartz::machine {
@@ -37,7 +40,14 @@ class PcBoard final : public Board {
   Result<MmioSlot> TakeMmioSlot(const DeviceSpec& spec) override;
   Result<> LoadBoot() override;
 
-  Result<> LoadFirmware();
+  Result<> OpenFirmware();
+  void WireInterrupts();
+  Result<> WirePci();
+  AcpiTables Acpi() const;
+  SmbiosTables Smbios() const;
+  // Tables and data for firmware; devices may have changed since the last reset.
+  void FillFwCfg();
+  std::vector<uint8_t> BootOrder() const;
   void FillCmos();
   std::vector<E820Entry> E820() const;
   // What firmware does before it starts a kernel: routes, register blocks, BARs, shadow RAM.
@@ -53,8 +63,17 @@ class PcBoard final : public Board {
   Piix3* isa_bridge_ = nullptr;
   Piix4Pm* pm_ = nullptr;
   Rtc* rtc_ = nullptr;
+  Hpet* hpet_ = nullptr;
+  FwCfg* fw_cfg_ = nullptr;
   std::shared_ptr<RamBlock> bios_;
-  std::unique_ptr<Kernel> kernel_;
+  std::unique_ptr<Kernel> kernel_;  // null: firmware starts the machine
+  // bootindex= of PCI functions, in its order.
+  struct BootDevice {
+    uint32_t index;
+    uint8_t devfn;
+    bool operator<(const BootDevice& other) const { return index < other.index; }
+  };
+  std::vector<BootDevice> boot_devices_;
   std::unique_ptr<IrqSink> pic_output_;
   std::unique_ptr<IrqForward> pirq_;
   uint64_t pci_hole_begin_ = 0;

@@ -46,7 +46,8 @@ class StateVisitor {
   virtual uint32_t Version(uint32_t current) = 0;
 
   template <typename T>
-  requires(std::is_integral_v<T> || std::is_enum_v<T>) void Field(std::string_view name, T& value) {
+    requires(std::is_integral_v<T> || std::is_enum_v<T>)
+  void Field(std::string_view name, T& value) {
     uint64_t raw = 0;
     if constexpr (std::is_signed_v<T>) {
       raw = static_cast<uint64_t>(static_cast<int64_t>(value));
@@ -57,11 +58,13 @@ class StateVisitor {
     value = static_cast<T>(raw);
   }
   template <typename T, size_t kCount>
-  requires(std::is_integral_v<T>) void Field(std::string_view name, std::array<T, kCount>& values) {
+    requires(std::is_integral_v<T>)
+  void Field(std::string_view name, std::array<T, kCount>& values) {
     FixedBytes(name, std::span(reinterpret_cast<uint8_t*>(values.data()), sizeof(T) * kCount));
   }
   template <typename T, size_t kCount>
-  requires(std::is_integral_v<T>) void Field(std::string_view name, T (&values)[kCount]) {
+    requires(std::is_integral_v<T>)
+  void Field(std::string_view name, T (&values)[kCount]) {
     FixedBytes(name, std::span(reinterpret_cast<uint8_t*>(values), sizeof(T) * kCount));
   }
   // Bytes of a size that is fixed by the program; another size in the stream is an error.

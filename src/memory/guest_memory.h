@@ -24,11 +24,15 @@ class GuestMemory {
   bool Write(Gpa gpa, const void* data, uint64_t size);
 
   template <typename T>
-  requires std::is_trivially_copyable_v<T>
-  bool ReadObject(Gpa gpa, T* object) { return Read(gpa, object, sizeof(T)); }
+    requires std::is_trivially_copyable_v<T>
+  bool ReadObject(Gpa gpa, T* object) {
+    return Read(gpa, object, sizeof(T));
+  }
   template <typename T>
-  requires std::is_trivially_copyable_v<T>
-  bool WriteObject(Gpa gpa, const T& object) { return Write(gpa, &object, sizeof(T)); }
+    requires std::is_trivially_copyable_v<T>
+  bool WriteObject(Gpa gpa, const T& object) {
+    return Write(gpa, &object, sizeof(T));
+  }
 
   enum class Access { kRead, kWrite };
   // The host memory behind [gpa, gpa + size), zero-copy, appended to `out` in pieces. Keep `Hold()`

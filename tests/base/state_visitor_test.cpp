@@ -135,8 +135,7 @@ TEST(StateVisitor, ARequiredSectionThatNobodyKnowsIsAnError) {
   auto bytes = Save([](StateVisitor& v) {
     v.Section("pci", [&] {
       v.Section("net1", [] {});
-      v.Section(
-          "hint", [] {}, StateVisitor::Presence::kOptional);
+      v.Section("hint", [] {}, StateVisitor::Presence::kOptional);
     });
   });
   EXPECT_EQ(LoadError(bytes, [](StateVisitor& v) { v.Section("pci", [] {}); }),

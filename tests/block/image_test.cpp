@@ -247,7 +247,8 @@ TEST_P(ImageTest, ReadOnlyImagesAreNotWritten) {
 TEST_P(ImageTest, DrainFinishesWhatIsUnderWay) {
   OPEN_OR_SKIP(node, dir_.File("a.img", kMiB));
   std::string data(4096, 'x');
-  iovec iov = {data.data(), data.size()};
+  std::string back(4096, '?');
+  iovec iov = {data.data(), data.size()}, back_iov = {back.data(), back.size()};
   int done = 0;
   Request requests[8];
   for (unsigned i = 0; i < 8; i++) {
@@ -255,7 +256,7 @@ TEST_P(ImageTest, DrainFinishesWhatIsUnderWay) {
                    .offset = i * 4096ull,
                    .length = 4096};
     if (i == 6) requests[i].offset = kMiB;  // ends with an error, before it began
-    requests[i].iov = &iov;
+    requests[i].iov = i == 7 ? &back_iov : &iov;
     requests[i].iov_count = 1;
     requests[i].owner = &done;
     requests[i].done = [](Request* request, int) { ++*static_cast<int*>(request->owner); };

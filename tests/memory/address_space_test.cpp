@@ -135,7 +135,9 @@ TEST(AddressSpace, ListenersSeeEachPublicationAndABatchIsOne) {
     space.Remove(id);
     EXPECT_EQ(Text(*space.view()), "a:0-10@0 ");
   }
-  { AddressSpace::Batch nothing(space); }
+  {
+    AddressSpace::Batch nothing(space);
+  }
   space.RemoveListener(&recorder);
   space.Add(Io("d", 50, 10));
   EXPECT_EQ(recorder.changes,

@@ -131,6 +131,7 @@ struct Cpu {
 };
 
 inline void SetRequest(Cpu& cpu, uint32_t bits) { __atomic_fetch_or(&cpu.requests, bits, __ATOMIC_SEQ_CST); }
+inline bool Requested(const Cpu& cpu) { return __atomic_load_n(&cpu.requests, __ATOMIC_RELAXED) != 0; }
 inline void ClearRequest(Cpu& cpu, uint32_t bits) { __atomic_fetch_and(&cpu.requests, ~bits, __ATOMIC_SEQ_CST); }
 
 // ---- interp/: the block cache's two doors. Both set insn_rip, rip and insn_count for each instruction; an undefined encoding

@@ -87,12 +87,12 @@ def man_page(program):
 
 
 def devices(program):
-    rows = re.findall(r"^(\S+) +(\S.*)$", output(program, "-device", "help"), re.M)
+    rows = re.findall(r'name "([^"]+)"(?:, bus (\w+))?.*?(?:desc "([^"]*)")?$', output(program, "-device", "help"), re.M)
     if not rows:
         sys.exit("make_docs: -device help lists nothing")
-    table = "".join(f"| `{name}` | {description} |\n" for name, description in rows)
+    table = "".join(f"| `{name}` | {bus} | {description} |\n" for name, bus, description in rows)
     return ("# Devices\n\nWhat `-device` takes; `-device NAME,help` lists a device's properties. Made from `-device help` by "
-            "tools/make_docs.py.\n\n| device | what it is |\n|---|---|\n" + table)
+            "tools/make_docs.py.\n\n| device | bus | what it is |\n|---|---|---|\n" + table)
 
 
 def main():

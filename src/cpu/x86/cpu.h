@@ -100,6 +100,8 @@ struct Cpu {
   uint8_t cpl = 0;
   uint8_t stack_size = 2;      // bytes of the stack pointer that push and pop use: 2, 4, 8
   bool flat_segments = false;  // DS, ES, SS, CS have base 0 and no limit that matters (always true in 64-bit mode)
+  uint8_t flat_read = 0, flat_write = 0;  // bit SegReg: accesses of that kind need no segment check and have base 0
+  bool no_trap = false;        // this instruction ends without the single-step trap (INT n, SYSCALL, task switch)
 
   XsaveArea fpu;
 
@@ -131,7 +133,6 @@ struct Cpu {
 };
 
 inline void SetRequest(Cpu& cpu, uint32_t bits) { __atomic_fetch_or(&cpu.requests, bits, __ATOMIC_SEQ_CST); }
-inline bool Requested(const Cpu& cpu) { return __atomic_load_n(&cpu.requests, __ATOMIC_RELAXED) != 0; }
 inline void ClearRequest(Cpu& cpu, uint32_t bits) { __atomic_fetch_and(&cpu.requests, ~bits, __ATOMIC_SEQ_CST); }
 
 // ---- interp/: the block cache's two doors. Both set insn_rip, rip and insn_count for each instruction; an undefined encoding

@@ -233,18 +233,43 @@ void* MapSlow(Cpu& cpu, SegReg seg, uint64_t linear, unsigned size, Access acces
   return pieces.piece[0].host;
 }
 
-void ReadSystemBytes(Cpu& cpu, uint64_t linear, void* data, unsigned size) {
-  if (!Canonical(cpu, linear)) Raise(cpu, kGP, 0);
-  Pieces pieces = TranslateAll(cpu, Tlb::kSupervisor, linear, size, Access::kRead);
+namespace {
+
+Tlb::Class ClassOf(const Cpu& cpu, unsigned cpl) {
+  if (cpl == 3) return Tlb::kUser;
+  return cpu.tlb->data_class() == Tlb::kNoSmap ? Tlb::kNoSmap : Tlb::kSupervisor;
+}
+
+void ReadClass(Cpu& cpu, Tlb::Class cls, uint64_t linear, void* data, unsigned size) {
+  Pieces pieces = TranslateAll(cpu, cls, linear, size, Access::kRead);
   ReadPiece(cpu, pieces.piece[0], data);
   if (pieces.count == 2) ReadPiece(cpu, pieces.piece[1], static_cast<uint8_t*>(data) + pieces.piece[0].size);
 }
 
-void WriteSystemBytes(Cpu& cpu, uint64_t linear, const void* data, unsigned size) {
-  if (!Canonical(cpu, linear)) Raise(cpu, kGP, 0);
-  Pieces pieces = TranslateAll(cpu, Tlb::kSupervisor, linear, size, Access::kWrite);
+void WriteClass(Cpu& cpu, Tlb::Class cls, uint64_t linear, const void* data, unsigned size) {
+  Pieces pieces = TranslateAll(cpu, cls, linear, size, Access::kWrite);
   WritePiece(cpu, pieces.piece[0], data);
   if (pieces.count == 2) WritePiece(cpu, pieces.piece[1], static_cast<const uint8_t*>(data) + pieces.piece[0].size);
+}
+
+}  // namespace
+
+void ReadAs(Cpu& cpu, unsigned cpl, uint64_t linear, void* data, unsigned size) {
+  ReadClass(cpu, ClassOf(cpu, cpl), linear, data, size);
+}
+
+void WriteAs(Cpu& cpu, unsigned cpl, uint64_t linear, const void* data, unsigned size) {
+  WriteClass(cpu, ClassOf(cpu, cpl), linear, data, size);
+}
+
+void ReadSystemBytes(Cpu& cpu, uint64_t linear, void* data, unsigned size) {
+  if (!Canonical(cpu, linear)) Raise(cpu, kGP, 0);
+  ReadClass(cpu, Tlb::kSupervisor, linear, data, size);
+}
+
+void WriteSystemBytes(Cpu& cpu, uint64_t linear, const void* data, unsigned size) {
+  if (!Canonical(cpu, linear)) Raise(cpu, kGP, 0);
+  WriteClass(cpu, Tlb::kSupervisor, linear, data, size);
 }
 
 void CheckSystemWrite(Cpu& cpu, uint64_t linear, unsigned size) {

@@ -107,6 +107,9 @@ void WriteSlow(Cpu& cpu, SegReg seg, uint64_t linear, const void* data, unsigned
 void* MapSlow(Cpu& cpu, SegReg seg, uint64_t linear, unsigned size, Access access);
 void ReadSystemBytes(Cpu& cpu, uint64_t linear, void* data, unsigned size);
 void WriteSystemBytes(Cpu& cpu, uint64_t linear, const void* data, unsigned size);
+// At the privilege of `cpl`, linear, for stacks of far transfers.
+void ReadAs(Cpu& cpu, unsigned cpl, uint64_t linear, void* data, unsigned size);
+void WriteAs(Cpu& cpu, unsigned cpl, uint64_t linear, const void* data, unsigned size);
 void CheckSystemWrite(Cpu& cpu, uint64_t linear, unsigned size);
 // Sets and clears what derives from CR0, CR3, CR4, EFER (SDM vol. 3 4.10.4: what these flush).
 void LoadCr3(Cpu& cpu, uint64_t value);
@@ -118,10 +121,8 @@ bool Probe(Cpu& cpu, uint64_t linear, uint64_t* physical);
 
 // Segment checks; the linear address. Canonical checks are the slow path's: the TLB holds only canonical pages.
 inline uint64_t Linear(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size, Access access) {
-  if (cpu.flat_segments) [[likely]] {
-    if (seg < kFs && !(access == Access::kWrite && seg == kCs)) return offset;  // code segments aren't writable
-    if (cpu.code_mode == CodeMode::k64) return offset + cpu.seg[seg].base;
-  }
+  if ((access == Access::kWrite ? cpu.flat_write : cpu.flat_read) >> seg & 1) [[likely]] return offset;
+  if (cpu.code_mode == CodeMode::k64) return offset + cpu.seg[seg].base;
   return CheckSegment(cpu, seg, offset, size, access);
 }
 }  // namespace mmu

@@ -144,8 +144,7 @@ uint64_t Bulk(Cpu&, const Insn&, uint64_t, Op) {
 
 template <typename Op>
 void ExecRepeated(Cpu& cpu, const Insn& insn) {
-  // A request at the start is kStep, which wants single iterations.
-  const bool bulk = cpu.flat_segments && (cpu.rflags & rflags::kDf) == 0 && !Requested(cpu);
+  const bool bulk = cpu.flat_segments && (cpu.rflags & rflags::kDf) == 0;
   for (;;) {
     const uint64_t count = AddressReg(cpu, insn, kRcx);
     if (count == 0) {
@@ -163,7 +162,7 @@ void ExecRepeated(Cpu& cpu, const Insn& insn) {
     if (Op::kCompares && ((cpu.rflags & rflags::kZf) != 0) != ((insn.flags & kHasRep) != 0)) {
       return;
     }
-    if (Requested(cpu)) {
+    if (__atomic_load_n(&cpu.requests, __ATOMIC_RELAXED) != 0) {
       cpu.rip = cpu.insn_rip;
       return;
     }

@@ -41,6 +41,7 @@ struct TimerState;
 class EventLoop {
  public:
   enum class Backend { kAuto, kIoUring, kEpoll };
+  // Not to be used on the other side of a fork: daemonize first.
   static Result<std::unique_ptr<EventLoop>> Create(Backend backend = Backend::kAuto,
                                                    const Clock& clock = MonotonicClock::Instance());
   virtual ~EventLoop() = default;

@@ -53,15 +53,14 @@ int Node::Check(const Request& request) const {
   if (request.kind == Request::Kind::kFlush) return 0;
   if (request.offset > size_bytes_ || request.length > size_bytes_ - request.offset) return -EINVAL;
   if (request.kind != Request::Kind::kRead && read_only_) return -EROFS;
-  if (request.kind == Request::Kind::kRead || request.kind == Request::Kind::kWrite) {
-    if ((request.offset | request.length) % limits_.request_alignment != 0) return -EINVAL;
-    uint64_t held = 0;
-    for (unsigned i = 0; i < request.iov_count; i++) {
-      if (__builtin_add_overflow(held, request.iov[i].iov_len, &held)) return -EINVAL;
-    }
-    if (held != request.length) return -EINVAL;
+  if (request.kind == Request::Kind::kDiscard) return 0;
+  if ((request.offset | request.length) % limits_.request_alignment != 0) return -EINVAL;
+  if (request.kind == Request::Kind::kWriteZeroes) return 0;
+  uint64_t held = 0;
+  for (unsigned i = 0; i < request.iov_count; i++) {
+    if (__builtin_add_overflow(held, request.iov[i].iov_len, &held)) return -EINVAL;
   }
-  return 0;
+  return held == request.length ? 0 : -EINVAL;
 }
 
 }  // namespace kvartz::block

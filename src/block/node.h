@@ -41,8 +41,8 @@ struct Request {
 
 // What requests should look like. Immutable while the node is in use.
 struct Limits {
-  // Of offset and length of reads and writes, or they end with -EINVAL. 512 or 4096 with O_DIRECT
-  // (a disk offers no smaller sectors then), else 1. Buffers need no alignment.
+  // Of offset and length of reads, writes and write-zeroes, or they end with -EINVAL. 512 or 4096
+  // with O_DIRECT (a disk offers no smaller sectors then), else 1. Buffers need no alignment.
   uint32_t request_alignment = 1;
   uint32_t discard_granularity = 0;  // 0: discard isn't supported (it succeeds and does nothing)
   bool write_cache = true;  // false: each write is on stable storage when done (writethrough)

@@ -111,7 +111,8 @@ class AddressSpace {
 
   RegionId Add(Region region);
   // After Remove returned, no *new* access reaches the handler; accesses under way finish under the
-  // region's lock.
+  // region's lock. A vCPU may be between its look at the map and the lock: whoever destroys the
+  // handler stops the vCPUs first.
   void Remove(RegionId id);
   // Several changes, one publication.
   class Batch {
@@ -135,21 +136,21 @@ class AddressSpace {
 
  private:
   void Publish() REQUIRES(mutex_);
-  std::string name_;
-  uint64_t limit_;
+  const std::string name_;
+  const uint64_t limit_;
   mutable Mutex mutex_;
   mutable Mutex view_mutex_;  // guards only the pointer copy
   std::atomic<uint64_t> generation_{0};
-  std::shared_ptr<const FlatView> view_;
+  std::shared_ptr<const FlatView> view_ GUARDED_BY(view_mutex_);
   struct Entry {
     RegionId id;
     std::shared_ptr<const Region> region;
   };
-  std::vector<Entry> entries_;
-  std::vector<Listener*> listeners_;
-  RegionId next_id_ = 1;
-  int batch_depth_ = 0;
-  bool batch_changed_ = false;
+  std::vector<Entry> entries_ GUARDED_BY(mutex_);
+  std::vector<Listener*> listeners_ GUARDED_BY(mutex_);
+  RegionId next_id_ GUARDED_BY(mutex_) = 1;
+  int batch_depth_ GUARDED_BY(mutex_) = 0;
+  bool batch_changed_ GUARDED_BY(mutex_) = false;
 };
 
 // A reader's window on a space. Owned by one thread (vCPU, loop).

@@ -1,85 +1,24 @@
 #include "base/event_loop.h"
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
 #include <string>
 #include <vector>
 
-#include "base/fd.h"
+#include "base/loop_fixture.h"
 #include "base/sync.h"
 
 namespace kvartz {
 namespace {
-
-constexpr int64_t kMs = 1'000'000;
-constexpr int64_t kLongNs = 20'000 * kMs;  // only reached when something is wrong
-
-struct Pipe {
-  UniqueFd read_end, write_end;
-  Pipe() {
-    int fds[2];
-    EXPECT_EQ(pipe2(fds, O_CLOEXEC | O_NONBLOCK), 0);
-    read_end.Reset(fds[0]);
-    write_end.Reset(fds[1]);
-  }
-  void Write(const std::string& text) {
-    EXPECT_EQ(write(write_end.get(), text.data(), text.size()), static_cast<ssize_t>(text.size()));
-  }
-  std::string Read(size_t size) {
-    std::string text(size, '\0');
-    ssize_t n = read(read_end.get(), text.data(), size);
-    text.resize(n < 0 ? 0 : static_cast<size_t>(n));
-    return text;
-  }
-};
-
-UniqueFd TempFile() {
-  UniqueFd fd(open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
-  EXPECT_TRUE(fd);
-  return fd;
-}
-
-class EventLoopTest : public testing::TestWithParam<EventLoop::Backend> {
- protected:
-  void SetUp() override {
-    auto loop = EventLoop::Create(GetParam(), clock_);
-    if (!loop && GetParam() == EventLoop::Backend::kIoUring) {
-      GTEST_SKIP() << "the host forbids io_uring: " << loop.error().what;
-    }
-    ASSERT_TRUE(loop) << loop.error().what;
-    loop_ = std::move(*loop);
-  }
-  template <typename Done>
-  void RunUntil(Done done) {
-    int64_t start = MonotonicClock::Instance().NowNs();
-    while (!done()) {
-      loop_->RunOnce(100 * kMs);
-      ASSERT_LT(MonotonicClock::Instance().NowNs() - start, kLongNs);
-    }
-  }
-  int64_t Do(FileOp op) {
-    struct Outcome {
-      bool done = false;
-      int64_t result = 0;
-    } outcome;
-    op.owner = &outcome;
-    op.done = [](FileOp* finished, int64_t result) {
-      *static_cast<Outcome*>(finished->owner) = {true, result};
-    };
-    loop_->Submit(&op);
-    EXPECT_FALSE(outcome.done);
-    RunUntil([&] { return outcome.done; });
-    return outcome.result;
-  }
-
-  ManualClock clock_;
-  std::unique_ptr<EventLoop> loop_;
-};
 
 TEST_P(EventLoopTest, HasTheBackendThatWasAskedFor) {
   EXPECT_STREQ(loop_->backend_name(),
@@ -381,153 +320,6 @@ TEST_P(EventLoopTest, GuestTimersWaitWhileTheGuestsClockStands) {
   EXPECT_EQ(guest.NowNs(), 100);
 }
 
-TEST_P(EventLoopTest, FileOperationsReadAndWrite) {
-  UniqueFd file = TempFile();
-  std::string hello = "hello, ", world = "world";
-  iovec out[] = {{hello.data(), hello.size()}, {world.data(), world.size()}};
-  EXPECT_EQ(Do({.kind = FileOp::Kind::kWritev,
-                .fd = file.get(),
-                .iov = out,
-                .iov_count = 2,
-                .offset = 4096}),
-            12);
-  EXPECT_EQ(Do({.kind = FileOp::Kind::kFdatasync, .fd = file.get()}), 0);
-  EXPECT_EQ(Do({.kind = FileOp::Kind::kFsync, .fd = file.get()}), 0);
-  std::string text(12, '?');
-  iovec in[] = {{text.data(), 3}, {text.data() + 3, 9}};
-  EXPECT_EQ(Do({.kind = FileOp::Kind::kReadv,
-                .fd = file.get(),
-                .iov = in,
-                .iov_count = 2,
-                .offset = 4096}),
-            12);
-  EXPECT_EQ(text, "hello, world");
-  iovec one = {text.data(), 5};
-  EXPECT_EQ(Do({.kind = FileOp::Kind::kReadv,
-                .fd = file.get(),
-                .iov = &one,
-                .iov_count = 1,
-                .offset = 4103}),
-            5);
-  EXPECT_EQ(text.substr(0, 5), "world");
-  EXPECT_EQ(Do({.kind = FileOp::Kind::kReadv,
-                .fd = file.get(),
-                .iov = &one,
-                .iov_count = 1,
-                .offset = 1 << 20}),
-            0);
-}
-
-TEST_P(EventLoopTest, DiscardAndWriteZeroesClearWithoutGrowing) {
-  UniqueFd file = TempFile();
-  std::string data(64 << 10, 'x');
-  ASSERT_EQ(pwrite(file.get(), data.data(), data.size(), 0), static_cast<ssize_t>(data.size()));
-  int64_t discard =
-      Do({.kind = FileOp::Kind::kDiscard, .fd = file.get(), .offset = 8192, .length = 16384});
-  if (discard == -EOPNOTSUPP) GTEST_SKIP() << "the file system of /tmp doesn't punch holes";
-  EXPECT_EQ(discard, 0);
-  int64_t zero =
-      Do({.kind = FileOp::Kind::kWriteZeroes, .fd = file.get(), .offset = 100, .length = 1000});
-  EXPECT_TRUE(zero == 0 || zero == -EOPNOTSUPP) << zero;
-  std::string back(data.size(), '?');
-  ASSERT_EQ(pread(file.get(), back.data(), back.size(), 0), static_cast<ssize_t>(back.size()));
-  for (size_t i = 0; i < back.size(); i++) {
-    bool cleared = (i >= 8192 && i < 24576) || (zero == 0 && i >= 100 && i < 1100);
-    ASSERT_EQ(back[i], cleared ? '\0' : 'x') << i;
-  }
-  struct stat st;
-  ASSERT_EQ(fstat(file.get(), &st), 0);
-  EXPECT_EQ(st.st_size, static_cast<off_t>(data.size()));
-}
-
-TEST_P(EventLoopTest, FailedFileOperationReportsTheErrno) {
-  char byte;
-  iovec iov = {&byte, 1};
-  EXPECT_EQ(Do({.kind = FileOp::Kind::kReadv, .fd = -1, .iov = &iov, .iov_count = 1}), -EBADF);
-  UniqueFd read_only(open("/proc/self/exe", O_RDONLY | O_CLOEXEC));
-  EXPECT_EQ(Do({.kind = FileOp::Kind::kWritev, .fd = read_only.get(), .iov = &iov, .iov_count = 1}),
-            -EBADF);
-}
-
-TEST_P(EventLoopTest, MoreFileOperationsThanTheRingHasEntries) {
-  constexpr size_t kCount = 1000;
-  UniqueFd file = TempFile();
-  std::vector<uint32_t> values(kCount);
-  std::vector<iovec> iovs(kCount);
-  std::vector<FileOp> ops(kCount);
-  size_t done = 0;
-  for (size_t i = 0; i < kCount; i++) {
-    values[i] = static_cast<uint32_t>(i);
-    iovs[i] = {&values[i], 4};
-    ops[i] = {.kind = FileOp::Kind::kWritev,
-              .fd = file.get(),
-              .iov = &iovs[i],
-              .iov_count = 1,
-              .offset = i * 4};
-    ops[i].owner = &done;
-    ops[i].done = [](FileOp* op, int64_t result) {
-      EXPECT_EQ(result, 4);
-      ++*static_cast<size_t*>(op->owner);
-    };
-    loop_->Submit(&ops[i]);
-  }
-  RunUntil([&] { return done == kCount; });
-  std::vector<uint32_t> back(kCount);
-  ASSERT_EQ(pread(file.get(), back.data(), kCount * 4, 0), static_cast<ssize_t>(kCount * 4));
-  EXPECT_EQ(back, values);
-}
-
-TEST_P(EventLoopTest, DestructionWaitsForFileOperations) {
-  UniqueFd file = TempFile();
-  char byte = 'x';
-  iovec iov = {&byte, 1};
-  bool done = false;
-  FileOp op = {.kind = FileOp::Kind::kWritev, .fd = file.get(), .iov = &iov, .iov_count = 1};
-  op.owner = &done;
-  op.done = [](FileOp* finished, int64_t result) {
-    EXPECT_EQ(result, 1);
-    *static_cast<bool*>(finished->owner) = true;
-  };
-  loop_->Submit(&op);
-  loop_.reset();
-  EXPECT_TRUE(done);
-}
-
-TEST_P(EventLoopTest, DrainWithinACompletionFinishesTheOthersOfTheBatchButDispatchesNothing) {
-  struct Context {
-    EventLoop* loop;
-    int done = 0;
-    int done_after_drain = 0;
-  } context{loop_.get()};
-  UniqueFd file = TempFile();
-  Pipe pipe;
-  int dispatched = 0;
-  char byte = 'x';
-  iovec iov = {&byte, 1};
-  FileOp ops[3];
-  for (auto& op : ops) {
-    op = {.kind = FileOp::Kind::kWritev, .fd = file.get(), .iov = &iov, .iov_count = 1};
-    op.owner = &context;
-    op.done = [](FileOp* finished, int64_t) {
-      auto& c = *static_cast<Context*>(finished->owner);
-      c.done++;
-      c.loop->DrainFileOps();
-      if (c.done_after_drain == 0) c.done_after_drain = c.done;
-    };
-    loop_->Submit(&op);
-  }
-  loop_->Watch(pipe.read_end.get(), FdEvents::kRead, [&](FdEvents) {
-    dispatched++;
-    loop_->Unwatch(pipe.read_end.get());
-  });
-  loop_->RunOnce(0);
-  pipe.Write("x");
-  loop_->DrainFileOps();
-  EXPECT_EQ(context.done, 3);
-  EXPECT_EQ(context.done_after_drain, 3);
-  RunUntil([&] { return dispatched == 1; });
-}
-
 // With the host's clock: arming from another thread ends a wait that was longer.
 TEST_P(EventLoopTest, ArmFromAnotherThreadWakesTheLoop) {
   auto& clock = MonotonicClock::Instance();
@@ -550,11 +342,36 @@ TEST_P(EventLoopTest, ArmFromAnotherThreadWakesTheLoop) {
   EXPECT_LT(fired_at, deadline + kLongNs);
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, EventLoopTest,
-                         testing::Values(EventLoop::Backend::kEpoll, EventLoop::Backend::kIoUring),
-                         [](const auto& backend) {
-                           return backend.param == EventLoop::Backend::kEpoll ? "Epoll" : "IoUring";
-                         });
+// A host that forbids io_uring, as containers do: a system call filter, in a child since it can't
+// be taken off.
+TEST(EventLoop, FallsBackToEpollWhereIoUringIsForbidden) {
+  for (int error : {EPERM, ENOSYS}) {
+    pid_t child = fork();
+    if (child == 0) {
+      sock_filter code[] = {
+          BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+          BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_io_uring_setup, 0, 1),
+          BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | static_cast<uint32_t>(error)),
+          BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+      };
+      sock_fprog filter = {.len = std::size(code), .filter = code};
+      if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ||
+          prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) < 0) {
+        _exit(77);
+      }
+      auto loop = EventLoop::Create();
+      if (!loop || std::string((*loop)->backend_name()) != "epoll") _exit(1);
+      _exit(EventLoop::Create(EventLoop::Backend::kIoUring) ? 2 : 0);
+    }
+    int status = 0;
+    ASSERT_EQ(waitpid(child, &status, 0), child);
+    ASSERT_TRUE(WIFEXITED(status));
+    if (WEXITSTATUS(status) == 77) GTEST_SKIP() << "the host allows no system call filters";
+    EXPECT_EQ(WEXITSTATUS(status), 0);
+  }
+}
+
+FOR_EACH_LOOP_BACKEND(EventLoopTest);
 
 }  // namespace
 }  // namespace kvartz

@@ -1,79 +1,23 @@
-// Disk images on files: data, errors and locks.
+// Disk images on files: data and errors.
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <signal.h>
+#include <linux/loop.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <fstream>
 #include <random>
+#include <vector>
 
-#include "base/fd.h"
-#include "block/node.h"
+#include "block/image_helpers.h"
 
 namespace kvartz::block {
 namespace {
 
 using testing::HasSubstr;
-constexpr uint64_t kMiB = 1 << 20;
-
-class TempDir {
- public:
-  TempDir() {
-    char path[] = "/tmp/kvartz-block-XXXXXX";
-    EXPECT_NE(mkdtemp(path), nullptr);
-    path_ = path;
-  }
-  ~TempDir() { [[maybe_unused]] int rc = system(("rm -rf " + path_).c_str()); }
-  std::string File(const std::string& name, uint64_t size) const {
-    std::string path = path_ + "/" + name;
-    UniqueFd fd(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
-    EXPECT_TRUE(fd);
-    EXPECT_EQ(ftruncate(fd.get(), static_cast<off_t>(size)), 0);
-    return path;
-  }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
-
-std::unique_ptr<EventLoop> MakeLoop(EventLoop::Backend backend = EventLoop::Backend::kAuto) {
-  auto loop = EventLoop::Create(backend);
-  EXPECT_TRUE(loop);
-  return std::move(*loop);
-}
-
-int Do(EventLoop& loop, Node& node, Request request) {
-  struct Outcome {
-    bool done = false;
-    int result = 0;
-  } outcome;
-  request.owner = &outcome;
-  request.done = [](Request* finished, int result) {
-    *static_cast<Outcome*>(finished->owner) = {true, result};
-  };
-  node.Start(&request);
-  EXPECT_FALSE(outcome.done);
-  while (!outcome.done) loop.RunOnce(-1);
-  return outcome.result;
-}
-
-int ReadWrite(EventLoop& loop, Node& node, Request::Kind kind, uint64_t offset, std::string& data) {
-  iovec iov = {data.data(), data.size()};
-  return Do(loop, node,
-            {.kind = kind, .offset = offset, .length = data.size(), .iov = &iov, .iov_count = 1});
-}
-
-std::string OpenError(const ImageOptions& options) {
-  auto loop = MakeLoop();
-  auto node = OpenImage(*loop, options);
-  return node ? "" : node.error().what;
-}
-
 struct Variant {
   EventLoop::Backend backend;
   CacheMode cache;
@@ -298,6 +242,59 @@ INSTANTIATE_TEST_SUITE_P(
         Variant{EventLoop::Backend::kEpoll, CacheMode::kUnsafe, "EpollUnsafe"}),
     [](const auto& variant) { return variant.param.name; });
 
+// A block device of the host over a file, for as long as it lives.
+class LoopDevice {
+ public:
+  LoopDevice(const std::string& path, uint32_t block_size) {
+    UniqueFd control(open("/dev/loop-control", O_RDWR | O_CLOEXEC));
+    UniqueFd file(open(path.c_str(), O_RDWR | O_CLOEXEC));
+    int number = control ? ioctl(control.get(), LOOP_CTL_GET_FREE) : -1;
+    if (number < 0) return;
+    path_ = "/dev/loop" + std::to_string(number);
+    fd_.Reset(open(path_.c_str(), O_RDWR | O_CLOEXEC));
+    loop_config config = {};
+    config.fd = static_cast<uint32_t>(file.get());
+    config.block_size = block_size;
+    config.info.lo_flags = LO_FLAGS_AUTOCLEAR;
+    usable_ = fd_ && ioctl(fd_.get(), LOOP_CONFIGURE, &config) == 0;
+  }
+  bool usable() const { return usable_; }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+  UniqueFd fd_;
+  bool usable_ = false;
+};
+
+TEST(HostDevice, HasItsOwnSectorSizeWithDirectIo) {
+  TempDir dir;
+  std::string path = dir.File("device", 4 * kMiB);
+  LoopDevice device(path, 4096);
+  if (!device.usable()) GTEST_SKIP() << "the host gives no loop device";
+  auto loop = MakeLoop();
+  for (CacheMode cache : {CacheMode::kNone, CacheMode::kWriteback}) {
+    auto node = OpenImage(*loop, {.path = device.path(), .format = "raw", .cache = cache});
+    ASSERT_TRUE(node) << node.error().what;
+    EXPECT_EQ((*node)->size_bytes(), 4 * kMiB);
+    bool direct = cache == CacheMode::kNone;
+    EXPECT_EQ((*node)->limits().request_alignment, direct ? 4096u : 1u);
+    std::string data(8192, 'x'), back(8192, '?'), small(512, 'y');
+    EXPECT_EQ(ReadWrite(*loop, **node, Request::Kind::kWrite, 4096, data), 0);
+    EXPECT_EQ(ReadWrite(*loop, **node, Request::Kind::kWrite, 512, small), direct ? -EINVAL : 0);
+    auto run = [&](Request request) { return Do(*loop, **node, request); };
+    using enum Request::Kind;
+    EXPECT_EQ(run({.kind = kFlush}), 0);
+    EXPECT_EQ(run({.kind = kWriteZeroes, .unmap = true, .offset = 4096, .length = 4096}), 0);
+    EXPECT_EQ(run({.kind = kWriteZeroes, .offset = 8192, .length = 512}), direct ? -EINVAL : 0);
+    EXPECT_EQ(run({.kind = kDiscard, .offset = kMiB, .length = kMiB}), 0);
+    EXPECT_EQ(run({.kind = kDiscard, .offset = 512, .length = 512}), 0);
+    EXPECT_EQ(ReadWrite(*loop, **node, kRead, 4096, back), 0);
+    size_t zeros = direct ? 4096 : 4096 + 512;
+    EXPECT_EQ(back, std::string(zeros, '\0') + std::string(8192 - zeros, 'x'));
+  }
+}
+
 TEST(RawNode, ShowsAPartOfTheFile) {
   TempDir dir;
   std::string path = dir.File("a.img", 0);
@@ -380,125 +377,6 @@ TEST(OpenImage, PermissionErrorsNameThePartOfThePath) {
       HasSubstr(
           "is not writable by uid 65534: give it access, or attach the image with readonly=on"));
   EXPECT_EQ(OpenErrorAsNobody({.path = path, .format = "raw", .read_only = true}), "");
-}
-
-TEST(ImageLocks, TwoWritersAreRefusedReadersShare) {
-  TempDir dir;
-  std::string path = dir.File("a.img", kMiB);
-  auto loop = MakeLoop();
-  ImageOptions writer = {.path = path, .format = "raw"};
-  ImageOptions reader = {.path = path, .format = "raw", .read_only = true};
-  {
-    auto first = OpenImage(*loop, writer);
-    ASSERT_TRUE(first);
-    EXPECT_THAT(OpenError(writer),
-                HasSubstr("is in use by this machine itself: stop it first, since two writers"));
-    EXPECT_THAT(OpenError(reader),
-                HasSubstr("is in use by this machine itself, which writes to it"));
-    ImageOptions unlocked = writer;
-    unlocked.locking = ImageOptions::Locking::kOff;
-    EXPECT_EQ(OpenError(unlocked), "");
-  }
-  {
-    auto first = OpenImage(*loop, reader);
-    ASSERT_TRUE(first);
-    EXPECT_EQ(OpenError(reader), "");
-    EXPECT_THAT(OpenError(writer),
-                HasSubstr("which reads it: stop it, or attach the image with readonly=on"));
-  }
-  {
-    ImageOptions shared = writer;
-    shared.share_write = true;
-    auto first = OpenImage(*loop, shared);
-    ASSERT_TRUE(first);
-    EXPECT_EQ(OpenError(shared), "");
-    EXPECT_NE(OpenError(writer), "");
-  }
-  EXPECT_EQ(OpenError(writer), "");
-}
-
-// The peer: QEMU, stopped at its start with the image attached.
-class Qemu {
- public:
-  Qemu(const std::string& path, const std::string& more) {
-    int in[2], out[2];
-    EXPECT_EQ(pipe2(in, O_CLOEXEC), 0);
-    EXPECT_EQ(pipe2(out, O_CLOEXEC), 0);
-    pid_ = fork();
-    if (pid_ == 0) {
-      dup2(in[0], STDIN_FILENO);
-      dup2(out[1], STDOUT_FILENO);
-      dup2(out[1], STDERR_FILENO);
-      std::string drive = "file=" + path + ",format=raw,if=none,id=d" + more;
-      execlp("qemu-system-x86_64", "qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-nodefaults",
-             "-display", "none", "-S", "-drive", drive.c_str(), "-device", "virtio-blk-pci,drive=d",
-             "-qmp", "stdio", nullptr);
-      _exit(127);
-    }
-    close(in[0]);
-    close(out[1]);
-    in_.Reset(in[1]);
-    out_.Reset(out[0]);
-    // The answer comes once the machine stands; an error message and the end of the stream
-    // otherwise.
-    std::string command = "{\"execute\": \"qmp_capabilities\"}\n";
-    [[maybe_unused]] ssize_t written = write(in_.get(), command.data(), command.size());
-    char buffer[4096];
-    while (!runs()) {
-      ssize_t n = read(out_.get(), buffer, sizeof(buffer));
-      if (n <= 0) break;
-      output_.append(buffer, static_cast<size_t>(n));
-    }
-  }
-  ~Qemu() {
-    kill(pid_, SIGKILL);
-    waitpid(pid_, nullptr, 0);
-  }
-  bool runs() const { return output_.find("\"return\"") != output_.npos; }
-  const std::string& output() const { return output_; }
-  pid_t pid() const { return pid_; }
-
- private:
-  pid_t pid_;
-  std::string output_;
-  UniqueFd in_, out_;
-};
-
-TEST(ImageLocks, AgreeWithQemu) {
-  signal(SIGPIPE, SIG_IGN);
-  if (system("command -v qemu-system-x86_64 >/dev/null") != 0)
-    GTEST_SKIP() << "qemu-system-x86_64 isn't installed";
-  TempDir dir;
-  std::string path = dir.File("a.img", kMiB);
-  ImageOptions writer = {.path = path, .format = "raw"};
-  ImageOptions reader = {.path = path, .format = "raw", .read_only = true};
-  {
-    Qemu peer(path, "");
-    ASSERT_TRUE(peer.runs()) << peer.output();
-    std::string who = "another machine (pid " + std::to_string(peer.pid()) + ", qemu-system-x86)";
-    EXPECT_THAT(OpenError(writer), HasSubstr("is in use by " + who + ": stop it first"));
-    EXPECT_THAT(OpenError(reader), HasSubstr("is in use by " + who + ", which writes to it"));
-  }
-  {
-    Qemu peer(path, ",readonly=on");
-    ASSERT_TRUE(peer.runs()) << peer.output();
-    EXPECT_THAT(OpenError(writer), HasSubstr("which reads it"));
-    EXPECT_EQ(OpenError(reader), "");
-  }
-  auto loop = MakeLoop();
-  {
-    auto node = OpenImage(*loop, writer);
-    ASSERT_TRUE(node);
-    EXPECT_THAT(Qemu(path, "").output(), HasSubstr("Failed to get \"write\" lock"));
-    EXPECT_THAT(Qemu(path, ",readonly=on").output(),
-                HasSubstr("Failed to get shared \"write\" lock"));
-  }
-  {
-    auto node = OpenImage(*loop, reader);
-    ASSERT_TRUE(node);
-    EXPECT_THAT(Qemu(path, "").output(), HasSubstr("Failed to get \"write\" lock"));
-    EXPECT_TRUE(Qemu(path, ",readonly=on").runs());
-  }
 }
 
 TEST(ParseCacheMode, KnowsQemusNames) {

@@ -13,7 +13,7 @@ namespace kvartz {
 namespace {
 
 constexpr unsigned kEntries = 256;
-constexpr unsigned kCompletionsPerTurn = 128;
+constexpr unsigned kReapedAtOnce = 128;
 
 // user_data: a FileOp's address (aligned, so even), or an odd tag.
 constexpr uint64_t kIgnored = 1;
@@ -122,22 +122,20 @@ class UringLoop final : public LoopCore {
 
   void Flush() override { io_uring_submit(ring_.get()); }
   void DrainFileOps() override {
-    for (CompleteBatch(Polls::kKeep); file_ops_ > 0; CompleteBatch(Polls::kKeep)) {
+    for (CompleteReaped(Polls::kKeep); file_ops_ > 0; CompleteReaped(Polls::kKeep)) {
       io_uring_submit_and_wait(ring_.get(), 1);
-      TakeBatch();
+      Reap();
     }
   }
   const char* backend_name() const override { return "io_uring"; }
 
  private:
+  // The host takes no more while its completions find no room: make some.
   io_uring_sqe* NextEntry() {
-    io_uring_sqe* sqe = io_uring_get_sqe(ring_.get());
-    if (!sqe) {
-      io_uring_submit(ring_.get());
-      sqe = io_uring_get_sqe(ring_.get());
-      VERIFY(sqe != nullptr);
+    for (;;) {
+      if (io_uring_sqe* sqe = io_uring_get_sqe(ring_.get())) return sqe;
+      if (io_uring_submit(ring_.get()) < 0) Reap();
     }
-    return sqe;
   }
 
   // Polls are one-shot and set again after each event, which is what makes them level-triggered.
@@ -168,6 +166,7 @@ class UringLoop final : public LoopCore {
   void Wait(int64_t timeout_ns) override {
     for (const PollKey& key : to_poll_) Poll(key);
     to_poll_.clear();
+    if (!completions_.empty()) timeout_ns = 0;
     if (timeout_ns < 0) {
       io_uring_submit_and_wait(ring_.get(), 1);
     } else if (timeout_ns == 0) {
@@ -178,24 +177,25 @@ class UringLoop final : public LoopCore {
       io_uring_cqe* first = nullptr;
       io_uring_submit_and_wait_timeout(ring_.get(), &first, 1, &timeout, nullptr);
     }
-    TakeBatch();
-    CompleteBatch(Polls::kDispatch);
+    Reap();
+    CompleteReaped(Polls::kDispatch);
   }
 
-  // Copied out, so that callbacks can use the ring. A callback may come back here (DrainFileOps),
-  // only after what it left of the batch at hand is complete.
-  void TakeBatch() {
-    io_uring_cqe* cqes[kCompletionsPerTurn];
-    batch_size_ = io_uring_peek_batch_cqe(ring_.get(), cqes, kCompletionsPerTurn);
-    for (unsigned i = 0; i < batch_size_; i++) batch_[i] = {cqes[i]->user_data, cqes[i]->res};
-    io_uring_cq_advance(ring_.get(), batch_size_);
-    batch_next_ = 0;
+  // Copies what is complete out of the ring, behind what callbacks have still to be called for.
+  void Reap() {
+    io_uring_cqe* cqes[kReapedAtOnce];
+    unsigned count = io_uring_peek_batch_cqe(ring_.get(), cqes, kReapedAtOnce);
+    for (unsigned i = 0; i < count; i++) {
+      completions_.push_back({cqes[i]->user_data, cqes[i]->res});
+    }
+    io_uring_cq_advance(ring_.get(), count);
   }
 
   enum class Polls { kDispatch, kKeep };  // kKeep: they are asked for again in the next turn
-  void CompleteBatch(Polls polls) {
-    while (batch_next_ < batch_size_) {
-      Completion completion = batch_[batch_next_++];
+  // A callback may come back here (DrainFileOps), and then goes on with what is left.
+  void CompleteReaped(Polls polls) {
+    while (next_completion_ < completions_.size()) {
+      Completion completion = completions_[next_completion_++];
       if (completion.data == kIgnored) continue;
       if ((completion.data & 3) == kPollTag) {
         CompletePoll(completion, polls);
@@ -205,6 +205,8 @@ class UringLoop final : public LoopCore {
         op->done(op, completion.result);
       }
     }
+    completions_.clear();
+    next_completion_ = 0;
   }
 
   void CompletePoll(const Completion& completion, Polls polls) {
@@ -223,9 +225,8 @@ class UringLoop final : public LoopCore {
 
   Ring ring_;
   std::vector<PollKey> to_poll_;
-  Completion batch_[kCompletionsPerTurn];
-  unsigned batch_size_ = 0;
-  unsigned batch_next_ = 0;
+  std::vector<Completion> completions_;
+  size_t next_completion_ = 0;
   size_t file_ops_ = 0;
 };
 

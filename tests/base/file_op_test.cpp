@@ -79,7 +79,7 @@ TEST_P(FileOpTest, FailedFileOperationReportsTheErrno) {
 }
 
 TEST_P(FileOpTest, MoreFileOperationsThanTheRingHasEntries) {
-  constexpr size_t kCount = 1000;
+  constexpr size_t kCount = 5000;  // and than it has completions
   UniqueFd file = TempFile();
   std::vector<uint32_t> values(kCount);
   std::vector<iovec> iovs(kCount);

@@ -68,7 +68,7 @@ bool WriteKvmClock(Cpu& cpu, uint32_t msr, uint64_t value) {
   MsrState& msrs = cpu.vcpu->msrs;
   if (msr == kWallClock || msr == kWallClockOld) {
     msrs.kvm_wall_clock = value;
-    WriteWallClock(cpu, value & ~3ull);
+    if (value) WriteWallClock(cpu, value & ~3ull);
   } else {
     msrs.kvm_system_time = value;
     if (value & 1) WriteSystemTime(cpu, value & ~3ull);

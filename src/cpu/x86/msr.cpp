@@ -296,6 +296,11 @@ bool RestoreMsr(Cpu& cpu, uint32_t index, uint64_t value) {
       break;
   }
   if (index >= kX2apic && index <= kX2apicEnd) return true;  // in the register page
+  if (KvmClockOwns(index)) {
+    // What it once wrote to memory is part of that.
+    (index == 0x4b564d00 || index == 0x11 ? msrs.kvm_wall_clock : msrs.kvm_system_time) = value;
+    return true;
+  }
   return WriteMsr(cpu, index, value) || FindFixed(index) != nullptr;
 }
 

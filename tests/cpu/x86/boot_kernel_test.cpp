@@ -62,6 +62,11 @@ void WriteBootParams(BareBoard& board, const std::vector<uint8_t>& bzimage, cons
     uint64_t base, size;
     uint32_t type;
   } map[] = {{0, 0x9fc00, 1}, {0x100000, ram - 0x100000, 1}};
+  std::vector<uint8_t> initrd = ReadFile(GuestFile("initrd.img"));
+  uint64_t initrd_at = (ram - initrd.size()) & ~0xfffull;
+  memcpy(board.ram() + initrd_at, initrd.data(), initrd.size());
+  put32(0x218, static_cast<uint32_t>(initrd_at));
+  put32(0x21c, static_cast<uint32_t>(initrd.size()));
   zero[0x1e8] = 2;
   memcpy(zero + 0x2d0, map, sizeof(map));
 }

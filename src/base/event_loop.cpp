@@ -149,10 +149,13 @@ void LoopCore::RunTasks() {
 
 // Timers.
 
-void LoopCore::Queue(TimerState& timer) {
+bool LoopCore::Queue(TimerState& timer) {
   timers_.Remove(timer);
   timer.wake_ns = timer.vm_clock ? timer.vm_clock->ToBaseNs(timer.deadline_ns) : timer.deadline_ns;
   if (timer.wake_ns != INT64_MAX) timers_.Insert(timer);
+  if (timer.wake_ns >= sleeps_until_ns_) return false;
+  sleeps_until_ns_ = INT64_MIN;
+  return true;
 }
 
 void LoopCore::ArmTimer(TimerState& timer, int64_t deadline_ns) {
@@ -161,9 +164,7 @@ void LoopCore::ArmTimer(TimerState& timer, int64_t deadline_ns) {
     LockGuard guard(mutex_);
     timer.armed = true;
     timer.deadline_ns = deadline_ns;
-    Queue(timer);
-    wake = timer.wake_ns < sleeps_until_ns_;
-    if (wake) sleeps_until_ns_ = INT64_MIN;
+    wake = Queue(timer);
   }
   if (wake) Wake();
 }
@@ -178,10 +179,7 @@ void LoopCore::ResyncTimer(TimerState& timer) {
   bool wake = false;
   {
     LockGuard guard(mutex_);
-    if (!timer.armed) return;
-    Queue(timer);
-    wake = timer.wake_ns < sleeps_until_ns_;
-    if (wake) sleeps_until_ns_ = INT64_MIN;
+    wake = timer.armed && Queue(timer);
   }
   if (wake) Wake();
 }

@@ -95,7 +95,8 @@ class LoopCore : public EventLoop {
   void ResyncTimer(TimerState& timer) final;
   bool ReadTimer(const TimerState& timer, int64_t* deadline_ns) const final;
 
-  void Queue(TimerState& timer) REQUIRES(mutex_);
+  // By what its clock says now. True: the loop sleeps too long for it.
+  bool Queue(TimerState& timer) REQUIRES(mutex_);
   std::shared_ptr<TimerState> TakeExpired(int64_t now_ns) REQUIRES(mutex_);
   int64_t PrepareWait(int64_t timeout_ns) EXCLUDES(mutex_);
   void RunTimers() EXCLUDES(mutex_);

@@ -12,9 +12,10 @@
 namespace kvartz::block {
 namespace {
 
-constexpr uint64_t kBounceBytes = 1 << 20;
+constexpr uint64_t kBounceBytes = 128 << 10;  // of each request that needs it
 constexpr uint64_t kZeroBytes = 64 << 10;
 constexpr unsigned kMaxIovs = IOV_MAX;
+constexpr unsigned kMaxZeroIovs = 16;
 
 // What write-zeroes writes where the file system can't do it by itself. Never written to.
 alignas(4096) uint8_t g_zeros[kZeroBytes];
@@ -227,7 +228,7 @@ void FileNode::StepZeros(Op* op) {
   uint64_t left = op->request->length - op->done_bytes;
   op->file.offset = op->request->offset + op->done_bytes;
   op->iov.clear();
-  while (left > 0 && op->iov.size() < kBounceBytes / kZeroBytes) {
+  while (left > 0 && op->iov.size() < kMaxZeroIovs) {
     uint64_t length = std::min(left, kZeroBytes);
     op->iov.push_back({g_zeros, length});
     left -= length;

@@ -11,6 +11,7 @@
 #include "machine/loader/kernel.h"
 #include "machine/microvm.h"
 #include "machine/pc.h"
+#include "machine/smbios.h"
 
 namespace kvartz::machine {
 
@@ -232,6 +233,39 @@ std::vector<uint32_t> Board::ApicIds() const {
 uint64_t Board::PhysicalLimit() const {
   unsigned bits = accel_->cpuid(0).Lookup(0x80000008, 0).eax & 0xff;
   return 1ull << std::clamp(bits, 32u, 52u);
+}
+
+SmbiosTables Board::Smbios() const {
+  SmbiosInput input;
+  input.texts = &config_.smbios;
+  input.machine_name = type_.name;
+  if (config_.uuid) input.uuid = *config_.uuid;
+  input.sockets = config_.topology.sockets;
+  input.cores_per_socket = config_.topology.dies * config_.topology.cores;
+  input.threads_per_socket = input.cores_per_socket * config_.topology.threads;
+  cpu::CpuidLeaf features = accel_->cpuid(0).Lookup(1, 0);
+  input.cpuid_signature = features.eax;
+  input.cpuid_features = features.edx;
+  input.ram.push_back({0, low_ram_bytes_});
+  if (config_.ram_bytes > low_ram_bytes_)
+    input.ram.push_back({k4GiB, config_.ram_bytes - low_ram_bytes_});
+  return BuildSmbios(input);
+}
+
+Result<uint64_t> Board::PlaceTables(const AcpiTables& acpi) {
+  GuestMemory memory(memory_);
+  std::vector<uint8_t> tables = acpi.PlaceAt(kFirmwareTables);
+  if (tables.size() > kSmbiosTables - kFirmwareTables) {
+    return Fail(ErrorCode::kNoSpace,
+                "the ACPI tables for " + std::to_string(config_.cpu_count) + " CPUs are too long");
+  }
+  memory.Write(Gpa(kFirmwareTables), tables.data(), tables.size());
+  std::vector<uint8_t> smbios = Smbios().PlaceAt(kSmbiosTables);
+  if (smbios.size() > kSmbiosEnd - kSmbiosTables) {
+    return Fail(ErrorCode::kNoSpace, "the SMBIOS tables are too long; shorten -smbios");
+  }
+  memory.Write(Gpa(kSmbiosTables), smbios.data(), smbios.size());
+  return kFirmwareTables;
 }
 
 Result<> Board::EnterKernel(const CpuEntry& entry) {

@@ -29,6 +29,8 @@ namespace kvartz::machine {
 
 class IrqRouter;
 struct CpuEntry;
+class AcpiTables;
+struct SmbiosTables;
 
 // What a board is given. Everything outlives it.
 struct BoardEnv {
@@ -109,7 +111,11 @@ class Board : private cpu::AccelHost, private MsiSink {
 
   // Where boards put firmware tables when there is no firmware: RAM that the memory map calls
   // reserved.
-  static constexpr uint64_t kFirmwareTables = 0xe0000, kSmbiosTables = 0xf0000;
+  static constexpr uint64_t kFirmwareTables = 0xe0000, kSmbiosTables = 0xf0000,
+                            kSmbiosEnd = 0x100000;
+  // Writes them and the SMBIOS tables there; returns the RSDP's address. Errors: too long.
+  Result<uint64_t> PlaceTables(const AcpiTables& acpi);
+  SmbiosTables Smbios() const;
   // The bootstrap processor begins there.
   Result<> EnterKernel(const CpuEntry& entry);
 

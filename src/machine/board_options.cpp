@@ -6,6 +6,7 @@
 #include <charconv>
 #include <ctime>
 
+#include "device/core/fw_cfg.h"
 #include "machine/wall_clock.h"
 
 namespace kvartz::machine {
@@ -124,6 +125,17 @@ Result<BootFile> FindFirmware(const BootConfig& boot, const std::string& fallbac
             name + ")");
   }
   return BootFile::Open("firmware", name);
+}
+
+Result<> AddUserFiles(const MachineConfig& config, FwCfg& fw_cfg) {
+  for (const auto& [name, data] : config.fw_cfg_files) {
+    if (name.empty() || name.size() > FwCfg::kMaxName) {
+      return Fail(ErrorCode::kInvalid,
+                  "-fw_cfg name='" + name + "': names have 1 to 55 characters");
+    }
+    fw_cfg.SetFile(name, data);
+  }
+  return {};
 }
 
 int64_t RtcOffset(const RtcConfig& config) {

@@ -8,6 +8,10 @@
 #include "machine/loader/boot_file.h"
 #include "machine/machine_config.h"
 
+namespace kvartz {
+class FwCfg;
+}
+
 namespace kvartz::machine {
 
 // All that boards know; each has a table of those that it takes.
@@ -56,6 +60,8 @@ Result<std::optional<uint32_t>> ParseBootIndex(const std::string& id, const Prop
 // The firmware file: as given (a path, or a name in one of the data directories), or `fallback`
 // there. Errors: not found.
 Result<BootFile> FindFirmware(const BootConfig& boot, const std::string& fallback);
+// -fw_cfg's files. Errors: a name that is too long.
+Result<> AddUserFiles(const MachineConfig& config, FwCfg& fw_cfg);
 // Seconds that the RTC shows beyond UTC of the host.
 int64_t RtcOffset(const RtcConfig& config);
 

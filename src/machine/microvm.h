@@ -1,8 +1,10 @@
 // The board "microvm": no PCI, no firmware, little but serial port, I/O APIC and virtio-mmio.
+// Started by a kernel directly.
 #pragma once
 
 #include <array>
 #include <memory>
+#include <vector>
 
 #include "machine/board.h"
 #include "machine/loader/kernel.h"
@@ -12,9 +14,9 @@ namespace kvartz::machine {
 // As Board.
 class MicrovmBoard final : public Board {
  public:
-  // virtio-mmio slots, one after another; slot i has GSI kMmioGsi + i.
+  // virtio-mmio slots, one after another, each with a line of its own.
   static constexpr uint64_t kMmioBase = 0xfeb00000, kMmioStride = 512;
-  static constexpr unsigned kMmioSlots = 8, kMmioGsi = 16;
+  static constexpr unsigned kMmioSlots = 8;
 
   MicrovmBoard(const MachineConfig& config, const MachineType& type, const BoardEnv& env);
   ~MicrovmBoard() override;
@@ -28,8 +30,14 @@ class MicrovmBoard final : public Board {
   Result<> AttachPci(PciDevice& device, const Properties& properties) override;
   Result<MmioSlot> TakeMmioSlot(const DeviceSpec& spec) override;
   Result<> LoadBoot() override;
+  std::string CommandLine() const;
 
-  unsigned slots_used_ = 0;
+  struct Options {
+    bool acpi = true, pic = false, pit = false, rtc = true, isa_serial = true,
+         auto_kernel_cmdline = true;
+  } options_;
+  std::vector<MmioSlot> slots_;  // in use
+  std::unique_ptr<IrqSink> pic_output_;
   std::unique_ptr<Kernel> kernel_;
 };
 

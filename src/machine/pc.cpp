@@ -20,6 +20,7 @@
 #include "machine/acpi/pc_acpi.h"
 #include "machine/board_options.h"
 #include "machine/irq_router.h"
+#include "machine/smbios.h"
 #include "machine/wall_clock.h"
 
 namespace kvartz::machine {
@@ -181,15 +182,9 @@ Result<> PcBoard::WireDevices() {
   MapPorts(i8042, I8042::kCommand, 1, I8042::kCommand);
   MapPorts(i8042, I8042::kPort92, 1, I8042::kPort92);
   TRY(WirePci());
-  for (const auto& [name, data] : config_.fw_cfg_files) {
-    if (name.empty() || name.size() > FwCfg::kMaxName) {
-      return Fail(ErrorCode::kInvalid,
-                  "-fw_cfg name='" + name + "': names have 1 to 55 characters");
-    }
-  }
   fw_cfg_ = &Own(std::make_unique<FwCfg>(MakeEnv("fw_cfg")));
   MapPorts(*fw_cfg_, FwCfg::kBase, 12, 0, 8);
-  return {};
+  return AddUserFiles(config_, *fw_cfg_);
 }
 
 // Bytes of the CMOS that firmware reads (SeaBIOS src/hw/rtc.h, src/fw/paravirt.c; IBM PC AT
@@ -342,23 +337,6 @@ AcpiTables PcBoard::Acpi() const {
   return BuildPcAcpi(acpi);
 }
 
-SmbiosTables PcBoard::Smbios() const {
-  SmbiosInput input;
-  input.texts = &config_.smbios;
-  input.machine_name = type_.name;
-  if (config_.uuid) input.uuid = *config_.uuid;
-  input.sockets = config_.topology.sockets;
-  input.cores_per_socket = config_.topology.dies * config_.topology.cores;
-  input.threads_per_socket = input.cores_per_socket * config_.topology.threads;
-  cpu::CpuidLeaf features = accel_->cpuid(0).Lookup(1, 0);
-  input.cpuid_signature = features.eax;
-  input.cpuid_features = features.edx;
-  input.ram.push_back({0, low_ram_bytes_});
-  if (config_.ram_bytes > low_ram_bytes_)
-    input.ram.push_back({k4GiB, config_.ram_bytes - low_ram_bytes_});
-  return BuildSmbios(input);
-}
-
 // Open Firmware paths of the functions with a bootindex, one a line; SeaBIOS looks at their class
 // names no closer than this.
 std::vector<uint8_t> PcBoard::BootOrder() const {
@@ -431,7 +409,6 @@ void PcBoard::FillFwCfg() {
   }
   // Without a display, SeaBIOS's messages and int 10h text go to the first serial port.
   if (ViewCache(ports_).Get().Find(0x3f8)) fw.SetFile("etc/sercon-port", {0xf8, 0x03});
-  for (const auto& [name, data] : config_.fw_cfg_files) fw.SetFile(name, data);
 }
 
 Result<> PcBoard::LoadBoot() {
@@ -441,21 +418,8 @@ Result<> PcBoard::LoadBoot() {
   }
   if (!kernel_) return {};  // the processor begins in the firmware
   PlayFirmware();
-  GuestMemory memory(memory_);
   uint64_t rsdp = 0;
-  if (options_.acpi) {
-    std::vector<uint8_t> tables = Acpi().PlaceAt(kFirmwareTables);
-    if (tables.size() > kSmbiosTables - kFirmwareTables) {
-      return Fail(ErrorCode::kNoSpace, "the ACPI tables for " + std::to_string(config_.cpu_count) +
-                                           " CPUs are too long");
-    }
-    memory.Write(Gpa(kFirmwareTables), tables.data(), tables.size());
-    rsdp = kFirmwareTables;
-  }
-  std::vector<uint8_t> smbios = Smbios().PlaceAt(kSmbiosTables);
-  if (smbios.size() > kMiB - kSmbiosTables)
-    return Fail(ErrorCode::kNoSpace, "the SMBIOS tables are too long; shorten -smbios");
-  memory.Write(Gpa(kSmbiosTables), smbios.data(), smbios.size());
+  if (options_.acpi) rsdp = TRY(PlaceTables(Acpi()));
   BootSpace space{memory_, low_ram_bytes_, E820(), rsdp, config_.boot.cmdline};
   CpuEntry entry = TRY(kernel_->Load(space));
   return EnterKernel(entry);

@@ -8,7 +8,6 @@
 #include "machine/acpi/tables.h"
 #include "machine/board.h"
 #include "machine/loader/kernel.h"
-#include "machine/smbios.h"
 
 namespace kvartz {
 class I440fx;
@@ -44,7 +43,6 @@ class PcBoard final : public Board {
   void WireInterrupts();
   Result<> WirePci();
   AcpiTables Acpi() const;
-  SmbiosTables Smbios() const;
   // Tables and data for firmware; devices may have changed since the last reset.
   void FillFwCfg();
   std::vector<uint8_t> BootOrder() const;

@@ -56,13 +56,17 @@ class BareBoard final : public AccelHost, public IoHandler {
   AddressSpace& memory() { return memory_; }
   VmClock& clock() { return clock_; }
 
+  // Ends Run from another thread.
+  void Stop() { Exit(-1); }
   // Runs all CPUs until the guest writes to the exit port, or triple-faults. Returns the value written, or -1.
   int Run() {
+    done_ = false;
+    exit_code_ = -1;
     std::vector<Thread> threads;
     for (size_t i = 1; i < vcpus_.size(); i++) {
-      threads.emplace_back("vcpu" + std::to_string(i), [this, i] { (void)vcpus_[i]->Run(); });
+      threads.emplace_back("vcpu" + std::to_string(i), [this, i] { RunOne(*vcpus_[i]); });
     }
-    (void)vcpus_[0]->Run();
+    RunOne(*vcpus_[0]);
     for (auto& vcpu : vcpus_) vcpu->Kick();
     threads.clear();
     return exit_code_;
@@ -116,8 +120,14 @@ class BareBoard final : public AccelHost, public IoHandler {
     region.lock = &port_lock_;
     return region;
   }
+  // A kick may be left over from the run before.
+  void RunOne(Vcpu& vcpu) {
+    while (!done_ && vcpu.Run() == Vcpu::Exit::kKicked) {
+    }
+  }
   void Exit(int code) {
     exit_code_ = code;
+    done_ = true;
     for (auto& vcpu : vcpus_) vcpu->Kick();
   }
 
@@ -128,6 +138,7 @@ class BareBoard final : public AccelHost, public IoHandler {
   std::unique_ptr<Accel> accel_;
   std::vector<std::unique_ptr<Vcpu>> vcpus_;
   int exit_code_ = -1;
+  std::atomic<bool> done_{false};
 };
 
 }  // namespace kvartz::cpu::x86

@@ -118,7 +118,7 @@ TEST(BootKernelSlow, PrintsItsBanner) {
   Thread watchdog("watchdog", [&] {
     int64_t end = MonotonicClock::Instance().NowNs() + 120'000'000'000;
     while (MonotonicClock::Instance().NowNs() < end && board.triple_faults == 0) usleep(100000);
-    board.vcpu().Kick();
+    board.Stop();
   });
   board.Run();
   Cpu& cpu = board.cpu();

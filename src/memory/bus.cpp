@@ -67,8 +67,8 @@ uint64_t HandlerRead(const Region& region, uint64_t offset, unsigned size) {
     // A misaligned narrow access may reach into the next register.
     if (lane + size > region.min_access) {
       unsigned first = region.min_access - lane;
-      return HandlerRead(region, offset, first) | HandlerRead(region, offset + first, size - first)
-                                                      << first * 8;
+      uint64_t low = HandlerRead(region, offset, first);
+      return low | HandlerRead(region, offset + first, size - first) << first * 8;
     }
     return region.handler->IoRead(start, region.min_access) >> lane * 8 & Mask(size);
   }

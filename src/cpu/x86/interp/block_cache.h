@@ -78,6 +78,9 @@ class BlockCache {
   Insn uncached_{};
 };
 
+// The run loop is to be left (cpu.h, `request`).
+inline bool Requested(const Cpu& cpu) { return __atomic_load_n(&cpu.requests, __ATOMIC_RELAXED) != 0; }
+
 // What decoding depends on, besides the bytes.
 inline uint16_t ModeKey(const Cpu& cpu) {
   return static_cast<uint16_t>(static_cast<unsigned>(cpu.code_mode) |

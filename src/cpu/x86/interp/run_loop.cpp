@@ -10,6 +10,7 @@ uint64_t CodeAddress(const Cpu& cpu) {
                                         : static_cast<uint32_t>(cpu.rip + cpu.seg[kCs].base);
 }
 
+// Host address of the code at `linear`; null if no memory answers there.
 const uint8_t* Fetch(Cpu& cpu, uint64_t linear) {
   const TlbEntry& entry = cpu.tlb->code(linear);
   if (entry.execute == cpu.tlb->Tag(linear)) [[likely]] {
@@ -17,8 +18,6 @@ const uint8_t* Fetch(Cpu& cpu, uint64_t linear) {
   }
   return FetchCode(cpu, linear);
 }
-
-bool Requested(const Cpu& cpu) { return __atomic_load_n(&cpu.requests, __ATOMIC_RELAXED) != 0; }
 
 void Execute(Cpu& cpu, const Insn& insn) {
   cpu.insn_rip = cpu.rip;
@@ -57,11 +56,16 @@ Block* Next(Cpu& cpu, BlockCache& cache, Block* previous, uint64_t linear, const
 void RunBlocks(Cpu& cpu) {
   BlockCache& cache = *static_cast<BlockCache*>(cpu.blocks);
   uint16_t mode = ModeKey(cpu);
-  Block* block = nullptr;
+  Block* block = nullptr;  // null: the next one is looked up from scratch
+  uint64_t block_linear = 0;
   while (!Requested(cpu)) {
     cpu.insn_rip = cpu.rip;  // faults of the fetch report it
     const uint64_t linear = CodeAddress(cpu);
-    const uint8_t* host = Fetch(cpu, linear);
+    // Within one page the translation stands: what could change it ends a block with changes_mode,
+    // or is a request.
+    const uint8_t* host = block != nullptr && (linear ^ block_linear) < 4096
+                              ? block->host + (linear - block_linear)
+                              : Fetch(cpu, linear);
     if (host == nullptr) [[unlikely]] {
       Execute(cpu, *cache.DecodeUncached(cpu, linear));
       mode = ModeKey(cpu);
@@ -69,16 +73,22 @@ void RunBlocks(Cpu& cpu) {
       continue;
     }
     block = Next(cpu, cache, block, linear, host, mode);
-    const Insn* insn = block->insns;
-    const Insn* const end = insn + block->count;
+    block_linear = linear;
     if (!WithinLimit(cpu, *block)) [[unlikely]] {
       StepInstruction(cpu);
       mode = ModeKey(cpu);
       block = nullptr;
       continue;
     }
+    const Insn* insn = block->insns;
+    const Insn* const end = insn + block->count;
+    uint64_t rip = cpu.rip;
     do {
-      Execute(cpu, *insn);
+      cpu.insn_rip = rip;
+      rip += insn->length;  // only the last instruction may change it, or one that sets a request
+      cpu.rip = rip;
+      ++cpu.insn_count;
+      insn->exec(cpu, *insn);
       if (Requested(cpu)) [[unlikely]] {
         return;
       }

@@ -3,6 +3,7 @@
 // MOVS and STOS go page by page on host memory.
 #include <algorithm>
 
+#include "cpu/x86/interp/block_cache.h"
 #include "cpu/x86/interp/integer.h"
 
 namespace kvartz::cpu::x86 {
@@ -144,7 +145,8 @@ uint64_t Bulk(Cpu&, const Insn&, uint64_t, Op) {
 
 template <typename Op>
 void ExecRepeated(Cpu& cpu, const Insn& insn) {
-  const bool bulk = cpu.flat_segments && (cpu.rflags & rflags::kDf) == 0;
+  // A request at the start is kStep, which wants single iterations.
+  const bool bulk = cpu.flat_segments && (cpu.rflags & rflags::kDf) == 0 && !Requested(cpu);
   for (;;) {
     const uint64_t count = AddressReg(cpu, insn, kRcx);
     if (count == 0) {
@@ -162,7 +164,7 @@ void ExecRepeated(Cpu& cpu, const Insn& insn) {
     if (Op::kCompares && ((cpu.rflags & rflags::kZf) != 0) != ((insn.flags & kHasRep) != 0)) {
       return;
     }
-    if (__atomic_load_n(&cpu.requests, __ATOMIC_RELAXED) != 0) {
+    if (Requested(cpu)) {
       cpu.rip = cpu.insn_rip;
       return;
     }

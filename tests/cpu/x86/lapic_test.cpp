@@ -289,7 +289,7 @@ GUEST_CODE(apic_ap_runs_code, R"(
 GUEST_CODE(apic_bsp_writes_code, X2APIC_ON
            "mov $0x830, %ecx; mov $1, %edx; mov $0xc500, %eax; wrmsr; mov $0x60b, %eax; wrmsr;"
            R"(
-  mov $200, %ebx
+  mov $30, %ebx
 1: mov %ebx, 0xb102
   movl $1, 0x9300
 2: pause

@@ -99,6 +99,9 @@ Result<std::unique_ptr<Chardev::Port>> Chardev::Connect(CharUser& user) {
     Chardev* chardev = *self;
     if (!chardev || std::ranges::find(chardev->ports_, connected) == chardev->ports_.end()) return;
     chardev->Announce(*connected);
+    if (chardev->config_.mux && chardev->ports_[chardev->focus_] == connected) {
+      connected->user_.CharEventArrived(CharEvent::kFocusIn);
+    }
     chardev->Pump();
     chardev->backend_->InputRoomChanged();
   });

@@ -289,7 +289,7 @@ TEST_F(ChardevTest, MuxKeys) {
       "c\x01"
       "b");
   ASSERT_TRUE(RunUntil([&] { return console.events.ends_with("b"); }));
-  EXPECT_EQ(console.events, "ofib");
+  EXPECT_EQ(console.events, "iofib");
   EXPECT_EQ(monitor.events, "oif");
   type("\x01h");
   std::string shown;

@@ -1,0 +1,90 @@
+#include "vmm/hmp/hmp_monitor.h"
+
+#include "vmm/command_line.h"
+#include "vmm/vm.h"
+
+namespace kvartz::vmm {
+namespace {
+
+constexpr uint8_t kCtrlC = 3, kCtrlU = 21, kBackspace = 8, kEsc = 27, kDelete = 127;
+
+// The prompt that scripts wait for.
+constexpr std::string_view kPrompt = "(qemu) ";
+
+}  // namespace
+
+void HmpMonitor::CharEventArrived(host::CharEvent event) {
+  bool shared = port().chardev().config().mux;
+  if (event != (shared ? host::CharEvent::kFocusIn : host::CharEvent::kOpened)) return;
+  if (shared) Send("\r\n");
+  Send("Kvartz monitor: 'help' lists the commands\r\n");
+  Prompt();
+}
+
+void HmpMonitor::Prompt() {
+  line_.clear();
+  history_at_ = history_.size();
+  Send(kPrompt);
+}
+
+void HmpMonitor::Receive(std::span<const uint8_t> data) {
+  for (uint8_t byte : data) Key(byte);
+}
+
+void HmpMonitor::Key(uint8_t key) {
+  if (escape_ != Escape::kNone) return EscapeKey(key);
+  bool newline_of_return = last_was_return_ && key == '\n';
+  last_was_return_ = key == '\r';
+  if (newline_of_return) return;
+  if (key == '\r' || key == '\n') {
+    Enter();
+  } else if (key == kEsc) {
+    escape_ = Escape::kEsc;
+  } else if (key == kBackspace || key == kDelete) {
+    if (line_.empty()) return;
+    line_.pop_back();
+    Send("\b \b");
+  } else if (key == kCtrlU || key == kCtrlC) {
+    Replace("");
+  } else if (key >= 0x20 && line_.size() < kLineMax) {
+    line_.push_back(static_cast<char>(key));
+    Send(std::string_view(&line_.back(), 1));
+  }
+}
+
+void HmpMonitor::EscapeKey(uint8_t key) {
+  bool csi = escape_ == Escape::kCsi;
+  escape_ = !csi && key == '[' ? Escape::kCsi : Escape::kNone;
+  if (!csi || history_.empty()) return;
+  if (key == 'A' && history_at_ > 0) {
+    Replace(history_[--history_at_]);
+  } else if (key == 'B' && history_at_ < history_.size()) {
+    ++history_at_;
+    Replace(history_at_ < history_.size() ? history_[history_at_] : "");
+  }
+}
+
+void HmpMonitor::Replace(const std::string& line) {
+  std::string erase;
+  for (size_t i = 0; i < line_.size(); ++i) erase += "\b \b";
+  line_ = line;
+  Send(erase + line_);
+}
+
+void HmpMonitor::Enter() {
+  Send("\r\n");
+  std::string line = line_;
+  if (!line.empty() && (history_.empty() || history_.back() != line)) {
+    history_.push_back(line);
+    if (history_.size() > kHistoryMax) history_.erase(history_.begin());
+  }
+  std::string text;
+  for (char c : RunHmpCommand(context_, line)) {
+    if (c == '\n') text += '\r';
+    text += c;
+  }
+  Send(text);
+  Prompt();
+}
+
+}  // namespace kvartz::vmm

@@ -1,0 +1,40 @@
+// A thread with an event loop of its own, for disks (-object iothread).
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "base/event_loop.h"
+#include "base/sync.h"
+
+namespace kvartz::vmm {
+
+// Owned by the main thread. What runs on the loop is gone or at rest before this is destroyed.
+class IoThread {
+ public:
+  static Result<std::unique_ptr<IoThread>> Create(const std::string& id) {
+    std::unique_ptr<IoThread> made(new IoThread(id));
+    made->loop_ = TRY(EventLoop::Create());
+    return made;
+  }
+  ~IoThread() { Stop(); }
+
+  void Start() {
+    thread_ = Thread("io-" + id_, [this] { loop_->Run(); });
+  }
+  void Stop() {
+    if (!thread_.joinable()) return;
+    loop_->Stop();
+    thread_.Join();
+  }
+  const std::string& id() const { return id_; }
+  EventLoop& loop() { return *loop_; }
+
+ private:
+  explicit IoThread(std::string id) : id_(std::move(id)) {}
+  const std::string id_;
+  std::unique_ptr<EventLoop> loop_;
+  Thread thread_;
+};
+
+}  // namespace kvartz::vmm

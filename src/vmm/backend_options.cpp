@@ -278,6 +278,10 @@ Result<> FinishBackends(CommandLine& line) {
     Result<> added = AddNicOf(line, line.net_cards[0], line.net_backends[0], "-net");
     if (!added) return Fail(std::move(added).error().In("-net nic"));
   }
+  // Other programs' default card, with the driver that there is here.
+  if (!line.networking_given && !line.no_defaults && !line.microvm && FindDeviceType(VirtioDriver(line, "net"))) {
+    TRY(AddNicOf(line, {}, {{"type", "user"}}, "default network card (-nic user)"));
+  }
   TRY(FinishConsoles(line));
 
   // Nodes that other nodes stand on belong to those.

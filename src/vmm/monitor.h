@@ -1,4 +1,5 @@
-// What the two kinds of monitor have in common: a chardev's port with an unbounded but watched output.
+// What the two kinds of monitor have in common: a chardev's port with an unbounded but watched
+// output.
 #pragma once
 
 #include <memory>

@@ -26,12 +26,15 @@ Result<Daemon::Role> Daemon::Fork() {
 Result<> Daemon::Ready() {
   if (!pipe_) return {};
   UniqueFd null(open("/dev/null", O_RDWR | O_CLOEXEC));
-  if (!null || chdir("/") != 0) return Fail(ErrnoError(errno, "-daemonize: cannot leave the terminal"));
+  if (!null || chdir("/") != 0)
+    return Fail(ErrnoError(errno, "-daemonize: cannot leave the terminal"));
   for (int standard : {0, 1, 2}) {
-    if (dup2(null.get(), standard) < 0) return Fail(ErrnoError(errno, "-daemonize: cannot leave the terminal"));
+    if (dup2(null.get(), standard) < 0)
+      return Fail(ErrnoError(errno, "-daemonize: cannot leave the terminal"));
   }
   char ready = 0;
-  if (write(pipe_.get(), &ready, 1) != 1) return Fail(ErrnoError(errno, "-daemonize: the parent is gone"));
+  if (write(pipe_.get(), &ready, 1) != 1)
+    return Fail(ErrnoError(errno, "-daemonize: the parent is gone"));
   pipe_.Reset();
   return {};
 }
@@ -53,11 +56,13 @@ Result<> Pidfile::Take(const std::string& path) {
   struct flock holder = lock;
   if (fcntl(fd.get(), F_SETLK, &lock) != 0) {
     bool known = fcntl(fd.get(), F_GETLK, &holder) == 0 && holder.l_type != F_UNLCK;
-    return Fail(ErrorCode::kBusy, fmt::format("-pidfile {}: in use by process {}; end it or choose another file", path,
-                                              known ? std::to_string(holder.l_pid) : "?"));
+    return Fail(ErrorCode::kBusy,
+                fmt::format("-pidfile {}: in use by process {}; end it or choose another file",
+                            path, known ? std::to_string(holder.l_pid) : "?"));
   }
   std::string text = fmt::format("{}\n", getpid());
-  if (ftruncate(fd.get(), 0) != 0 || write(fd.get(), text.data(), text.size()) != static_cast<ssize_t>(text.size())) {
+  if (ftruncate(fd.get(), 0) != 0 ||
+      write(fd.get(), text.data(), text.size()) != static_cast<ssize_t>(text.size())) {
     return Fail(ErrnoError(errno, fmt::format("-pidfile {}: cannot write it", path)));
   }
   path_ = path;

@@ -14,7 +14,8 @@ class Daemon {
   enum class Role { kParent, kChild };
   // The child has a session of its own; its errors still go to the terminal, until Ready.
   Result<Role> Fork();
-  // In the child: the machine is set up. Leaves the terminal and lets the parent end with success. Nothing if it never forked.
+  // In the child: the machine is set up. Leaves the terminal and lets the parent end with success.
+  // Nothing if it never forked.
   Result<> Ready();
   // In the parent: 0 if the child became ready, else 1 (the child has said why).
   int WaitForChild();

@@ -4,14 +4,14 @@
 namespace kvartz::vmm {
 
 enum class RunState {
-  kPrelaunch,      // not started yet (-S), or reset while stopped
+  kPrelaunch,  // not started yet (-S), or reset while stopped
   kRunning,
   kPaused,         // stopped by the user
   kShutdown,       // powered off, kept by -no-shutdown
   kInternalError,  // the engine can't go on
   kGuestPanicked,
-  kSaveVm,         // its state is being written
-  kInMigrate,      // its state is being read
+  kSaveVm,     // its state is being written
+  kInMigrate,  // its state is being read
 };
 const char* RunStateName(RunState state);
 

@@ -57,8 +57,10 @@ class Writer {
     while (done < buffer_.size() && !error_) {
       ssize_t count = write(fd_, buffer_.data() + done, buffer_.size() - done);
       if (count < 0 && errno == EINTR) continue;
-      if (count < 0) error_ = errno;
-      else done += static_cast<size_t>(count);
+      if (count < 0)
+        error_ = errno;
+      else
+        done += static_cast<size_t>(count);
     }
     buffer_.clear();
   }
@@ -112,7 +114,9 @@ std::unexpected<Error> Damaged(const char* what) {
   return Fail(ErrorCode::kInvalid, fmt::format("damaged, or no saved machine: {}", what));
 }
 
-bool AllZero(const uint8_t* page) { return page[0] == 0 && std::memcmp(page, page + 1, kPageSize - 1) == 0; }
+bool AllZero(const uint8_t* page) {
+  return page[0] == 0 && std::memcmp(page, page + 1, kPageSize - 1) == 0;
+}
 
 // The next page at or after `offset` that the host holds memory for.
 uint64_t NextHeld(const RamBlock& block, uint64_t offset) {
@@ -126,7 +130,8 @@ void WriteBlock(Writer& writer, const RamBlock& block) {
   writer.PutObject(Le16(static_cast<uint16_t>(block.name().size())));
   writer.Put(block.name().data(), block.name().size());
   writer.PutObject(Le64(block.size()));
-  for (uint64_t offset = NextHeld(block, 0); offset < block.size(); offset = NextHeld(block, offset + kPageSize)) {
+  for (uint64_t offset = NextHeld(block, 0); offset < block.size();
+       offset = NextHeld(block, offset + kPageSize)) {
     const uint8_t* page = block.host() + offset;
     if (AllZero(page)) continue;
     writer.PutObject(Le64(offset));
@@ -137,8 +142,8 @@ void WriteBlock(Writer& writer, const RamBlock& block) {
 
 // Zeros, and no host memory behind them.
 void Discard(RamBlock& block) {
-  if (block.fd() >= 0 &&
-      fallocate(block.fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, static_cast<off_t>(block.size())) == 0) {
+  if (block.fd() >= 0 && fallocate(block.fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+                                   static_cast<off_t>(block.size())) == 0) {
     return;
   }
   if (block.fd() < 0 && madvise(block.host(), block.size(), MADV_DONTNEED) == 0) return;
@@ -150,18 +155,23 @@ Result<> ReadBlock(Reader& reader, RamBlock& block) {
   if (!reader.GetObject(&name_size)) return Damaged("truncated");
   std::string name(name_size, 0);
   Le64 size;
-  if (!reader.Get(name.data(), name.size()) || !reader.GetObject(&size)) return Damaged("truncated");
+  if (!reader.Get(name.data(), name.size()) || !reader.GetObject(&size))
+    return Damaged("truncated");
   if (name != block.name() || size != block.size()) {
-    return Fail(ErrorCode::kInvalid, fmt::format("the saved machine has other memory ({} bytes of '{}', here {} of '{}'); use its "
-                                                 "options",
-                                                 static_cast<uint64_t>(size), name, block.size(), block.name()));
+    return Fail(
+        ErrorCode::kInvalid,
+        fmt::format(
+            "the saved machine has other memory ({} bytes of '{}', here {} of '{}'); use its "
+            "options",
+            static_cast<uint64_t>(size), name, block.size(), block.name()));
   }
   Discard(block);
   for (uint64_t next = 0;;) {
     Le64 offset;
     if (!reader.GetObject(&offset)) return Damaged("truncated");
     if (offset == kEndOfPages) return {};
-    if (offset < next || offset % kPageSize != 0 || offset > block.size() - kPageSize) return Damaged("a page out of place");
+    if (offset < next || offset % kPageSize != 0 || offset > block.size() - kPageSize)
+      return Damaged("a page out of place");
     if (!reader.Get(block.host() + offset, kPageSize)) return Damaged("truncated");
     next = offset + kPageSize;
   }
@@ -197,9 +207,11 @@ Result<> LoadMachine(machine::Board& board, const std::string& path) {
   Reader reader(fd.get());
   char magic[sizeof(kMagic)];
   Le32 version, blocks;
-  if (!reader.Get(magic, sizeof(magic)) || std::memcmp(magic, kMagic, sizeof(magic)) != 0) return Damaged("the beginning");
+  if (!reader.Get(magic, sizeof(magic)) || std::memcmp(magic, kMagic, sizeof(magic)) != 0)
+    return Damaged("the beginning");
   if (!reader.GetObject(&version) || version != kVersion) return Damaged("unknown version");
-  if (!reader.GetObject(&blocks) || blocks != board.ram_blocks().size()) return Damaged("another number of memory blocks");
+  if (!reader.GetObject(&blocks) || blocks != board.ram_blocks().size())
+    return Damaged("another number of memory blocks");
   for (const auto& block : board.ram_blocks()) TRY(ReadBlock(reader, *block));
   Le64 size;
   if (!reader.GetObject(&size) || size > kStateMax) return Damaged("the size of the state");

@@ -20,10 +20,14 @@ namespace {
 constexpr int kDrainMs = 1000;
 
 constexpr std::pair<RunState, const char*> kStateNames[] = {
-    {RunState::kPrelaunch, "prelaunch"},          {RunState::kRunning, "running"},
-    {RunState::kPaused, "paused"},                {RunState::kShutdown, "shutdown"},
-    {RunState::kInternalError, "internal-error"}, {RunState::kGuestPanicked, "guest-panicked"},
-    {RunState::kSaveVm, "save-vm"},               {RunState::kInMigrate, "inmigrate"},
+    {RunState::kPrelaunch, "prelaunch"},
+    {RunState::kRunning, "running"},
+    {RunState::kPaused, "paused"},
+    {RunState::kShutdown, "shutdown"},
+    {RunState::kInternalError, "internal-error"},
+    {RunState::kGuestPanicked, "guest-panicked"},
+    {RunState::kSaveVm, "save-vm"},
+    {RunState::kInMigrate, "inmigrate"},
 };
 
 struct CauseRow {
@@ -137,8 +141,10 @@ Result<> Vm::OpenDrives() {
   for (const DriveConfig& config : config_.drives) {
     EventLoop* loop = config.iothread.empty() ? loop_.get() : FindIoThread(config.iothread);
     if (!loop) {
-      return Fail(ErrorCode::kNotFound,
-                  fmt::format("iothread={0}: there is no such iothread; add -object iothread,id={0}", config.iothread));
+      return Fail(
+          ErrorCode::kNotFound,
+          fmt::format("iothread={0}: there is no such iothread; add -object iothread,id={0}",
+                      config.iothread));
     }
     Result<std::shared_ptr<block::Node>> node = block::OpenImage(*loop, config.image);
     if (!node) return Fail(std::move(node).error().In(config.option));
@@ -149,7 +155,8 @@ Result<> Vm::OpenDrives() {
 
 Result<> Vm::OpenNetdevs() {
   for (const BackendConfig& config : config_.netdevs) {
-    Result<std::unique_ptr<host::NetBackend>> made = host::CreateNetBackend(config.properties.all(), *loop_);
+    Result<std::unique_ptr<host::NetBackend>> made =
+        host::CreateNetBackend(config.properties.all(), *loop_);
     if (!made) return Fail(std::move(made).error().In(config.option));
     netdevs_.emplace_back(config.id, std::move(*made));
   }
@@ -175,7 +182,8 @@ Result<> Vm::WatchSignals() {
   sigset_t set;
   sigemptyset(&set);
   for (int number : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&set, number);
-  if (pthread_sigmask(SIG_BLOCK, &set, nullptr) != 0) return Fail(ErrnoError(errno, "cannot block signals"));
+  if (pthread_sigmask(SIG_BLOCK, &set, nullptr) != 0)
+    return Fail(ErrnoError(errno, "cannot block signals"));
   signals_.Reset(signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
   if (!signals_) return Fail(ErrnoError(errno, "cannot make a signalfd"));
   loop_->Watch(signals_.get(), FdEvents::kRead, [this](FdEvents) { OnSignal(); });
@@ -185,7 +193,8 @@ Result<> Vm::WatchSignals() {
 void Vm::OnSignal() {
   signalfd_siginfo info;
   if (read(signals_.get(), &info, sizeof(info)) != sizeof(info)) return;
-  fmt::print(stderr, "kvartz-vmm: terminating on signal {} from pid {}\n", info.ssi_signo, info.ssi_pid);
+  fmt::print(stderr, "kvartz-vmm: terminating on signal {} from pid {}\n", info.ssi_signo,
+             info.ssi_pid);
   Quit(Cause::kHostSignal);
 }
 
@@ -330,7 +339,8 @@ void Vm::Exit(int code) {
 }
 
 Result<> Vm::Save(const std::string& path) {
-  if (state_ == RunState::kInternalError) return Fail(ErrorCode::kState, "the machine has failed; there is nothing to save");
+  if (state_ == RunState::kInternalError)
+    return Fail(ErrorCode::kState, "the machine has failed; there is nothing to save");
   StopIn(RunState::kSaveVm);
   Result<> saved = SaveMachine(*board_, path);
   state_ = RunState::kPaused;

@@ -1,4 +1,5 @@
-// One virtual machine in this process: its board, the host's sides of its devices, its monitors, and its life.
+// One virtual machine in this process: its board, the host's sides of its devices, its monitors,
+// and its life.
 #pragma once
 
 #include <atomic>
@@ -33,7 +34,8 @@ class VmObserver {
 // Loop-owned by the main loop, but for Ask and ExitProcess (any thread).
 class Vm final : public MachineControl, private HostBackends {
  public:
-  // Sets up everything; nothing runs yet. Errors: whatever is missing, unsuitable or taken, by the option that asked for it.
+  // Sets up everything; nothing runs yet. Errors: whatever is missing, unsuitable or taken, by the
+  // option that asked for it.
   static Result<std::unique_ptr<Vm>> Create(VmConfig config);
   ~Vm() override;
 
@@ -50,8 +52,12 @@ class Vm final : public MachineControl, private HostBackends {
   RunState state() const { return state_; }
   bool running() const { return state_ == RunState::kRunning; }
   const std::vector<std::unique_ptr<host::Chardev>>& chardevs() const { return chardevs_; }
-  const std::vector<std::pair<std::string, std::shared_ptr<block::Node>>>& drives() const { return drives_; }
-  const std::vector<std::pair<std::string, std::unique_ptr<host::NetBackend>>>& netdevs() const { return netdevs_; }
+  const std::vector<std::pair<std::string, std::shared_ptr<block::Node>>>& drives() const {
+    return drives_;
+  }
+  const std::vector<std::pair<std::string, std::unique_ptr<host::NetBackend>>>& netdevs() const {
+    return netdevs_;
+  }
 
   // The user's wishes. Those that depend on the state say why they can't be fulfilled.
   void Stop();

@@ -14,7 +14,9 @@
 namespace kvartz::vmm {
 namespace {
 
-std::string Done(const Result<>& result) { return result ? "" : "Error: " + result.error().what + "\n"; }
+std::string Done(const Result<>& result) {
+  return result ? "" : "Error: " + result.error().what + "\n";
+}
 
 std::string_view NextWord(std::string_view* text) {
   text->remove_prefix(std::min(text->find_first_not_of(" \t\r\n"), text->size()));
@@ -30,18 +32,21 @@ const HmpCommand* Find(std::span<const HmpCommand> commands, std::string_view na
   return nullptr;
 }
 
-std::string Unknown(std::span<const HmpCommand> commands, std::string_view name, std::string_view help) {
+std::string Unknown(std::span<const HmpCommand> commands, std::string_view name,
+                    std::string_view help) {
   std::vector<std::string_view> names;
   for (const HmpCommand& command : commands) names.emplace_back(command.name);
   std::string_view nearest = NearestName(name, names);
   return fmt::format("unknown command: '{}'; {}\n", name,
-                     nearest.empty() ? fmt::format("'{}' lists the commands", help) : fmt::format("did you mean '{}'?", nearest));
+                     nearest.empty() ? fmt::format("'{}' lists the commands", help)
+                                     : fmt::format("did you mean '{}'?", nearest));
 }
 
 std::string List(std::span<const HmpCommand> commands, std::string_view prefix) {
   std::string text;
   for (const HmpCommand& command : commands) {
-    std::string names = command.alias ? fmt::format("{}|{}", command.name, command.alias) : command.name;
+    std::string names =
+        command.alias ? fmt::format("{}|{}", command.name, command.alias) : command.name;
     std::string left = fmt::format("{}{} {}", prefix, names, command.arguments);
     text += fmt::format("{:32} {}\n", left, command.help);
   }
@@ -61,32 +66,39 @@ std::string InfoName(HmpContext& context, std::string_view) {
   const std::string& name = context.vm.config().machine.name;
   return name.empty() ? "" : name + "\n";
 }
-std::string InfoEngine(HmpContext& context, std::string_view) { return context.vm.engine_reason() + "\n"; }
+std::string InfoEngine(HmpContext& context, std::string_view) {
+  return context.vm.engine_reason() + "\n";
+}
 std::string InfoKvm(HmpContext& context, std::string_view) {
-  return fmt::format("kvm support: {}\n", context.vm.engine_name() == "kvm" ? "enabled" : "disabled");
+  return fmt::format("kvm support: {}\n",
+                     context.vm.engine_name() == "kvm" ? "enabled" : "disabled");
 }
 std::string InfoCpus(HmpContext& context, std::string_view) {
   std::string text;
   for (unsigned i = 0; i < context.vm.board().vcpu_count(); ++i) {
-    text += fmt::format("{} CPU #{}: thread_id={}\n", i == context.cpu ? '*' : ' ', i, context.vm.vcpus().thread_id(i));
+    text += fmt::format("{} CPU #{}: thread_id={}\n", i == context.cpu ? '*' : ' ', i,
+                        context.vm.vcpus().thread_id(i));
   }
   return text;
 }
 std::string InfoChardev(HmpContext& context, std::string_view) {
   std::string text;
-  for (const auto& chardev : context.vm.chardevs()) text += fmt::format("{}: filename={}\n", chardev->id(), chardev->description());
+  for (const auto& chardev : context.vm.chardevs())
+    text += fmt::format("{}: filename={}\n", chardev->id(), chardev->description());
   return text;
 }
 std::string InfoBlock(HmpContext& context, std::string_view) {
   std::string text;
   for (const auto& [id, node] : context.vm.drives()) {
-    text += fmt::format("{}: {} (raw{}), {} bytes\n", id, node->name(), node->read_only() ? ", read-only" : "", node->size_bytes());
+    text += fmt::format("{}: {} (raw{}), {} bytes\n", id, node->name(),
+                        node->read_only() ? ", read-only" : "", node->size_bytes());
   }
   return text;
 }
 std::string InfoNetwork(HmpContext& context, std::string_view) {
   std::string text;
-  for (const auto& [id, backend] : context.vm.netdevs()) text += fmt::format("{}: {}\n", id, backend->Describe());
+  for (const auto& [id, backend] : context.vm.netdevs())
+    text += fmt::format("{}: {}\n", id, backend->Describe());
   return text;
 }
 std::string InfoQtree(HmpContext& context, std::string_view) {
@@ -143,7 +155,8 @@ std::string Cpu(HmpContext& context, std::string_view arguments) {
   std::string_view word = NextWord(&arguments);
   unsigned index = 0;
   auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), index);
-  if (error != std::errc() || end != word.data() + word.size() || index >= context.vm.board().vcpu_count()) {
+  if (error != std::errc() || end != word.data() + word.size() ||
+      index >= context.vm.board().vcpu_count()) {
     return fmt::format("Error: there is no CPU '{}'\n", word);
   }
   context.cpu = index;
@@ -162,11 +175,13 @@ constexpr HmpCommand kCommands[] = {
     {"info", nullptr, "[WHAT]", "show something; without WHAT, list what there is", Info},
     {"nmi", nullptr, "", "a non-maskable interrupt for all CPUs", Nmi},
     {"quit", "q", "", "end the machine", Quit},
-    {"savestate", nullptr, "FILE", "stop, and save everything but the disks (continue with -incoming file:FILE)", Save},
+    {"savestate", nullptr, "FILE",
+     "stop, and save everything but the disks (continue with -incoming file:FILE)", Save},
     {"stop", "s", "", "stop the machine", Stop},
     {"system_powerdown", nullptr, "", "press the power button", SystemPowerdown},
     {"system_reset", nullptr, "", "press the reset button", SystemReset},
-    {"x", nullptr, "/FMT ADDRESS", "memory at a virtual address; FMT: count, o x d u c, b h w g", DumpVirtual},
+    {"x", nullptr, "/FMT ADDRESS", "memory at a virtual address; FMT: count, o x d u c, b h w g",
+     DumpVirtual},
     {"xp", nullptr, "/FMT ADDRESS", "memory at a physical address", DumpPhysical},
 };
 

@@ -35,8 +35,8 @@ Result<cpu::X86State> StateOf(Vm& vm, unsigned index) {
 }
 
 std::string SegmentText(const char* name, const cpu::Segment& segment) {
-  return fmt::format("{:4}={:04x} {:016x} {:08x} {:08x}\n", name, segment.selector, segment.base, segment.limit,
-                     segment.attributes);
+  return fmt::format("{:4}={:04x} {:016x} {:08x} {:08x}\n", name, segment.selector, segment.base,
+                     segment.limit, segment.attributes);
 }
 
 std::string RegistersText(unsigned index, const cpu::X86State& s) {
@@ -44,14 +44,18 @@ std::string RegistersText(unsigned index, const cpu::X86State& s) {
                                            "R8 ", "R9 ", "R10", "R11", "R12", "R13", "R14", "R15"};
   static constexpr const char* kSegments[] = {"ES", "CS", "SS", "DS", "FS", "GS"};
   std::string text = fmt::format("\nCPU#{}\n", index);
-  for (unsigned i = 0; i < 16; ++i) text += fmt::format("{}={:016x}{}", kNames[i], s.gpr[i], i % 4 == 3 ? "\n" : " ");
-  text += fmt::format("RIP={:016x} RFL={:08x} CPL={} HLT={}\n", s.rip, s.rflags, s.seg[cpu::kCs].selector & 3,
-                      s.mp_state == cpu::MpState::kHalted ? 1 : 0);
+  for (unsigned i = 0; i < 16; ++i)
+    text += fmt::format("{}={:016x}{}", kNames[i], s.gpr[i], i % 4 == 3 ? "\n" : " ");
+  text += fmt::format("RIP={:016x} RFL={:08x} CPL={} HLT={}\n", s.rip, s.rflags,
+                      s.seg[cpu::kCs].selector & 3, s.mp_state == cpu::MpState::kHalted ? 1 : 0);
   for (unsigned i = 0; i < cpu::kSegCount; ++i) text += SegmentText(kSegments[i], s.seg[i]);
   text += SegmentText("LDT", s.ldtr) + SegmentText("TR", s.tr);
-  text += fmt::format("GDT =     {:016x} {:08x}\nIDT =     {:016x} {:08x}\n", s.gdtr.base, s.gdtr.limit, s.idtr.base, s.idtr.limit);
-  text += fmt::format("CR0={:08x} CR2={:016x} CR3={:016x} CR4={:08x}\n", s.cr0, s.cr2, s.cr3, s.cr4);
-  text += fmt::format("DR0={:016x} DR1={:016x} DR2={:016x} DR3={:016x}\n", s.dr[0], s.dr[1], s.dr[2], s.dr[3]);
+  text += fmt::format("GDT =     {:016x} {:08x}\nIDT =     {:016x} {:08x}\n", s.gdtr.base,
+                      s.gdtr.limit, s.idtr.base, s.idtr.limit);
+  text +=
+      fmt::format("CR0={:08x} CR2={:016x} CR3={:016x} CR4={:08x}\n", s.cr0, s.cr2, s.cr3, s.cr4);
+  text += fmt::format("DR0={:016x} DR1={:016x} DR2={:016x} DR3={:016x}\n", s.dr[0], s.dr[1],
+                      s.dr[2], s.dr[3]);
   text += fmt::format("DR6={:016x} DR7={:016x}\nEFER={:016x}\n", s.dr[6], s.dr[7], s.efer);
   return text;
 }
@@ -67,16 +71,23 @@ void ViewText(const AddressSpace& space, std::string* text) {
   }
 }
 
-// SDM vol. 3 ch. 4: the linear address under the CPU's present paging. Reads only; sets no accessed bits.
+// SDM vol. 3 ch. 4: the linear address under the CPU's present paging. Reads only; sets no accessed
+// bits.
 std::optional<uint64_t> Translate(GuestMemory& memory, const cpu::X86State& s, uint64_t address) {
-  constexpr uint64_t kPg = 1u << 31, kPae = 1u << 5, kPse = 1u << 4, kLa57 = 1u << 12, kLma = 1u << 10;
+  constexpr uint64_t kPg = 1u << 31, kPae = 1u << 5, kPse = 1u << 4, kLa57 = 1u << 12,
+                     kLma = 1u << 10;
   constexpr uint64_t kPresent = 1, kLarge = 1 << 7, kFrame = 0x000ffffffffff000;
   if (!(s.cr0 & kPg)) return address;
   if (!(s.cr4 & kPae)) {
     uint32_t entry = 0;
-    if (!memory.ReadObject(Gpa((s.cr3 & 0xfffff000) + (address >> 22 & 0x3ff) * 4), &entry) || !(entry & kPresent)) return {};
-    if ((entry & kLarge) && (s.cr4 & kPse)) return (entry & 0xffc00000) | (uint64_t{entry & 0x1fe000} << 19) | (address & 0x3fffff);
-    if (!memory.ReadObject(Gpa((entry & 0xfffff000) + (address >> 12 & 0x3ff) * 4), &entry) || !(entry & kPresent)) return {};
+    if (!memory.ReadObject(Gpa((s.cr3 & 0xfffff000) + (address >> 22 & 0x3ff) * 4), &entry) ||
+        !(entry & kPresent))
+      return {};
+    if ((entry & kLarge) && (s.cr4 & kPse))
+      return (entry & 0xffc00000) | (uint64_t{entry & 0x1fe000} << 19) | (address & 0x3fffff);
+    if (!memory.ReadObject(Gpa((entry & 0xfffff000) + (address >> 12 & 0x3ff) * 4), &entry) ||
+        !(entry & kPresent))
+      return {};
     return (entry & 0xfffff000) | (address & 0xfff);
   }
   bool long_mode = s.efer & kLma;
@@ -104,7 +115,9 @@ struct DumpFormat {
 
 Result<std::pair<DumpFormat, uint64_t>> ParseDump(std::string_view text) {
   DumpFormat format;
-  auto skip_spaces = [&] { text.remove_prefix(std::min(text.find_first_not_of(" \t"), text.size())); };
+  auto skip_spaces = [&] {
+    text.remove_prefix(std::min(text.find_first_not_of(" \t"), text.size()));
+  };
   skip_spaces();
   if (text.starts_with('/')) {
     text.remove_prefix(1);
@@ -119,7 +132,8 @@ Result<std::pair<DumpFormat, uint64_t>> ParseDump(std::string_view text) {
       } else if (size_t at = kSizes.find(c); at != std::string_view::npos) {
         format.size = 1u << at;
       } else {
-        return Fail(ErrorCode::kInvalid, fmt::format("format '{}': known are o x d u c and b h w g", c));
+        return Fail(ErrorCode::kInvalid,
+                    fmt::format("format '{}': known are o x d u c and b h w g", c));
       }
     }
   }
@@ -128,13 +142,15 @@ Result<std::pair<DumpFormat, uint64_t>> ParseDump(std::string_view text) {
   uint64_t address = 0;
   auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), address, 16);
   if (error != std::errc() || format.count > kDumpMax) {
-    return Fail(ErrorCode::kInvalid, fmt::format("needed: /FMT and a hexadecimal address, at most {} units", kDumpMax));
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("needed: /FMT and a hexadecimal address, at most {} units", kDumpMax));
   }
   return std::pair(format, address);
 }
 
 std::string UnitText(const DumpFormat& format, uint64_t value) {
-  int64_t extended = static_cast<int64_t>(value << (64 - format.size * 8)) >> (64 - format.size * 8);
+  int64_t extended =
+      static_cast<int64_t>(value << (64 - format.size * 8)) >> (64 - format.size * 8);
   switch (format.base) {
     case 'o':
       return fmt::format("0{:o}", value);
@@ -143,7 +159,8 @@ std::string UnitText(const DumpFormat& format, uint64_t value) {
     case 'u':
       return fmt::format("{}", value);
     case 'c':
-      return value >= 0x20 && value < 0x7f ? fmt::format("'{}'", static_cast<char>(value)) : fmt::format("'\\x{:02x}'", value);
+      return value >= 0x20 && value < 0x7f ? fmt::format("'{}'", static_cast<char>(value))
+                                           : fmt::format("'\\x{:02x}'", value);
     default:
       return fmt::format("0x{:0{}x}", value, format.size * 2);
   }
@@ -168,7 +185,8 @@ std::string Dump(HmpContext& context, std::string_view arguments, Space space) {
       std::optional<uint64_t> physical = address + byte;
       if (space == Space::kVirtual) physical = Translate(memory, *state, address + byte);
       uint8_t one = 0;
-      if (!physical || !memory.Read(Gpa(*physical), &one, 1)) return text + "\nError: no memory there\n";
+      if (!physical || !memory.Read(Gpa(*physical), &one, 1))
+        return text + "\nError: no memory there\n";
       value |= uint64_t{one} << (8 * byte);
     }
     text += " " + UnitText(format, value);
@@ -197,7 +215,11 @@ std::string InfoMtree(HmpContext& context, std::string_view) {
   return text;
 }
 
-std::string DumpVirtual(HmpContext& context, std::string_view arguments) { return Dump(context, arguments, Space::kVirtual); }
-std::string DumpPhysical(HmpContext& context, std::string_view arguments) { return Dump(context, arguments, Space::kPhysical); }
+std::string DumpVirtual(HmpContext& context, std::string_view arguments) {
+  return Dump(context, arguments, Space::kVirtual);
+}
+std::string DumpPhysical(HmpContext& context, std::string_view arguments) {
+  return Dump(context, arguments, Space::kPhysical);
+}
 
 }  // namespace kvartz::vmm

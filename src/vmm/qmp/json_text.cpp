@@ -9,7 +9,8 @@ namespace json = boost::json;
 
 void Separate(JsonStyle style, bool first, int depth, std::string* out) {
   if (!first) *out += style == JsonStyle::kLine ? ", " : ",";
-  if (style == JsonStyle::kIndented) *out += "\n" + std::string(static_cast<size_t>(depth) * 4, ' ');
+  if (style == JsonStyle::kIndented)
+    *out += "\n" + std::string(static_cast<size_t>(depth) * 4, ' ');
 }
 
 // Recursion is bounded: values come from our own handlers, or from a parser with a limit on depth.

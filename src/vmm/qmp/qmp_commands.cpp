@@ -34,7 +34,8 @@ Value Later(Vm& vm, Action action) {
 // ---- the machine's life ----
 
 Value QueryStatus(Vm& vm, const json::object&) {
-  return json::object{{"status", RunStateName(vm.state())}, {"singlestep", false}, {"running", vm.running()}};
+  return json::object{
+      {"status", RunStateName(vm.state())}, {"singlestep", false}, {"running", vm.running()}};
 }
 Value Stop(Vm& vm, const json::object&) {
   vm.Stop();
@@ -99,7 +100,9 @@ Value QueryCpusFast(Vm& vm, const json::object&) {
   json::array cpus;
   for (unsigned i = 0; i < vm.board().vcpu_count(); ++i) {
     unsigned threads = topology.threads, cores = topology.cores * topology.dies;
-    json::object place{{"core-id", i / threads % cores}, {"thread-id", i % threads}, {"socket-id", i / (threads * cores)}};
+    json::object place{{"core-id", i / threads % cores},
+                       {"thread-id", i % threads},
+                       {"socket-id", i / (threads * cores)}};
     cpus.push_back(json::object{{"thread-id", vm.vcpus().thread_id(i)},
                                 {"props", std::move(place)},
                                 {"qom-path", fmt::format("/machine/unattached/device[{}]", i)},
@@ -112,7 +115,10 @@ Value QueryCpusFast(Vm& vm, const json::object&) {
 Value QueryMachines(Vm&, const json::object&) {
   json::array machines;
   for (const machine::MachineType& type : machine::MachineTypes()) {
-    json::object row{{"name", type.name}, {"numa-mem-supported", false}, {"cpu-max", 255}, {"hotpluggable-cpus", false},
+    json::object row{{"name", type.name},
+                     {"numa-mem-supported", false},
+                     {"cpu-max", 255},
+                     {"hotpluggable-cpus", false},
                      {"deprecated", false}};
     if (!type.alias.empty()) row["alias"] = type.alias;
     machines.push_back(std::move(row));
@@ -123,8 +129,8 @@ Value QueryMachines(Vm&, const json::object&) {
 Value QueryChardev(Vm& vm, const json::object&) {
   json::array chardevs;
   for (const auto& chardev : vm.chardevs()) {
-    chardevs.push_back(
-        json::object{{"frontend-open", true}, {"filename", chardev->description()}, {"label", chardev->id()}});
+    chardevs.push_back(json::object{
+        {"frontend-open", true}, {"filename", chardev->description()}, {"label", chardev->id()}});
   }
   return chardevs;
 }
@@ -132,12 +138,17 @@ Value QueryChardev(Vm& vm, const json::object&) {
 Value QueryBlock(Vm& vm, const json::object&) {
   json::array disks;
   for (const auto& [id, node] : vm.drives()) {
-    json::object image{{"filename", node->name()}, {"format", "raw"}, {"virtual-size", node->size_bytes()}};
-    json::object inserted{{"file", node->name()}, {"node-name", id},     {"ro", node->read_only()},
-                          {"drv", "raw"},         {"encrypted", false},  {"image", std::move(image)},
+    json::object image{
+        {"filename", node->name()}, {"format", "raw"}, {"virtual-size", node->size_bytes()}};
+    json::object inserted{{"file", node->name()},    {"node-name", id},
+                          {"ro", node->read_only()}, {"drv", "raw"},
+                          {"encrypted", false},      {"image", std::move(image)},
                           {"backing_file_depth", 0}};
-    disks.push_back(json::object{
-        {"device", id}, {"type", "unknown"}, {"locked", false}, {"removable", false}, {"inserted", std::move(inserted)}});
+    disks.push_back(json::object{{"device", id},
+                                 {"type", "unknown"},
+                                 {"locked", false},
+                                 {"removable", false},
+                                 {"inserted", std::move(inserted)}});
   }
   return disks;
 }
@@ -151,10 +162,12 @@ Result<host::Chardev*> FindChardev(Vm& vm, const std::string& id) {
   return Fail(ErrorCode::kNotFound, fmt::format("there is no chardev '{}'", id));
 }
 
-constexpr QmpArgument kRingbufReadArguments[] = {
-    {"device", QmpType::kString, false}, {"size", QmpType::kInt, false}, {"format", QmpType::kString, true}};
-constexpr QmpArgument kRingbufWriteArguments[] = {
-    {"device", QmpType::kString, false}, {"data", QmpType::kString, false}, {"format", QmpType::kString, true}};
+constexpr QmpArgument kRingbufReadArguments[] = {{"device", QmpType::kString, false},
+                                                 {"size", QmpType::kInt, false},
+                                                 {"format", QmpType::kString, true}};
+constexpr QmpArgument kRingbufWriteArguments[] = {{"device", QmpType::kString, false},
+                                                  {"data", QmpType::kString, false},
+                                                  {"format", QmpType::kString, true}};
 
 Result<host::Chardev*> FindRingbuf(Vm& vm, const json::object& arguments) {
   host::Chardev* chardev = TRY(FindChardev(vm, Text(arguments, "device")));
@@ -192,7 +205,8 @@ Value SendBreak(Vm& vm, const json::object& arguments) {
   return Done();
 }
 
-constexpr QmpArgument kHmpArguments[] = {{"command-line", QmpType::kString, false}, {"cpu-index", QmpType::kInt, true}};
+constexpr QmpArgument kHmpArguments[] = {{"command-line", QmpType::kString, false},
+                                         {"cpu-index", QmpType::kInt, true}};
 Value HumanMonitorCommand(Vm& vm, const json::object& arguments) {
   const json::value* cpu = arguments.if_contains("cpu-index");
   if (cpu && (cpu->as_int64() < 0 || cpu->as_int64() >= vm.board().vcpu_count())) {
@@ -204,7 +218,8 @@ Value HumanMonitorCommand(Vm& vm, const json::object& arguments) {
 
 Value QueryCommands(Vm&, const json::object&) {
   json::array names{json::object{{"name", "qmp_capabilities"}}};
-  for (const QmpCommand& command : QmpCommands()) names.push_back(json::object{{"name", command.name}});
+  for (const QmpCommand& command : QmpCommands())
+    names.push_back(json::object{{"name", command.name}});
   return names;
 }
 
@@ -268,21 +283,24 @@ Result<> CheckQmpArguments(const QmpCommand& command, const json::object& argume
       return Fail(ErrorCode::kInvalid, fmt::format("argument '{}' is missing", expected.name));
     }
     if (value && !HasType(*value, expected.type)) {
-      return Fail(ErrorCode::kInvalid, fmt::format("argument '{}' must be {}", expected.name, TypeName(expected.type)));
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("argument '{}' must be {}", expected.name, TypeName(expected.type)));
     }
   }
   for (const auto& field : arguments) {
     bool known = false;
     for (const QmpArgument& expected : command.arguments) known |= field.key() == expected.name;
     if (!known) {
-      return Fail(ErrorCode::kInvalid, fmt::format("argument '{}' is unexpected", std::string_view(field.key())));
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("argument '{}' is unexpected", std::string_view(field.key())));
     }
   }
   return {};
 }
 
 json::object QmpVersion() {
-  return {{"qemu", json::object{{"micro", 0}, {"minor", 2}, {"major", 7}}}, {"package", "kvartz-vmm 0.1.0"}};
+  return {{"qemu", json::object{{"micro", 0}, {"minor", 2}, {"major", 7}}},
+          {"package", "kvartz-vmm 0.1.0"}};
 }
 
 }  // namespace kvartz::vmm

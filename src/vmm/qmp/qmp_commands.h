@@ -22,17 +22,20 @@ struct QmpArgument {
 struct QmpCommand {
   const char* name;
   std::span<const QmpArgument> arguments;
-  // What it returns; {} where there is nothing to say. `arguments` has been checked against the row.
+  // What it returns; {} where there is nothing to say. `arguments` has been checked against the
+  // row.
   Result<boost::json::value> (*run)(Vm& vm, const boost::json::object& arguments);
 };
 
 std::span<const QmpCommand> QmpCommands();
 // Null: there is no such command.
 const QmpCommand* FindQmpCommand(std::string_view name);
-// Checks arguments against the row. Errors name the argument that is missing, unexpected or of another type.
+// Checks arguments against the row. Errors name the argument that is missing, unexpected or of
+// another type.
 Result<> CheckQmpArguments(const QmpCommand& command, const boost::json::object& arguments);
 
-// {"qemu": {"major": ...}, "package": ...}: the protocol's level in that field's terms, and what we are.
+// {"qemu": {"major": ...}, "package": ...}: the protocol's level in that field's terms, and what we
+// are.
 boost::json::object QmpVersion();
 
 }  // namespace kvartz::vmm

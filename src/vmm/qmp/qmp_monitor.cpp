@@ -24,7 +24,8 @@ json::parse_options Limits(unsigned depth) {
 
 }  // namespace
 
-QmpMonitor::QmpMonitor(Vm& vm, bool pretty) : vm_(vm), pretty_(pretty), parser_({}, Limits(kDepthMax)) {
+QmpMonitor::QmpMonitor(Vm& vm, bool pretty)
+    : vm_(vm), pretty_(pretty), parser_({}, Limits(kDepthMax)) {
   vm_.AddObserver(this);
 }
 
@@ -35,7 +36,8 @@ void QmpMonitor::Begin() {
   parser_.reset();
   command_bytes_ = 0;
   skip_line_ = negotiated_ = false;
-  SendValue(json::object{{"QMP", json::object{{"version", QmpVersion()}, {"capabilities", json::array()}}}});
+  SendValue(json::object{
+      {"QMP", json::object{{"version", QmpVersion()}, {"capabilities", json::array()}}}});
 }
 
 void QmpMonitor::CharEventArrived(host::CharEvent event) {
@@ -89,27 +91,35 @@ void QmpMonitor::Handle(const json::value& request) {
   const json::value* given = object->if_contains("arguments");
   for (const auto& field : *object) {
     if (field.key() == "execute" || field.key() == "arguments" || field.key() == "id") continue;
-    return ReplyError(kGenericError, fmt::format("member '{}' of the command is unexpected", std::string_view(field.key())), id);
+    return ReplyError(
+        kGenericError,
+        fmt::format("member '{}' of the command is unexpected", std::string_view(field.key())), id);
   }
-  if (!execute || !execute->is_string()) return ReplyError(kGenericError, "'execute' must be a string", id);
-  if (given && !given->is_object()) return ReplyError(kGenericError, "'arguments' must be an object", id);
+  if (!execute || !execute->is_string())
+    return ReplyError(kGenericError, "'execute' must be a string", id);
+  if (given && !given->is_object())
+    return ReplyError(kGenericError, "'arguments' must be an object", id);
   json::object arguments = given ? given->as_object() : json::object();
   std::string_view name(execute->as_string());
 
   if (name == "qmp_capabilities") {
-    if (negotiated_) return ReplyError(kCommandNotFound, "capabilities have been negotiated already", id);
+    if (negotiated_)
+      return ReplyError(kCommandNotFound, "capabilities have been negotiated already", id);
     const json::value* enable = arguments.if_contains("enable");
-    if (arguments.size() > (enable ? 1 : 0) || (enable && (!enable->is_array() || !enable->as_array().empty()))) {
+    if (arguments.size() > (enable ? 1 : 0) ||
+        (enable && (!enable->is_array() || !enable->as_array().empty()))) {
       return ReplyError(kGenericError, "there are no capabilities that could be enabled", id);
     }
     negotiated_ = true;
     return Reply(json::object{{"return", json::object()}}, id);
   }
   if (!negotiated_) {
-    return ReplyError(kCommandNotFound, fmt::format("'{}' comes too early: begin with qmp_capabilities", name), id);
+    return ReplyError(kCommandNotFound,
+                      fmt::format("'{}' comes too early: begin with qmp_capabilities", name), id);
   }
   const QmpCommand* command = FindQmpCommand(name);
-  if (!command) return ReplyError(kCommandNotFound, fmt::format("there is no command '{}'", name), id);
+  if (!command)
+    return ReplyError(kCommandNotFound, fmt::format("there is no command '{}'", name), id);
   if (Result<> checked = CheckQmpArguments(*command, arguments); !checked) {
     return ReplyError(kGenericError, checked.error().what, id);
   }
@@ -130,9 +140,9 @@ void QmpMonitor::ReplyError(const char* error_class, std::string_view text, cons
 void QmpMonitor::VmEvent(std::string_view name, std::string_view data) {
   if (!negotiated_ || flooded()) return;
   int64_t now_us = HostRealtimeNs() / 1000;
-  json::object event{
-      {"timestamp", json::object{{"seconds", now_us / 1'000'000}, {"microseconds", now_us % 1'000'000}}},
-      {"event", name}};
+  json::object event{{"timestamp", json::object{{"seconds", now_us / 1'000'000},
+                                                {"microseconds", now_us % 1'000'000}}},
+                     {"event", name}};
   if (!data.empty()) event["data"] = json::parse({data.data(), data.size()});
   SendValue(event);
 }

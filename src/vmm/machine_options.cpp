@@ -19,7 +19,7 @@ constexpr unsigned kCpusMax = 255;
 constexpr uint64_t kFwCfgFileMax = 64 << 20;
 
 Result<std::vector<uint8_t>> ReadSmallFile(const std::string& path, uint64_t max_size) {
-  UniqueFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  UniqueFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));  // a FIFO must not hold us up
   struct stat info;
   if (!fd || fstat(fd.get(), &info) != 0) return Fail(ErrnoError(errno, "cannot open " + path));
   if (!S_ISREG(info.st_mode) || static_cast<uint64_t>(info.st_size) > max_size) {

@@ -51,6 +51,8 @@ class Vm final : public MachineControl, private HostBackends {
   const std::string& engine_name() const { return engine_.name; }
   RunState state() const { return state_; }
   bool running() const { return state_ == RunState::kRunning; }
+  // Run returns, or will do so soon.
+  bool exiting() const { return exiting_; }
   const std::vector<std::unique_ptr<host::Chardev>>& chardevs() const { return chardevs_; }
   const std::vector<std::pair<std::string, std::shared_ptr<block::Node>>>& drives() const {
     return drives_;

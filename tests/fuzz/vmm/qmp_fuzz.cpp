@@ -1,0 +1,55 @@
+// QMP: what a client sends, to a real machine that stands still.
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include "vmm/vm.h"
+
+namespace {
+
+using namespace kvartz;
+
+std::unique_ptr<vmm::Vm> MakeVm() {
+  vmm::VmConfig config;
+  config.accels = {"kvartz"};
+  config.machine.type = "microvm";
+  config.machine.ram_bytes = 4 << 20;
+  config.start_paused = true;
+  host::ChardevConfig chardev;
+  chardev.id = "qmp";
+  chardev.kind = host::ChardevConfig::Kind::kRingbuf;
+  config.chardevs.push_back(chardev);
+  config.monitors.push_back({"qmp", vmm::MonitorConfig::Mode::kQmp, false});
+  auto vm = vmm::Vm::Create(std::move(config));
+  if (!vm) abort();
+  (*vm)->loop().RunOnce(0);
+  return std::move(*vm);
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  // Commands that name files find an empty directory.
+  static const bool elsewhere = [] {
+    char directory[] = "/tmp/kvartz-qmp-fuzz-XXXXXX";
+    return mkdtemp(directory) && chdir(directory) == 0;
+  }();
+  if (!elsewhere) abort();
+  static std::unique_ptr<vmm::Vm> vm = MakeVm();
+  host::Chardev& chardev = *vm->chardevs()[0];
+  chardev.RingbufWrite("\n{\"execute\": \"qmp_capabilities\"}\n");
+  chardev.RingbufWrite({reinterpret_cast<const char*>(data), size});
+  for (int turn = 0; turn < 3; ++turn) vm->loop().RunOnce(0);
+  // A client that sent anything gets answers in JSON, each on its line.
+  std::string answers = chardev.RingbufRead(65536);
+  if (!answers.empty() && !answers.ends_with("\r\n")) __builtin_trap();
+  if (vm->exiting()) {
+    vm.reset();
+    vm = MakeVm();
+  }
+  return 0;
+}

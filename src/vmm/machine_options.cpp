@@ -327,9 +327,14 @@ Result<> Device(CommandLine& line, std::string_view argument) {
   Properties properties = TRY(ParseKeyval(argument, "driver"));
   std::string driver = Take(&properties, "driver");
   if (driver == "help" || driver == "?") {
-    line.information = "Devices:\n";
-    for (const DeviceType& type : DeviceTypes())
-      line.information += fmt::format("{:28} {}\n", type.name, type.description);
+    static constexpr std::pair<DeviceBus, const char*> kBuses[] = {
+        {DeviceBus::kPci, "PCI"}, {DeviceBus::kIsa, "ISA"}, {DeviceBus::kVirtioMmio, "virtio-bus"}};
+    for (const DeviceType& type : DeviceTypes()) {
+      const char* bus = "";
+      for (const auto& [kind, name] : kBuses) bus = kind == type.bus ? name : bus;
+      line.information +=
+          fmt::format("name \"{}\", bus {}, desc \"{}\"\n", type.name, bus, type.description);
+    }
     return {};
   }
   if (driver.empty())

@@ -321,7 +321,6 @@ void Rtc::VisitState(StateVisitor& v) {
   index_ &= 0x7f;
   level_ = ram_[kRegC] & kIrqf;
   irq_.Set(level_);
-  CatchUp();
   ArmTimer();
 }
 

@@ -13,9 +13,9 @@ namespace {
 constexpr unsigned kSetupSects = 0x1f1, kSysSize = 0x1f4, kBootFlag = 0x1fe, kHeaderEnd = 0x201,
                    kHeader = 0x202, kVersion = 0x206, kTypeOfLoader = 0x210, kLoadFlags = 0x211,
                    kCode32Start = 0x214, kRamdiskImage = 0x218, kRamdiskSize = 0x21c,
-                   kCmdLinePtr = 0x228, kInitrdAddrMax = 0x22c, kAlignment = 0x230,
-                   kRelocatable = 0x234, kXLoadFlags = 0x236, kCmdlineSize = 0x238,
-                   kSetupData = 0x250, kPrefAddress = 0x258, kInitSize = 0x260;
+                   kCmdLinePtr = 0x228, kInitrdAddrMax = 0x22c, kXLoadFlags = 0x236,
+                   kCmdlineSize = 0x238, kSetupData = 0x250, kPrefAddress = 0x258,
+                   kInitSize = 0x260;
 // Boot parameters only.
 constexpr unsigned kAcpiRsdp = 0x070, kE820Count = 0x1e8, kE820Table = 0x2d0, kE820Max = 128,
                    kParamsSize = 4096;
@@ -100,12 +100,8 @@ Result<CpuEntry> BzImage::Load(BootSpace& space) {
   if (version_ >= 0x20a) {
     uint64_t preferred = Get<uint64_t>(head_, kPrefAddress);
     room = std::max<uint64_t>(room, Get<uint32_t>(head_, kInitSize));
-    if (preferred >= kDefaultLoad && preferred < space.ram_end) load = preferred;
-    if (load + room > space.ram_end && head_[kRelocatable]) {
-      uint64_t align = std::max<uint64_t>(Get<uint32_t>(head_, kAlignment), 0x1000);
-      if (uint64_t lowest = (kDefaultLoad + align - 1) / align * align; lowest < load)
-        load = lowest;
-    }
+    // Where it runs in any case: a kernel that is loaded lower moves itself up there.
+    if (preferred >= kDefaultLoad && preferred <= UINT32_MAX) load = preferred;
   }
   uint64_t initrd_room = (initrd_.size() + 0xfff) & ~0xfffull;
   if (load + room + initrd_room > space.ram_end)

@@ -89,9 +89,9 @@ TEST_F(RtcTest, UpdateEndedInterrupt) {
   EXPECT_FALSE(lines.levels[8]);
   Pass(2'000'000);
   EXPECT_TRUE(lines.levels[8]);
-  EXPECT_EQ(Read(12), 0x90);
+  EXPECT_EQ(Read(12) & 0x90, 0x90);
   EXPECT_FALSE(lines.levels[8]);
-  EXPECT_EQ(Read(12), 0x00);
+  EXPECT_EQ(Read(12), 0x00) << "reading clears";
   Pass(kSecond);
   EXPECT_TRUE(lines.levels[8]);
 }

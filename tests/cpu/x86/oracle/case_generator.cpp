@@ -360,7 +360,7 @@ bool CaseGenerator::AimBranch(Case* out) {
   }
   const uint64_t target = Chance(90) || insn.has_memory() ? CodeTarget() : uint64_t{1} << 47;
   const auto poke = [&](uint64_t address) {
-    if (address < kData || address + 8 > kData + kDataWritable) return false;
+    if (address < kData || address > kData + kDataWritable - 8) return false;
     out->pokes.push_back({address, target});
     return true;
   };

@@ -13,9 +13,9 @@ namespace {
 constexpr unsigned kSetupSects = 0x1f1, kSysSize = 0x1f4, kBootFlag = 0x1fe, kHeaderEnd = 0x201,
                    kHeader = 0x202, kVersion = 0x206, kTypeOfLoader = 0x210, kLoadFlags = 0x211,
                    kCode32Start = 0x214, kRamdiskImage = 0x218, kRamdiskSize = 0x21c,
-                   kCmdLinePtr = 0x228, kInitrdAddrMax = 0x22c, kXLoadFlags = 0x236,
-                   kCmdlineSize = 0x238, kSetupData = 0x250, kPrefAddress = 0x258,
-                   kInitSize = 0x260;
+                   kCmdLinePtr = 0x228, kInitrdAddrMax = 0x22c, kAlignment = 0x230,
+                   kXLoadFlags = 0x236, kCmdlineSize = 0x238, kSetupData = 0x250,
+                   kPrefAddress = 0x258, kInitSize = 0x260;
 // Boot parameters only.
 constexpr unsigned kAcpiRsdp = 0x070, kE820Count = 0x1e8, kE820Table = 0x2d0, kE820Max = 128,
                    kParamsSize = 4096;

@@ -87,7 +87,7 @@ def man_page(program):
 
 
 def devices(program):
-    rows = re.findall(r'name "([^"]+)"(?:, bus (\w+))?.*?(?:desc "([^"]*)")?$', output(program, "-device", "help"), re.M)
+    rows = re.findall(r'^name "([^"]+)", bus (\S*), desc "(.*)"$', output(program, "-device", "help"), re.M)
     if not rows:
         sys.exit("make_docs: -device help lists nothing")
     table = "".join(f"| `{name}` | {bus} | {description} |\n" for name, bus, description in rows)

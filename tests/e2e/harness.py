@@ -190,9 +190,9 @@ class Qmp:
                 return self._socket.connect(path)
             except (FileNotFoundError, ConnectionRefusedError):
                 # Nothing announces that a server listens: look again when the VMM printed something or a moment passed.
-                if time.monotonic() > deadline:
+                # Nothing announces that a server listens: look again in a moment, or when the VMM says something.
+                if time.monotonic() > deadline or not vm.runs_until(time.monotonic() + 0.02):
                     raise Failure(f"nobody listens on {path}; {vm.tail()}") from None
-                select.select([], [], [], 0.02)
 
     def _receive(self):
         try:

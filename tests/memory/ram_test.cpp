@@ -81,9 +81,9 @@ TEST(RamBlock, HugePagesThatTheHostLacksAreRefused) {
   ASSERT_FALSE(odd);
   EXPECT_THAT(odd.error().what, HasSubstr("must be a multiple of 2 MiB"));
   auto many =
-      RamBlock::Create("ram", 1ull << 40, {.huge_pages = RamOptions::HugePages::kHugetlb2M});
+      RamBlock::Create("ram", 1ull << 36, {.huge_pages = RamOptions::HugePages::kHugetlb2M});
   ASSERT_FALSE(many);
-  EXPECT_THAT(many.error().what, HasSubstr("needs 524288 huge pages of 2 MiB"));
+  EXPECT_THAT(many.error().what, HasSubstr("needs 32768 huge pages of 2 MiB"));
 }
 
 }  // namespace

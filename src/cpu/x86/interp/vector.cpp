@@ -101,7 +101,18 @@ void ExecX87(Cpu& cpu, const Insn& insn, const VectorPlan& plan) {
   frame.flags = cpu.rflags & rflags::kStatus;
   XsaveArea& fpu = cpu.fpu;
   const uint32_t mxcsr_mask = fpu.mxcsr_mask;
+  // With CR0.NE clear a pending error is ignored (as with IGNNE#): masked, or the host would raise it.
+  const auto pending = static_cast<uint16_t>(fpu.fsw & ~fpu.fcw & 0x3f);
+  const auto control = static_cast<uint16_t>(fpu.fcw | pending);
+  if (pending) {
+    fpu.fcw = control;
+    fpu.fsw = static_cast<uint16_t>(fpu.fsw & ~0x8080);
+  }
   plan.Stub(insn)(&frame, &fpu);
+  if (pending && fpu.fcw == control) {
+    fpu.fcw = static_cast<uint16_t>(fpu.fcw & ~pending);
+    if (fpu.fsw & ~fpu.fcw & 0x3f) fpu.fsw |= 0x8080;
+  }
   fpu.mxcsr_mask = mxcsr_mask;
   fpu.fip = cpu.insn_rip;
   fpu.fop = static_cast<uint16_t>((insn.opcode & 7) << 8 | insn.modrm);

@@ -206,8 +206,7 @@ std::optional<Vcpu::Exit> KvmVcpu::HandleExit() {
       HandleMsr();
       return std::nullopt;
     case KVM_EXIT_DIRTY_RING_FULL:
-      if (Result<> result = accel_.ReapRings(); !result) return Fail(result.error().what);
-      return std::nullopt;
+      return HandleFullRing();
     case KVM_EXIT_SHUTDOWN:
     case KVM_EXIT_SYSTEM_EVENT:
       accel_.config().host->TripleFault(index_);
@@ -227,6 +226,17 @@ std::optional<Vcpu::Exit> KvmVcpu::HandleExit() {
                               uint32_t{run_->exit_reason},
                               uint64_t{run_->hw.hardware_exit_reason}));
   }
+}
+
+// Another thread may have emptied the ring meanwhile; one that stays full for ever has lost
+// entries.
+std::optional<Vcpu::Exit> KvmVcpu::HandleFullRing() {
+  uint64_t before = ring_next_;
+  if (Result<> result = accel_.ReapRings(); !result) return Fail(result.error().what);
+  constexpr unsigned kPatience = 1000;
+  full_in_vain_ = ring_next_ == before ? full_in_vain_ + 1 : 0;
+  if (full_in_vain_ < kPatience) return std::nullopt;
+  return Fail("KVM: the dirty ring overflowed; use a larger dirty-ring-size, or 0 for the log");
 }
 
 std::optional<Vcpu::Exit> KvmVcpu::HandleError(int error) {

@@ -54,6 +54,7 @@ class KvmVcpu final : public Vcpu {
   void OfferPicInterrupt();
   std::optional<Exit> HandleExit();
   std::optional<Exit> HandleError(int error);
+  std::optional<Exit> HandleFullRing();
   void HandleIo();
   void HandleMmio();
   void HandleMsr();
@@ -79,7 +80,8 @@ class KvmVcpu final : public Vcpu {
   kvm_coalesced_mmio_ring* collected_ = nullptr;
   kvm_dirty_gfn* ring_ = nullptr;
   size_t ring_entries_ = 0;
-  uint64_t ring_next_ = 0;
+  uint64_t ring_next_ = 0;  // under the VM's ring lock
+  unsigned full_in_vain_ = 0;
 
   std::atomic<uint32_t> requests_{0};
   std::atomic<int> thread_id_{0};

@@ -43,6 +43,7 @@ void VisitIoapic(StateVisitor& v, kvm_ioapic_state& ioapic) {
   for (unsigned i = 0; i < KVM_IOAPIC_NUM_PINS; ++i) ioapic.redirtbl[i].bits = entries[i];
 }
 
+// Without count_load_time, the host's clock: KVM starts a loaded count anew.
 void VisitPit(StateVisitor& v, kvm_pit_state2& pit) {
   constexpr std::string_view kNames[] = {"channel0", "channel1", "channel2"};
   for (unsigned i = 0; i < 3; ++i) {
@@ -60,9 +61,6 @@ void VisitPit(StateVisitor& v, kvm_pit_state2& pit) {
       v.Field("mode", channel.mode);
       v.Field("bcd", channel.bcd);
       v.Field("gate", channel.gate);
-      int64_t load_time = channel.count_load_time;
-      v.Field("count_load_time", load_time);
-      channel.count_load_time = load_time;
     });
   }
   v.Field("flags", pit.flags);
@@ -82,7 +80,7 @@ void VisitKernel(StateVisitor& v, std::string_view name, int vm, unsigned long g
 
 void KvmAccel::VisitState(StateVisitor& v) {
   v.Version(1);
-  if (v.saving() && !stopped_) {
+  if (v.saving() && !stopped_ && !clock_loaded_) {
     kvm_clock_data clock{};
     if (Ioctl(vm_.get(), KVM_GET_CLOCK, &clock) >= 0) stopped_clock_ns_ = clock.clock;
   }

@@ -165,8 +165,11 @@ handler:
   add $16, %rsp
   iretq
 
-# Software-enables the local APIC (spurious vector 0xff).
+# Software-enables the local APIC (spurious vector 0xff); masks the 8259 pair, which has every line on LINT0 otherwise.
 apic_on:
+  mov $0xff, %al
+  out %al, $0x21
+  out %al, $0xa1
   mov $0xfee000f0, %ebx
   movl $0x1ff, (%rbx)
   ret
@@ -701,24 +704,24 @@ ENTRY pl_dirty
 10:movq $1, PAGES + 0x7000
   ud2
 
-# A write to each of the 256 pages from PAGES, P0 times.
+# A write to each of P0 pages from 0x600000, some instructions apart (an emulator looks at the ring only now and then).
 ENTRY pl_touch_all
-  mov P0, %rdx
-2:mov $PAGES, %ebx
-  mov $256, %ecx
+  mov P0, %rcx
+  mov $0x600000, %ebx
 1:movl $1, (%rbx)
   add $0x1000, %ebx
+  .rept 24
+  nop
+  .endr
   loop 1b
-  dec %rdx
-  jnz 2b
   DONE $21
 
 # Memory that comes and goes at 0x40000000 (mapped at PAGES + page 16 by the test).
 ENTRY pl_hot
   mov $(PAGES + 0x10000), %ebx
   mov (%rbx), %rcx
-  REPORT %ecx
   movl $0x1234, (%rbx)
+  REPORT %ecx
 1:pause
   cmpq $1, P0
   jb 1b
@@ -1020,6 +1023,7 @@ ENTRY pl_reset_probe
   mov $0x06060606, %eax
   mov $0x06060606, %edx
   wrmsr
+  xor %edx, %edx
   mov $0xc0000102, %ecx
   wrmsr
   mov $0x20, %al

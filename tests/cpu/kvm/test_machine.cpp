@@ -261,6 +261,10 @@ bool TestMachine::WaitReports(size_t count) {
   return WaitFor([&] { return reports_.size() >= count; });
 }
 
+bool TestMachine::WaitEois(size_t count) {
+  return WaitFor([&] { return eois_.size() >= count; });
+}
+
 bool TestMachine::WaitDone() {
   return WaitFor([&] { return done_; });
 }

@@ -53,7 +53,7 @@ struct MachineOptions {
   IrqchipMode irqchip = IrqchipMode::kKernel;
   unsigned cpus = 1;
   uint32_t dirty_ring = 0;
-  std::string model;  // empty: everything that payloads may use here
+  std::string model = "";  // empty: everything that payloads may use here
 };
 
 // Guarded by its lock where vCPU threads reach it.
@@ -91,6 +91,7 @@ class TestMachine final : private AccelHost {
   void Park();
   bool WaitFor(const std::function<bool()>& done);  // called under the lock
   bool WaitReports(size_t count);
+  bool WaitEois(size_t count);
   bool WaitDone();
 
   // What happened.

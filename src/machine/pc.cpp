@@ -314,6 +314,15 @@ void PcBoard::AssignBars() {
   }
 }
 
+// Bit n: COM(n+1) is there.
+unsigned PcBoard::SerialPorts() const {
+  constexpr uint16_t kPorts[] = {0x3f8, 0x2f8, 0x3e8, 0x2e8};
+  unsigned found = 0;
+  ViewCache ports(ports_);
+  for (unsigned i = 0; i < 4; i++) found |= (ports.Get().Find(kPorts[i]) ? 1u : 0) << i;
+  return found;
+}
+
 // \_SB.PCI0's window for 64-bit BARs lies behind RAM, as far as the processor reaches and no
 // further than needed.
 AcpiTables PcBoard::Acpi() const {
@@ -329,11 +338,7 @@ AcpiTables PcBoard::Acpi() const {
   acpi.sci = kSciLine;
   acpi.hpet = hpet_ != nullptr;
   acpi.fw_cfg = fw_cfg_ != nullptr;
-  ViewCache ports(const_cast<AddressSpace&>(ports_));
-  constexpr uint16_t kSerial[] = {0x3f8, 0x2f8, 0x3e8, 0x2e8};
-  for (unsigned i = 0; i < 4; i++) {
-    if (ports.Get().Find(kSerial[i])) acpi.serial_ports |= 1 << i;
-  }
+  acpi.serial_ports = SerialPorts();
   return BuildPcAcpi(acpi);
 }
 
@@ -370,7 +375,8 @@ void PcBoard::FillFwCfg() {
   if (config_.uuid)
     fw.SetItem(FwCfg::kUuid, std::vector<uint8_t>(config_.uuid->begin(), config_.uuid->end()));
   fw.SetInteger(FwCfg::kRamSize, config_.ram_bytes, 8);
-  fw.SetInteger(FwCfg::kNoGraphic, 1, 2);
+  // Without a display, SeaBIOS's messages and int 10h text go to the first serial port.
+  fw.SetInteger(FwCfg::kNoGraphic, SerialPorts() & 1, 2);
   fw.SetInteger(FwCfg::kCpuCount, config_.cpu_count, 2);
   fw.SetInteger(FwCfg::kMaxCpus, config_.cpu_count, 2);
   fw.SetInteger(FwCfg::kBootMenu, config_.boot.menu.value_or(false), 2);
@@ -407,8 +413,6 @@ void PcBoard::FillFwCfg() {
     fw.SetFile("etc/boot-menu-wait", {static_cast<uint8_t>(*config_.boot.splash_time_ms),
                                       static_cast<uint8_t>(*config_.boot.splash_time_ms >> 8)});
   }
-  // Without a display, SeaBIOS's messages and int 10h text go to the first serial port.
-  if (ViewCache(ports_).Get().Find(0x3f8)) fw.SetFile("etc/sercon-port", {0xf8, 0x03});
 }
 
 Result<> PcBoard::LoadBoot() {

@@ -42,6 +42,7 @@ class PcBoard final : public Board {
   Result<> OpenFirmware();
   void WireInterrupts();
   Result<> WirePci();
+  unsigned SerialPorts() const;
   AcpiTables Acpi() const;
   // Tables and data for firmware; devices may have changed since the last reset.
   void FillFwCfg();

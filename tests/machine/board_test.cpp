@@ -170,6 +170,10 @@ TEST(BoardSlow, RunsAGuest) {
   if (firmware) config.devices.back().properties.Set("iobase", "0x402");
   Result<> made = machine.Create(config);
   ASSERT_TRUE(made) << made.error().what;
+  ViewCache ports(machine.board().ports());
+  for (const FlatRange& range : ports.Get().ranges()) {
+    printf("ports %04lx-%04lx %s\n", range.base, range.end() - 1, range.region->name.c_str());
+  }
   machine.threads().ResumeAll();
   int64_t seconds =
       env("KVARTZ_BOOT_SECONDS").empty() ? 120 : std::stoi(env("KVARTZ_BOOT_SECONDS"));

@@ -26,13 +26,13 @@ Bytes LinkDevice(unsigned index) {
       {Name("_HID", EisaId("PNP0C0F")), Name("_UID", Integer(index + 1)),
        Name("_PRS", Resources({Interrupts(Trigger::kLevel, Sharing::kShared, {5, 10, 11})})),
        Name("BUF0", Resources({Interrupts(Trigger::kLevel, Sharing::kShared, {0})})),
-       CreateDwordField(Path("BUF0"), kNumberOffset, "IRQ0"),
        Method("_STA", 0, Serialized::kNo, {If(off, {Return(Integer(0x9))}), Return(Integer(0xb))}),
        Method("_DIS", 0, Serialized::kNo, {Or(pirq, Integer(kPirqOff), pirq)}),
-       Method("_CRS", 0, Serialized::kYes,
-              {Store(Integer(0), Path("IRQ0")),
-               If(Equal(off, Integer(0)), {Store(And(pirq, Integer(0xf)), Path("IRQ0"))}),
-               Return(Path("BUF0"))}),
+       Method(
+           "_CRS", 0, Serialized::kYes,
+           {CreateDwordField(Path("BUF0"), kNumberOffset, "IRQ0"), Store(Integer(0), Path("IRQ0")),
+            If(Equal(off, Integer(0)), {Store(And(pirq, Integer(0xf)), Path("IRQ0"))}),
+            Return(Path("BUF0"))}),
        Method("_SRS", 1, Serialized::kYes,
               {CreateDwordField(Arg(0), kNumberOffset, "IRQ1"), Store(Path("IRQ1"), pirq)})});
 }

@@ -138,7 +138,8 @@ void Board::MapPorts(MmioDevice& device, uint16_t base, uint16_t count, uint64_t
   MapPortsAt(device, {base, count, handler_offset}, max_access);
 }
 
-void Board::MapMmio(MmioDevice& device, uint64_t base, uint64_t size) {
+void Board::MapMmio(MmioDevice& device, uint64_t base, uint64_t size,
+                    std::vector<Doorbell> doorbells) {
   Region region;
   region.name = device.id();
   region.base = base;
@@ -146,6 +147,7 @@ void Board::MapMmio(MmioDevice& device, uint64_t base, uint64_t size) {
   region.priority = 1;
   region.handler = &device;
   region.lock = &device.lock();
+  region.doorbells = std::move(doorbells);
   memory_.Add(std::move(region));
 }
 
@@ -156,7 +158,7 @@ Result<Device*> Board::PlugDevice(const DeviceSpec& spec) {
     return Fail(ErrorCode::kExists,
                 "there is a device with id '" + id + "' already; choose another id=");
   DeviceEnv env = MakeEnv(id);
-  DeviceRequest request{.env = env, .properties = spec.properties};
+  DeviceRequest request{.env = env, .properties = spec.properties, .devices = devices_};
   if (type->bus == DeviceBus::kIsa) {
     if (!isa_irqs_) {
       return Fail(ErrorCode::kUnsupported,
@@ -183,7 +185,10 @@ Result<Device*> Board::PlugDevice(const DeviceSpec& spec) {
       }
       break;
     case DeviceBus::kVirtioMmio:
-      MapMmio(dynamic_cast<MmioDevice&>(device), slot.base, kMmioSlotSize);
+      MapMmio(dynamic_cast<MmioDevice&>(device), slot.base, kMmioSlotSize,
+              std::move(request.doorbells));
+      break;
+    case DeviceBus::kVirtioSerial:
       break;
   }
   if (!placed) {

@@ -134,7 +134,8 @@ class Board : private cpu::AccelHost, private MsiSink {
   // Maps ports [base, base + count); the handler's offset of the first one is `handler_offset`.
   void MapPorts(MmioDevice& device, uint16_t base, uint16_t count, uint64_t handler_offset = 0,
                 unsigned max_access = 1);
-  void MapMmio(MmioDevice& device, uint64_t base, uint64_t size);
+  void MapMmio(MmioDevice& device, uint64_t base, uint64_t size,
+               std::vector<Doorbell> doorbells = {});
   // Creates the machine's RAM and maps it as PCs do: up to `low_limit` below 4 GiB, the rest above.
   // [hole_begin, hole_end) of the block stays unmapped.
   Result<> MapPcRam(uint64_t low_limit, uint64_t hole_begin, uint64_t hole_end);

@@ -21,10 +21,11 @@ struct DeviceSpec {
 };
 
 enum class DeviceBus {
-  kPci,         // the factory returns a PciDevice; the board plugs it (addr=)
-  kIsa,         // an MmioDevice; the board maps `ports`
-  kVirtioMmio,  // an MmioDevice of 512 bytes; the board maps it into a virtio-mmio slot and gives
-                // `irq`
+  kPci,           // the factory returns a PciDevice; the board plugs it (addr=)
+  kIsa,           // an MmioDevice; the board maps `ports`
+  kVirtioMmio,    // an MmioDevice of 512 bytes; the board maps it into a virtio-mmio slot and gives
+                  // `irq`
+  kVirtioSerial,  // a port, which finds its bus among `devices` (bus=) and lives on it
 };
 
 // What a factory gets (host sides come by env.backends), and what it tells the board.
@@ -36,9 +37,11 @@ struct DeviceRequest {
   };
   const DeviceEnv& env;
   const Properties& properties;
-  IrqSink* isa_irqs = nullptr;        // kIsa: lines 0..15
-  IrqLine irq = {};                   // kVirtioMmio
-  std::vector<PortRange> ports = {};  // kIsa: filled by the factory
+  IrqSink* isa_irqs = nullptr;                            // kIsa: lines 0..15
+  IrqLine irq = {};                                       // kVirtioMmio
+  std::vector<PortRange> ports = {};                      // kIsa: filled by the factory
+  std::vector<Doorbell> doorbells = {};                   // kVirtioMmio: filled by the factory
+  std::span<const std::unique_ptr<Device>> devices = {};  // those that are there already
 };
 
 using DeviceFactory = Result<std::unique_ptr<Device>> (*)(DeviceRequest& request);

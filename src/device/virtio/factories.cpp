@@ -4,7 +4,10 @@
 #include "block/node.h"
 #include "device/core/backends.h"
 #include "device/core/device_types.h"
+#include "device/virtio/virtio_balloon.h"
 #include "device/virtio/virtio_blk.h"
+#include "device/virtio/virtio_console.h"
+#include "device/virtio/virtio_mmio.h"
 #include "device/virtio/virtio_net.h"
 #include "device/virtio/virtio_pci.h"
 #include "device/virtio/virtio_rng.h"
@@ -74,6 +77,19 @@ Result<DevicePtr> CreateRng(const DeviceRequest& request, const char* driver) {
   return std::make_unique<VirtioRng>(request.env, config);
 }
 
+Result<DevicePtr> CreateBalloon(const DeviceRequest& request, const char* driver) {
+  auto config = TRY(ConfigOf<BalloonConfig>(request, kBalloonProperties, driver));
+  return std::make_unique<VirtioBalloon>(request.env, config);
+}
+
+Result<DevicePtr> CreateSerial(const DeviceRequest& request, const char* driver) {
+  auto config = TRY(ConfigOf<ConsoleConfig>(request, kConsoleProperties, driver));
+  if (config.max_ports < 1 || config.max_ports > 31) {
+    return Fail(ErrorCode::kInvalid, "max_ports: from 1 to 31");
+  }
+  return std::make_unique<VirtioConsole>(request.env, config);
+}
+
 enum class Variant { kDefault, kTransitional, kNonTransitional };
 
 // What disable-legacy, disable-modern and the name together ask for.
@@ -100,10 +116,21 @@ Result<std::unique_ptr<Device>> MakeOnPci(DeviceRequest& request, const char* dr
   return TRY(VirtioPci::Create(request.env, std::move(device), interfaces));
 }
 
+template <Result<DevicePtr> (*kCreate)(const DeviceRequest&, const char*)>
+Result<std::unique_ptr<Device>> MakeOnMmio(DeviceRequest& request, const char* driver) {
+  DevicePtr device = TRY(kCreate(request, driver));
+  auto mmio = TRY(VirtioMmio::Create(request.env, std::move(device), request.irq));
+  request.doorbells = mmio->Doorbells();
+  return mmio;
+}
+
 }  // namespace
 
 // The factories of devices.def's rows for one kind of device.
 #define VIRTIO_FACTORIES(Name, name)                                                             \
+  Result<std::unique_ptr<Device>> MakeVirtio##Name##Mmio(DeviceRequest& request) {               \
+    return MakeOnMmio<Create##Name>(request, "virtio-" name "-device");                          \
+  }                                                                                              \
   Result<std::unique_ptr<Device>> MakeVirtio##Name##Pci(DeviceRequest& request) {                \
     return MakeOnPci<Create##Name, Variant::kDefault>(request, "virtio-" name "-pci");           \
   }                                                                                              \
@@ -116,8 +143,10 @@ Result<std::unique_ptr<Device>> MakeOnPci(DeviceRequest& request, const char* dr
         request, "virtio-" name "-pci-non-transitional");                                        \
   }
 
+VIRTIO_FACTORIES(Balloon, "balloon")
 VIRTIO_FACTORIES(Blk, "blk")
 VIRTIO_FACTORIES(Net, "net")
 VIRTIO_FACTORIES(Rng, "rng")
+VIRTIO_FACTORIES(Serial, "serial")
 
 }  // namespace kvartz

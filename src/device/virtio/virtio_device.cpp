@@ -28,6 +28,11 @@ void RunOnLoop(EventLoop& loop, const std::function<void()>& task) {
   finished.Wait(guard, [&] { return done; });
 }
 
+VirtioDevice* VirtioDeviceOf(Device& device) {
+  auto* transport = dynamic_cast<VirtioTransport*>(&device);
+  return transport ? &transport->virtio_device() : nullptr;
+}
+
 VirtioDevice::VirtioDevice(const DeviceEnv& env, uint16_t device_id, const VirtioConfig& config,
                            const std::vector<uint16_t>& queue_sizes)
     : env_(env), device_id_(device_id), options_(config) {
@@ -74,6 +79,18 @@ uint64_t VirtioDevice::OfferedFeatures() const {
   return features;
 }
 
+uint32_t VirtioDevice::SelectedDeviceFeatures() const {
+  return select.device_features > 1
+             ? 0
+             : static_cast<uint32_t>(OfferedFeatures() >> 32 * select.device_features);
+}
+
+uint32_t VirtioDevice::SelectedDriverFeatures() const {
+  return select.driver_features > 1
+             ? 0
+             : static_cast<uint32_t>(driver_features_ >> 32 * select.driver_features);
+}
+
 void VirtioDevice::WriteDriverFeatures(unsigned word, uint32_t value, VirtioInterface by) {
   // Final once they were accepted (or, by a legacy driver, put to use).
   if (word > 1 || (status_ & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK))) return;
@@ -114,7 +131,7 @@ void VirtioDevice::SettleFeatures() {
 void VirtioDevice::UpdateLive() {
   bool started = (status_ & VIRTIO_CONFIG_S_DRIVER_OK) || early_legacy_kick_;
   bool was_live = live_;
-  live_ = started && dma_allowed_;
+  live_ = started && dma_allowed_ && !(status_ & VIRTIO_CONFIG_S_NEEDS_RESET);
   for (Queue& queue : queues_) queue.queue->SetLive(live_);
   if (live_ && !was_live && !quiesced_) {
     Started();
@@ -136,6 +153,7 @@ void VirtioDevice::NeedReset(const char* why) {
   status_ |= VIRTIO_CONFIG_S_NEEDS_RESET;
   // 2.1.2: told only to a driver that has taken the device into use.
   if (status_ & VIRTIO_CONFIG_S_DRIVER_OK) ConfigChanged();
+  UpdateLive();
 }
 
 void VirtioDevice::Reset() {
@@ -180,7 +198,15 @@ void VirtioDevice::EnableQueue(unsigned index) {
   Virtqueue& queue = *queues_[index].queue;
   queue.registers.enabled = true;
   queue.SetFeatures(driver_features_);
+  queue.SetLive(live_);
   if (live_) RingDoorbell(index);
+}
+
+void VirtioDevice::ResetQueue(unsigned index) {
+  // What is with the host would come back to a queue that knows nothing of it.
+  if (queues_[index].queue->in_flight() > 0 && RequestsUnderWay())
+    return NeedReset("queue stopped with requests under way");
+  queues_[index].queue->Reset();
 }
 
 void VirtioDevice::DoorbellRang(unsigned index) {

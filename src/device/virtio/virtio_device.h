@@ -44,10 +44,17 @@ struct VirtioConfig {
       PROPERTY(Config, "romfile", virtio.romfile, "option ROM (only the empty one: none)"),     \
       PROPERTY(Config, "rombar", virtio.rombar, "0: no option ROM")
 
-// The other side of a VirtioDevice: how it interrupts the guest. Called under the lock.
+class VirtioDevice;
+
+// The other side of a VirtioDevice: the Device that the guest finds it behind. Called under its
+// lock.
 class VirtioTransport {
  public:
   virtual ~VirtioTransport() = default;
+  virtual VirtioDevice& virtio_device() = 0;
+
+ private:
+  friend class VirtioDevice;
   virtual Mutex& transport_lock() = 0;
   virtual void SignalQueue(unsigned queue) = 0;
   virtual void SignalConfig() = 0;
@@ -75,6 +82,9 @@ class VirtioDevice {
   const VirtioConfig& options() const { return options_; }
   uint64_t OfferedFeatures() const;
   uint64_t driver_features() const { return driver_features_; }
+  // The words that the select registers choose.
+  uint32_t SelectedDeviceFeatures() const;
+  uint32_t SelectedDriverFeatures() const;
   void WriteDriverFeatures(unsigned word, uint32_t value, VirtioInterface by);
   uint8_t ReadStatus() const;
   void WriteStatus(uint8_t value, VirtioInterface by);
@@ -89,6 +99,8 @@ class VirtioDevice {
   }
   // The driver's word that a queue is set up (it stays so until a reset).
   void EnableQueue(unsigned index);
+  // The driver gives one queue up.
+  void ResetQueue(unsigned index);
   const EventFd& doorbell(unsigned index) const { return queues_[index].doorbell; }
   void SetDmaAllowed(bool allowed);
   void Reset();
@@ -178,6 +190,9 @@ class VirtioDevice {
   bool live_ = false;
   bool quiesced_ = false;
 };
+
+// The virtio device behind a Device; null: it isn't one.
+VirtioDevice* VirtioDeviceOf(Device& device);
 
 // Runs `task` on the loop's thread and returns when it is done. The loop runs, or is this thread's.
 void RunOnLoop(EventLoop& loop, const std::function<void()>& task);

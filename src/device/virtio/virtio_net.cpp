@@ -241,14 +241,9 @@ bool VirtioNet::ReceiveFrame(std::span<const uint8_t> frame) {
 
 VirtioNet::Delivery VirtioNet::Deliver(std::span<const uint8_t> header,
                                        std::span<const uint8_t> frame) {
-  Virtqueue& ring = queue(kRx);
-  Delivery delivery;
-  do {
-    delivery = PlaceInBuffers(header, frame);
-    // No room: the driver kicks when it has added buffers; perhaps it just did.
-  } while (delivery == Delivery::kNoRoom && ring.EnableKicks());
+  Delivery delivery = PlaceInBuffers(header, frame);
   FinishQueue(kRx);
-  return ring.usable() ? delivery : Delivery::kDone;
+  return queue(kRx).usable() ? delivery : Delivery::kDone;
 }
 
 VirtioNet::Delivery VirtioNet::PlaceInBuffers(std::span<const uint8_t> header,
@@ -262,6 +257,8 @@ VirtioNet::Delivery VirtioNet::PlaceInBuffers(std::span<const uint8_t> header,
   while (room < wanted) {
     if (count == rx_elements_.size()) rx_elements_.emplace_back();
     if (!ring.Pop(&rx_elements_[count])) {
+      // The driver kicks when it adds buffers to these; perhaps it just did.
+      if (ring.EnableKicks()) continue;
       ring.Rewind(before);
       return Delivery::kNoRoom;
     }

@@ -54,11 +54,6 @@ constexpr uint32_t kCommon = 0x0000, kIsr = 0x1000, kDeviceSpecific = 0x2000, kN
 constexpr uint32_t kNotifyMultiplier = 4;
 constexpr uint64_t kLegacyRingAlign = VIRTIO_PCI_VRING_ALIGN;
 
-void SetLow(Gpa* gpa, uint32_t value) { gpa->value = (gpa->value & ~0xffffffffull) | value; }
-void SetHigh(Gpa* gpa, uint32_t value) {
-  gpa->value = (gpa->value & 0xffffffff) | uint64_t{value} << 32;
-}
-
 }  // namespace
 
 Result<std::unique_ptr<VirtioPci>> VirtioPci::Create(const DeviceEnv& env,
@@ -249,7 +244,7 @@ void VirtioPci::LegacyWrite(uint64_t offset, unsigned size, uint32_t value) {
 void VirtioPci::WriteLegacyQueueAddress(uint32_t page) {
   Virtqueue* queue = device_->selected_queue();
   if (!queue) return;
-  if (page == 0) return queue->Reset();
+  if (page == 0) return device_->ResetQueue(device_->select.queue);
   uint64_t size = queue->max_size();
   Gpa base(uint64_t{page} << VIRTIO_PCI_QUEUE_ADDR_SHIFT);
   uint64_t used = (16 * size + 6 + 2 * size + kLegacyRingAlign - 1) & ~(kLegacyRingAlign - 1);
@@ -283,15 +278,11 @@ uint32_t VirtioPci::CommonRead(unsigned offset) {
     case VIRTIO_PCI_COMMON_DFSELECT:
       return device_->select.device_features;
     case VIRTIO_PCI_COMMON_DF:
-      return device_->select.device_features > 1
-                 ? 0
-                 : device_->OfferedFeatures() >> 32 * device_->select.device_features;
+      return device_->SelectedDeviceFeatures();
     case VIRTIO_PCI_COMMON_GFSELECT:
       return device_->select.driver_features;
     case VIRTIO_PCI_COMMON_GF:
-      return device_->select.driver_features > 1
-                 ? 0
-                 : device_->driver_features() >> 32 * device_->select.driver_features;
+      return device_->SelectedDriverFeatures();
     case VIRTIO_PCI_COMMON_MSIX:
       return config_vector_;
     case VIRTIO_PCI_COMMON_NUMQ:
@@ -376,17 +367,17 @@ void VirtioPci::WriteQueueRegister(unsigned offset, uint32_t value) {
       if (value == 1) device_->EnableQueue(device_->select.queue);
       return;
     case VIRTIO_PCI_COMMON_Q_DESCLO:
-      return SetLow(&r.desc, value);
+      return SetLow32(&r.desc, value);
     case VIRTIO_PCI_COMMON_Q_DESCHI:
-      return SetHigh(&r.desc, value);
+      return SetHigh32(&r.desc, value);
     case VIRTIO_PCI_COMMON_Q_AVAILLO:
-      return SetLow(&r.driver, value);
+      return SetLow32(&r.driver, value);
     case VIRTIO_PCI_COMMON_Q_AVAILHI:
-      return SetHigh(&r.driver, value);
+      return SetHigh32(&r.driver, value);
     case VIRTIO_PCI_COMMON_Q_USEDLO:
-      return SetLow(&r.device, value);
+      return SetLow32(&r.device, value);
     case VIRTIO_PCI_COMMON_Q_USEDHI:
-      return SetHigh(&r.device, value);
+      return SetHigh32(&r.device, value);
     default:
       return;
   }

@@ -14,7 +14,7 @@ namespace kvartz {
 //   BAR 0  I/O, legacy registers (transitional devices)
 //   BAR 1  MSI-X table
 //   BAR 4  memory: common, ISR, device and notification structures, 4 KiB each
-class VirtioPci final : public PciDevice, private VirtioTransport {
+class VirtioPci final : public PciDevice, public VirtioTransport {
  public:
   enum class Interfaces { kTransitional, kModernOnly, kLegacyOnly };
   // Errors: the host has no more descriptors.
@@ -30,7 +30,7 @@ class VirtioPci final : public PciDevice, private VirtioTransport {
   uint32_t ConfigRead(unsigned offset, unsigned size) override;
   void ConfigWrite(unsigned offset, unsigned size, uint32_t value) override;
 
-  VirtioDevice& device() { return *device_; }
+  VirtioDevice& virtio_device() override { return *device_; }
 
  protected:
   void ConfigWritten(unsigned offset, unsigned size) override;

@@ -40,6 +40,7 @@ VirtioRng::VirtioRng(const DeviceEnv& env, const RngConfig& config)
       period_(env.loop, [this] { PeriodOver(); }) {}
 
 void VirtioRng::QueueKicked(unsigned index) {
+  if (quota_bytes_ == 0) return;  // until the period is over
   ServeQueue(index, &element_, [&](VirtqElement& element) {
     uint64_t wanted = std::min({element.writable_bytes, quota_bytes_, kMaxFill});
     uint32_t written = 0;

@@ -111,7 +111,7 @@ void Virtqueue::Reset() {
   next_ = used_ = 0;
   next_wrap_ = used_wrap_ = true;
   in_flight_ = 0;
-  since_notify_ = 0xffff;
+  since_notify_ = 0;
   unpublished_ = unpublished_slots_ = 0;
   mapped_generation_ = kNotMapped;
   hold_.reset();

@@ -16,6 +16,14 @@
 
 namespace kvartz {
 
+// The halves of an address as drivers write them to registers.
+inline void SetLow32(Gpa* gpa, uint32_t value) {
+  gpa->value = (gpa->value & ~0xffffffffull) | value;
+}
+inline void SetHigh32(Gpa* gpa, uint32_t value) {
+  gpa->value = (gpa->value & 0xffffffff) | uint64_t{value} << 32;
+}
+
 // One buffer of the driver: first what the device reads, then what it writes, both in place in
 // guest RAM. Kept and used again by its owner, so that its vectors allocate only while they grow.
 struct VirtqElement {
@@ -133,8 +141,8 @@ class Virtqueue {
   bool next_wrap_ = true;
   bool used_wrap_ = true;
   uint16_t in_flight_ = 0;
-  // Since the driver was last interrupted; saturates.
-  uint16_t since_notify_ = 0xffff;
+  // Published since the driver was last interrupted; saturates.
+  uint16_t since_notify_ = 0;
 
   // Filled, not yet published.
   uint16_t unpublished_ = 0;        // entries

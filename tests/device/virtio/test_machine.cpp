@@ -37,27 +37,59 @@ TestMachine::TestMachine() : clock_(MonotonicClock::Instance()) {
 
 TestMachine::~TestMachine() { Unplug(); }
 
-void TestMachine::Unplug() { device_.reset(); }
+void TestMachine::Unplug() {
+  if (mmio_region_) memory_.Remove(std::exchange(mmio_region_, 0));
+  devices_.clear();
+}
 
-Device* TestMachine::Make(const std::string& driver, const Properties& properties) {
-  DeviceEnv env{"test", memory_, ports_, *loop_, clock_, *this, *this, this};
-  Result<const DeviceType*> type = FindDeviceType(driver);
-  if (!type) {
-    error = type.error().what;
-    return nullptr;
-  }
-  DeviceRequest request{env, properties};
-  Result<std::unique_ptr<Device>> device = (*type)->make(request);
+Result<std::unique_ptr<Device>> TestMachine::Build(const std::string& driver,
+                                                   const Properties& properties) {
+  DeviceEnv env{"test" + std::to_string(devices_.size()),
+                memory_,
+                ports_,
+                *loop_,
+                clock_,
+                *this,
+                *this,
+                this};
+  const DeviceType* type = TRY(FindDeviceType(driver));
+  DeviceRequest request{
+      .env = env, .properties = properties, .irq = IrqLine(*this, 5), .devices = devices_};
+  std::unique_ptr<Device> device = TRY(type->make(request));
+  doorbells_ = request.doorbells;
+  return device;
+}
+
+Device* TestMachine::MakeAnother(const std::string& driver, const Properties& properties) {
+  Result<std::unique_ptr<Device>> device = Build(driver, properties);
   if (!device) {
     error = device.error().what;
     return nullptr;
   }
-  device_ = std::move(*device);
-  return device_.get();
+  devices_.push_back(std::move(*device));
+  return devices_.back().get();
+}
+
+Device* TestMachine::Make(const std::string& driver, const Properties& properties) {
+  Unplug();
+  return MakeAnother(driver, properties);
+}
+
+Device* TestMachine::PlugMmio(const std::string& driver, const Properties& properties) {
+  auto* device = dynamic_cast<MmioDevice*>(Make(driver, properties));
+  if (!device) return nullptr;
+  Region region;
+  region.name = "virtio-mmio";
+  region.base = kMmio;
+  region.size = 0x200;
+  region.handler = device;
+  region.lock = &device->lock();
+  region.doorbells = doorbells_;
+  mmio_region_ = memory_.Add(region);
+  return device;
 }
 
 PciDevice* TestMachine::Plug(const std::string& driver, const Properties& properties) {
-  Unplug();
   auto* pci = static_cast<PciDevice*>(Make(driver, properties));
   if (!pci) return nullptr;
   devfn_ = bus_.Plug(*pci, 3 << 3).value();

@@ -33,10 +33,15 @@ class TestMachine : private MsiSink, private IrqSink, private MachineControl, pu
   RamBlock& ram_block() { return *ram_; }
   // Makes a device of devices.def; null on an error (see `error`).
   Device* Make(const std::string& driver, const Properties& properties);
+  // One more, beside the first (a port on a bus).
+  Device* MakeAnother(const std::string& driver, const Properties& properties);
+  // Maps a device of the virtio-mmio kind at kMmio.
+  Device* PlugMmio(const std::string& driver, const Properties& properties);
   // Plugs it, and gives its BARs addresses.
   PciDevice* Plug(const std::string& driver, const Properties& properties);
   void Unplug();
-  Device* device() { return device_.get(); }
+  void RemoveLast() { devices_.pop_back(); }
+  Device* device() { return devices_.front().get(); }
   uint32_t ConfigRead(unsigned offset, unsigned size) {
     return bus_.ConfigRead(devfn_, offset, size);
   }
@@ -59,6 +64,7 @@ class TestMachine : private MsiSink, private IrqSink, private MachineControl, pu
   uint8_t* Allocate(uint64_t bytes, uint64_t* gpa, uint64_t align = 16);
 
   static constexpr uint16_t kLegacyPort = 0xc000;
+  static constexpr uint64_t kMmio = 0xfd000000;
   static constexpr uint64_t kMsixBar = 0xfe000000, kModernBar = 0xfe100000;
 
   std::string error;
@@ -89,7 +95,10 @@ class TestMachine : private MsiSink, private IrqSink, private MachineControl, pu
   ViewCache memory_view_{memory_};
   ViewCache port_view_{ports_};
   PciBus bus_{*this};
-  std::unique_ptr<Device> device_;
+  Result<std::unique_ptr<Device>> Build(const std::string& driver, const Properties& properties);
+  std::vector<std::unique_ptr<Device>> devices_;
+  std::vector<Doorbell> doorbells_;
+  AddressSpace::RegionId mmio_region_ = 0;
   uint8_t devfn_ = 0;
   uint64_t allocated_ = 1 << 20;
 };

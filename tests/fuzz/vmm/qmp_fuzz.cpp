@@ -13,11 +13,22 @@ namespace {
 
 using namespace kvartz;
 
+// An image that is nothing but HLT.
+std::string Firmware() {
+  char path[] = "/tmp/kvartz-qmp-fuzz-bios-XXXXXX";
+  int fd = mkstemp(path);
+  std::string image(65536, '\xf4');
+  if (fd < 0 || write(fd, image.data(), image.size()) != static_cast<ssize_t>(image.size())) abort();
+  close(fd);
+  return path;
+}
+
 std::unique_ptr<vmm::Vm> MakeVm() {
   vmm::VmConfig config;
   config.accels = {"kvartz"};
-  config.machine.type = "microvm";
+  config.machine.type = "pc";
   config.machine.ram_bytes = 4 << 20;
+  config.machine.boot.firmware = Firmware();
   config.start_paused = true;
   host::ChardevConfig chardev;
   chardev.id = "qmp";
@@ -26,6 +37,7 @@ std::unique_ptr<vmm::Vm> MakeVm() {
   config.monitors.push_back({"qmp", vmm::MonitorConfig::Mode::kQmp, false});
   auto vm = vmm::Vm::Create(std::move(config));
   if (!vm) abort();
+  unlink((*vm)->config().machine.boot.firmware.c_str());
   (*vm)->loop().RunOnce(0);
   return std::move(*vm);
 }

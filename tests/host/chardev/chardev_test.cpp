@@ -274,6 +274,7 @@ TEST_F(ChardevTest, MuxKeys) {
   Recorder console, monitor;
   auto console_port = chardev->Connect(console).value();
   auto monitor_port = chardev->Connect(monitor).value();
+  loop_->RunOnce(0);
   UniqueFd client = Client(config.path);
   auto type = [&](std::string_view keys) {
     ASSERT_EQ(write(client.get(), keys.data(), keys.size()), ssize_t(keys.size()));

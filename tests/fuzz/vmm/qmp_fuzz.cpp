@@ -28,7 +28,8 @@ std::unique_ptr<vmm::Vm> MakeVm() {
   config.accels = {"kvartz"};
   config.machine.type = "pc";
   config.machine.ram_bytes = 4 << 20;
-  config.machine.boot.firmware = Firmware();
+  static const std::string firmware = Firmware();
+  config.machine.boot.firmware = firmware;
   config.start_paused = true;
   host::ChardevConfig chardev;
   chardev.id = "qmp";
@@ -37,7 +38,6 @@ std::unique_ptr<vmm::Vm> MakeVm() {
   config.monitors.push_back({"qmp", vmm::MonitorConfig::Mode::kQmp, false});
   auto vm = vmm::Vm::Create(std::move(config));
   if (!vm) abort();
-  unlink((*vm)->config().machine.boot.firmware.c_str());
   (*vm)->loop().RunOnce(0);
   return std::move(*vm);
 }

@@ -279,7 +279,8 @@ Result<> FinishBackends(CommandLine& line) {
     if (!added) return Fail(std::move(added).error().In("-net nic"));
   }
   // Other programs' default card, with the driver that there is here.
-  if (!line.networking_given && !line.no_defaults && !line.microvm && FindDeviceType(VirtioDriver(line, "net"))) {
+  if (!line.networking_given && !line.no_defaults && !line.microvm &&
+      FindDeviceType(VirtioDriver(line, "net"))) {
     TRY(AddNicOf(line, {}, {{"type", "user"}}, "default network card (-nic user)"));
   }
   TRY(FinishConsoles(line));

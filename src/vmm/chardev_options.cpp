@@ -1,6 +1,8 @@
 // -chardev, and the short forms of -serial, -monitor, -qmp and -debugcon.
 #include <fmt/core.h>
 
+#include <set>
+
 #include "base/text.h"
 #include "vmm/command_line.h"
 #include "vmm/keyval.h"
@@ -116,6 +118,24 @@ ChardevConfig* Find(CommandLine& line, std::string_view id) {
     if (chardev.id == id) return &chardev;
   }
   return nullptr;
+}
+
+// -device isa-serial without a place gets the first free one.
+void GiveSerialIndexes(CommandLine& line) {
+  std::set<std::string> taken;
+  for (const DeviceSpec& device : line.config.machine.devices) {
+    const std::string* index = device.properties.Find("index");
+    if (device.driver == "isa-serial" && index) taken.insert(*index);
+  }
+  for (DeviceSpec& device : line.config.machine.devices) {
+    if (device.driver != "isa-serial" || device.properties.Find("index") ||
+        device.properties.Find("iobase"))
+      continue;
+    unsigned free = 0;
+    while (taken.contains(std::to_string(free))) ++free;
+    device.properties.Set("index", std::to_string(free));
+    taken.insert(std::to_string(free));
+  }
 }
 
 }  // namespace
@@ -252,6 +272,7 @@ Result<> FinishConsoles(CommandLine& line) {
     Result<> added = AddMonitor(line, text, MonitorConfig::Mode::kHmp, false);
     if (!added) return Fail(std::move(added).error().In("-monitor " + text));
   }
+  GiveSerialIndexes(line);
   for (const MonitorConfig& monitor : line.config.monitors) {
     if (!Find(line, monitor.chardev)) {
       return Fail(

@@ -105,7 +105,7 @@ constexpr OptionRow kRows[] = {
     {"machine", "TYPE[,option=value...]", "machine type and its options; 'help' lists the types",
      Machine},
     {"M", "TYPE[,option=value...]", "the same as -machine", Machine},
-    {"accel", "NAME[,thread=multi]",
+    {"accel", "NAME[,option=value...]",
      "engine: kvm, or kvartz (alias tcg); several: the first that is fit", Accel},
     {"enable-kvm", nullptr, "the same as -accel kvm", EnableKvm},
     {"cpu", "MODEL[,+feature][,-feature]", "processor model; 'help' lists the models", Cpu},

@@ -102,10 +102,13 @@ Result<> Accel(CommandLine& line, std::string_view argument) {
   if (Take(&properties, "thread", "multi") != "multi")
     return Refuse("thread=single; each processor has its thread");
   Take(&properties, "tb-size");  // a hint for translators
-  if (properties.Find("kernel-irqchip")) {
-    line.config.machine.options.emplace_back("kernel-irqchip", Take(&properties, "kernel-irqchip"));
+  line.config.force_kvm = TRY(TakeBool(&properties, "force", line.config.force_kvm));
+  std::vector<std::pair<std::string, std::string>> kvm_options;
+  for (const char* name : {"kernel-irqchip", "dirty-ring-size"}) {
+    if (properties.Find(name)) kvm_options.emplace_back(name, Take(&properties, name));
   }
-  return RefuseRest(properties, "thread kernel-irqchip tb-size");
+  if (!kvm_options.empty()) line.config.machine.kvm = TRY(cpu::ParseKvmOptions(kvm_options));
+  return RefuseRest(properties, "thread kernel-irqchip dirty-ring-size tb-size force");
 }
 
 Result<> EnableKvm(CommandLine& line, std::string_view) {

@@ -98,7 +98,11 @@ Result<std::unique_ptr<Vm>> Vm::Create(VmConfig config) {
 }
 
 Result<> Vm::Setup() {
-  engine_ = TRY(cpu::ChooseAccel(config_.accels));
+  if (config_.force_kvm && config_.accels == std::vector<std::string>{"kvm"}) {
+    engine_ = {"kvm", "KVM, fit or not, as asked for"};
+  } else {
+    engine_ = TRY(cpu::ChooseAccel(config_.accels));
+  }
   loop_ = TRY(EventLoop::Create());
   // With signals at their defaults still: one of these may wait for a client.
   TRY(OpenChardevs());

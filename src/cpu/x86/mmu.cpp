@@ -233,6 +233,15 @@ void* MapSlow(Cpu& cpu, SegReg seg, uint64_t linear, unsigned size, Access acces
   return pieces.piece[0].host;
 }
 
+void* MapMemSlow(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size, Access access) {
+  const uint64_t linear = Linear(cpu, seg, offset, size, access);
+  const TlbEntry& entry = cpu.tlb->data(linear);
+  if ((access == Access::kWrite ? entry.write : entry.read) == cpu.tlb->Tag(linear + size - 1)) {
+    return reinterpret_cast<void*>(linear + entry.addend);
+  }
+  return MapSlow(cpu, seg, linear, size, access);
+}
+
 namespace {
 
 Tlb::Class ClassOf(const Cpu& cpu, unsigned cpl) {

@@ -127,28 +127,65 @@ inline uint64_t Linear(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size, Acc
 }
 }  // namespace mmu
 
+// The inline paths below need no stack frame: what may take longer is out of line, and starts over.
+namespace mmu {
+// False: the segment must be checked (CheckSegment).
+inline bool FlatLinear(const Cpu& cpu, uint8_t flat, SegReg seg, uint64_t* linear) {
+  if (flat >> seg & 1) [[likely]] return true;
+  *linear += cpu.seg[seg].base;
+  return cpu.code_mode == CodeMode::k64;
+}
+
 template <typename T>
-inline T ReadMem(Cpu& cpu, SegReg seg, uint64_t offset) {
-  uint64_t linear = mmu::Linear(cpu, seg, offset, sizeof(T), Access::kRead);
+[[gnu::noinline]] T ReadMemSlow(Cpu& cpu, SegReg seg, uint64_t offset) {
+  uint64_t linear = Linear(cpu, seg, offset, sizeof(T), Access::kRead);
   const TlbEntry& entry = cpu.tlb->data(linear);
   T value;
-  if (entry.read == cpu.tlb->Tag(linear + sizeof(T) - 1)) [[likely]] {
+  if (entry.read == cpu.tlb->Tag(linear + sizeof(T) - 1)) {
     std::memcpy(&value, reinterpret_cast<const void*>(linear + entry.addend), sizeof(T));
   } else {
-    mmu::ReadSlow(cpu, seg, linear, &value, sizeof(T));
+    ReadSlow(cpu, seg, linear, &value, sizeof(T));
   }
   return value;
+}
+template <typename T>
+[[gnu::noinline]] void WriteMemSlow(Cpu& cpu, SegReg seg, uint64_t offset, T value) {
+  uint64_t linear = Linear(cpu, seg, offset, sizeof(T), Access::kWrite);
+  const TlbEntry& entry = cpu.tlb->data(linear);
+  if (entry.write == cpu.tlb->Tag(linear + sizeof(T) - 1)) {
+    std::memcpy(reinterpret_cast<void*>(linear + entry.addend), &value, sizeof(T));
+  } else {
+    WriteSlow(cpu, seg, linear, &value, sizeof(T));
+  }
+}
+void* MapMemSlow(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size, Access access);
+}  // namespace mmu
+
+template <typename T>
+inline T ReadMem(Cpu& cpu, SegReg seg, uint64_t offset) {
+  uint64_t linear = offset;
+  if (mmu::FlatLinear(cpu, cpu.flat_read, seg, &linear)) [[likely]] {
+    const TlbEntry& entry = cpu.tlb->data(linear);
+    if (entry.read == cpu.tlb->Tag(linear + sizeof(T) - 1)) [[likely]] {
+      T value;
+      std::memcpy(&value, reinterpret_cast<const void*>(linear + entry.addend), sizeof(T));
+      return value;
+    }
+  }
+  return mmu::ReadMemSlow<T>(cpu, seg, offset);
 }
 
 template <typename T>
 inline void WriteMem(Cpu& cpu, SegReg seg, uint64_t offset, T value) {
-  uint64_t linear = mmu::Linear(cpu, seg, offset, sizeof(T), Access::kWrite);
-  const TlbEntry& entry = cpu.tlb->data(linear);
-  if (entry.write == cpu.tlb->Tag(linear + sizeof(T) - 1)) [[likely]] {
-    std::memcpy(reinterpret_cast<void*>(linear + entry.addend), &value, sizeof(T));
-  } else {
-    mmu::WriteSlow(cpu, seg, linear, &value, sizeof(T));
+  uint64_t linear = offset;
+  if (mmu::FlatLinear(cpu, cpu.flat_write, seg, &linear)) [[likely]] {
+    const TlbEntry& entry = cpu.tlb->data(linear);
+    if (entry.write == cpu.tlb->Tag(linear + sizeof(T) - 1)) [[likely]] {
+      std::memcpy(reinterpret_cast<void*>(linear + entry.addend), &value, sizeof(T));
+      return;
+    }
   }
+  mmu::WriteMemSlow<T>(cpu, seg, offset, value);
 }
 
 inline void ReadMemBytes(Cpu& cpu, SegReg seg, uint64_t offset, void* data, unsigned size) {
@@ -172,17 +209,21 @@ inline void WriteMemBytes(Cpu& cpu, SegReg seg, uint64_t offset, const void* dat
 }
 
 inline void* MapForWrite(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size) {
-  uint64_t linear = mmu::Linear(cpu, seg, offset, size, Access::kWrite);
-  const TlbEntry& entry = cpu.tlb->data(linear);
-  if (entry.write == cpu.tlb->Tag(linear + size - 1)) [[likely]] return reinterpret_cast<void*>(linear + entry.addend);
-  return mmu::MapSlow(cpu, seg, linear, size, Access::kWrite);
+  uint64_t linear = offset;
+  if (mmu::FlatLinear(cpu, cpu.flat_write, seg, &linear)) [[likely]] {
+    const TlbEntry& entry = cpu.tlb->data(linear);
+    if (entry.write == cpu.tlb->Tag(linear + size - 1)) [[likely]] return reinterpret_cast<void*>(linear + entry.addend);
+  }
+  return mmu::MapMemSlow(cpu, seg, offset, size, Access::kWrite);
 }
 
 inline const void* MapForRead(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size) {
-  uint64_t linear = mmu::Linear(cpu, seg, offset, size, Access::kRead);
-  const TlbEntry& entry = cpu.tlb->data(linear);
-  if (entry.read == cpu.tlb->Tag(linear + size - 1)) [[likely]] return reinterpret_cast<void*>(linear + entry.addend);
-  return mmu::MapSlow(cpu, seg, linear, size, Access::kRead);
+  uint64_t linear = offset;
+  if (mmu::FlatLinear(cpu, cpu.flat_read, seg, &linear)) [[likely]] {
+    const TlbEntry& entry = cpu.tlb->data(linear);
+    if (entry.read == cpu.tlb->Tag(linear + size - 1)) [[likely]] return reinterpret_cast<void*>(linear + entry.addend);
+  }
+  return mmu::MapMemSlow(cpu, seg, offset, size, Access::kRead);
 }
 
 template <typename T>

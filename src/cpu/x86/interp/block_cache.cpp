@@ -10,7 +10,6 @@ namespace kvartz::cpu::x86 {
 namespace {
 
 constexpr size_t kArenaBytes = 16 << 20;
-constexpr size_t kBuckets = 1 << 14;
 constexpr unsigned kMaxInsns = 48;
 constexpr size_t kMaxBlockBytes = sizeof(Block) + kMaxInsns * sizeof(Insn);
 
@@ -37,7 +36,7 @@ size_t RoomInSegment(const Cpu& cpu) {
 }  // namespace
 
 BlockCache::BlockCache(const FeatureSet& features)
-    : features_(features), buckets_(new Block*[kBuckets]()) {
+    : features_(features), buckets_(new Block*[1 << kBucketBits]()) {
   void* map = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   VERIFY(map != MAP_FAILED);
@@ -47,16 +46,10 @@ BlockCache::BlockCache(const FeatureSet& features)
 BlockCache::~BlockCache() { munmap(arena_, kArenaBytes); }
 
 void BlockCache::Flush() {
-  std::fill_n(buckets_.get(), kBuckets, nullptr);
+  std::fill_n(buckets_.get(), 1 << kBucketBits, nullptr);
   used_ = 0;
   ++flushes_;
 }
-
-Block*& BlockCache::Bucket(const uint8_t* host, uint16_t mode) {
-  const uint64_t hash = (reinterpret_cast<uintptr_t>(host) + mode) * 0x9e3779b97f4a7c15;
-  return buckets_[hash >> 50];
-}
-static_assert(kBuckets == 1 << (64 - 50));
 
 DecodeContext BlockCache::Context(const Cpu& cpu) const {
   return {.mode = cpu.code_mode,
@@ -65,19 +58,19 @@ DecodeContext BlockCache::Context(const Cpu& cpu) const {
           .features = features_};
 }
 
-Block* BlockCache::Find(Cpu& cpu, uint64_t linear, const uint8_t* host, uint16_t mode) {
-  for (Block** place = &Bucket(host, mode); *place != nullptr; place = &(*place)->next) {
+Block* BlockCache::FindSlow(Cpu& cpu, uint64_t linear, const uint8_t* host, uint16_t mode) {
+  Block*& first = Bucket(host, mode);
+  for (Block** place = &first; *place != nullptr; place = &(*place)->next) {
     Block* block = *place;
     if (block->host != host || block->mode != mode) {
       continue;
     }
-    if (block->second == nullptr && block->valid()) [[likely]] {
-      return block;
-    }
-    if (Revalidate(cpu, linear, block)) {
-      return block;
-    }
     *place = block->next;
+    if ((block->second == nullptr && block->valid()) || Revalidate(cpu, linear, block)) {
+      block->next = first;
+      first = block;
+      return block;
+    }
     block->host = nullptr;  // links to it don't match any more
     break;
   }
@@ -149,7 +142,10 @@ Block* BlockCache::Build(Cpu& cpu, uint64_t linear, const uint8_t* host, uint16_
     }
   }
   block->bytes = static_cast<uint16_t>(done);
-  block->changes_mode = block->insns[block->count - 1].has(kEndsBlock);
+  const Insn& last = block->insns[block->count - 1];
+  block->direct =
+      !last.has(kBranch) || last.row->imm[0] == ImmKind::kCb || last.row->imm[0] == ImmKind::kCz;
+  block->changes_mode = last.has(kEndsBlock);
   used_ += sizeof(Block) + block->count * sizeof(Insn);
   Block*& bucket = Bucket(host, mode);
   block->next = bucket;

@@ -29,6 +29,7 @@ struct alignas(64) Block {
   uint16_t mode;  // ModeKey
   uint16_t count;
   uint16_t bytes;
+  bool direct;        // ends with a direct branch, or with none: few blocks can be next
   bool changes_mode;  // ends with an instruction that may change what ModeKey depends on, or the
                       // address space
   Insn insns[];
@@ -53,7 +54,14 @@ class BlockCache {
   // The block at cpu.rip, decoded if need be, and known to be valid. `host`: its first byte
   // (FetchCode). Raises what fetching or decoding its first instruction raises. Blocks found before
   // may be gone after this.
-  Block* Find(Cpu& cpu, uint64_t linear, const uint8_t* host, uint16_t mode);
+  Block* Find(Cpu& cpu, uint64_t linear, const uint8_t* host, uint16_t mode) {
+    Block* first = Bucket(host, mode);
+    if (first != nullptr && first->host == host && first->mode == mode &&
+        first->second == nullptr && first->valid()) [[likely]] {
+      return first;
+    }
+    return FindSlow(cpu, linear, host, mode);
+  }
   // The instruction at cpu.rip where no memory answers: decoded each time. Valid until the next
   // call.
   const Insn* DecodeUncached(Cpu& cpu, uint64_t linear);
@@ -63,7 +71,12 @@ class BlockCache {
   uint64_t flushes() const { return flushes_; }
 
  private:
-  Block*& Bucket(const uint8_t* host, uint16_t mode);
+  static constexpr unsigned kBucketBits = 14;
+  Block*& Bucket(const uint8_t* host, uint16_t mode) {
+    const uint64_t hash = (reinterpret_cast<uintptr_t>(host) + mode) * 0x9e3779b97f4a7c15;
+    return buckets_[hash >> (64 - kBucketBits)];
+  }
+  Block* FindSlow(Cpu& cpu, uint64_t linear, const uint8_t* host, uint16_t mode);
   bool Revalidate(Cpu& cpu, uint64_t linear, Block* block);
   Block* Build(Cpu& cpu, uint64_t linear, const uint8_t* host, uint16_t mode);
   void BuildCrossing(Cpu& cpu, uint64_t linear, Block* block);
@@ -79,7 +92,9 @@ class BlockCache {
 };
 
 // The run loop is to be left (cpu.h, `request`).
-inline bool Requested(const Cpu& cpu) { return __atomic_load_n(&cpu.requests, __ATOMIC_RELAXED) != 0; }
+inline bool Requested(const Cpu& cpu) {
+  return __atomic_load_n(&cpu.requests, __ATOMIC_RELAXED) != 0;
+}
 
 // What decoding depends on, besides the bytes.
 inline uint16_t ModeKey(const Cpu& cpu) {

@@ -53,16 +53,21 @@ inline void WriteRm(Cpu& cpu, const Insn& insn, T value) {
   }
 }
 
-// Reads memory, applies `change(T*)`, writes it back: the write is checked first, so that a fault
-// is a write's.
+// The value in memory that can't be mapped, once the write is known to be possible: a fault is a
+// write's.
+template <typename T>
+[[gnu::noinline]] T ReadForWrite(Cpu& cpu, SegReg seg, uint64_t offset) {
+  CheckWrite(cpu, seg, offset, sizeof(T));
+  return ReadMem<T>(cpu, seg, offset);
+}
+// Reads memory, applies `change(T*)`, writes it back.
 template <typename T, typename Change>
 inline void Modify(Cpu& cpu, SegReg seg, uint64_t offset, Change change) {
   if (void* host = MapForWrite(cpu, seg, offset, sizeof(T))) [[likely]] {
     change(static_cast<T*>(host));
     return;
   }
-  CheckWrite(cpu, seg, offset, sizeof(T));
-  T value = ReadMem<T>(cpu, seg, offset);
+  T value = ReadForWrite<T>(cpu, seg, offset);
   change(&value);
   WriteMem<T>(cpu, seg, offset, value);
 }
@@ -74,8 +79,7 @@ inline void ModifyLocked(Cpu& cpu, SegReg seg, uint64_t offset, Change change) {
     return;
   }
   BusLock(cpu);
-  CheckWrite(cpu, seg, offset, sizeof(T));
-  T value = ReadMem<T>(cpu, seg, offset);
+  T value = ReadForWrite<T>(cpu, seg, offset);
   change(&value);
   WriteMem<T>(cpu, seg, offset, value);
   BusUnlock(cpu);

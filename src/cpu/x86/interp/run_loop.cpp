@@ -34,17 +34,18 @@ bool WithinLimit(const Cpu& cpu, const Block& block) {
 // The block that follows `previous` (null: unknown, or the mode may have changed).
 Block* Next(Cpu& cpu, BlockCache& cache, Block* previous, uint64_t linear, const uint8_t* host,
             uint16_t mode) {
-  if (previous != nullptr) {
-    for (const Block::Link& link : previous->links) {
-      if (link.host == host && link.block->host == host && link.block->second == nullptr &&
-          link.block->valid()) {
-        return link.block;
-      }
+  if (previous == nullptr || !previous->direct) {
+    return cache.Find(cpu, linear, host, mode);
+  }
+  for (const Block::Link& link : previous->links) {
+    if (link.host == host && link.block->host == host && link.block->second == nullptr &&
+        link.block->valid()) {
+      return link.block;
     }
   }
   const uint64_t flushes = cache.flushes();
   Block* block = cache.Find(cpu, linear, host, mode);
-  if (previous != nullptr && cache.flushes() == flushes) {
+  if (cache.flushes() == flushes) {
     previous->links[1] = previous->links[0];
     previous->links[0] = {host, block};
   }

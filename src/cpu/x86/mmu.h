@@ -65,6 +65,8 @@ class Tlb {
   // The newest view. If it changed, everything is flushed.
   const FlatView& View();
   ViewCache& view_cache() { return view_; }
+  // Lets go of views that decoded code may still refer to: the block cache is empty.
+  void DropRetiredViews() { retired_.clear(); }
   const FlatRange* Find(uint64_t physical);
   void NoteLargePage(uint64_t linear, unsigned shift);
 
@@ -89,6 +91,7 @@ class Tlb {
   std::unique_ptr<TlbEntry[], void (*)(void*)> tables_;
   ViewCache view_;
   std::shared_ptr<const FlatView> held_;  // keeps alive what the entries point to, until they are flushed
+  std::vector<std::shared_ptr<const FlatView>> retired_;
   uint64_t generation_ = ~0ull;
   const FlatRange* last_range_ = nullptr;
   uint32_t epoch_ = 1;

@@ -285,6 +285,9 @@ bool RestoreMsr(Cpu& cpu, uint32_t index, uint64_t value) {
     case kTscAdjust:
       msrs.tsc_adjust = value;
       return true;
+    case kTscDeadline:
+      msrs.tsc_deadline = value;  // armed when the APIC's registers are there
+      return true;
     case kEfer:
       cpu.efer = value & cpu.vcpu->limits().efer;
       return true;

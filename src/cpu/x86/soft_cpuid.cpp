@@ -8,7 +8,7 @@ namespace {
 constexpr const char* kOwn =
     "vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca pat pse36 clflush fxsr x2apic tsc-deadline hypervisor pcid xsave "
     "fsgsbase tsc-adjust smep erms invpcid smap umip fsrm rdpid clflushopt clwb arat syscall nx pdpe1gb rdtscp lm lahf-lm "
-    "3dnowprefetch wbnoinvd invtsc spec-ctrl arch-capabilities kvmclock kvm-nopiodelay kvmclock2 kvmclock-stable-bit";
+    "3dnowprefetch wbnoinvd xsaveerptr invtsc spec-ctrl arch-capabilities kvmclock kvm-nopiodelay kvmclock2 kvmclock-stable-bit";
 // Run on the host's units, or with its instructions.
 constexpr const char* kNative[] = {
     "fpu", "cmov", "mmx", "sse", "sse2", "pni", "pclmulqdq", "ssse3", "fma", "cx16", "sse4-1", "sse4-2", "movbe", "popcnt",

@@ -92,6 +92,7 @@ const FlatView& Tlb::View() {
     generation_ = generation;
     last_range_ = nullptr;
     FlushAll();
+    if (held_) retired_.push_back(std::move(held_));
     held_ = view_.Hold();
   }
   return *held_;

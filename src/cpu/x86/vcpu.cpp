@@ -28,6 +28,35 @@ void OnTimer(int) {
   if (timer_target) SetRequest(*timer_target, request::kTimer);
 }
 
+// The code at `linear` without side effects, as far as it is mapped. Returns how much.
+unsigned PeekCode(Cpu& cpu, uint64_t linear, uint8_t* bytes, unsigned size) {
+  unsigned done = 0;
+  while (done < size) {
+    uint64_t physical = 0;
+    const FlatRange* range = mmu::Probe(cpu, linear + done, &physical) ? cpu.tlb->Find(physical) : nullptr;
+    if (!range || range->region->kind == RegionKind::kIo) break;
+    bytes[done++] = *range->Host(physical);
+  }
+  return done;
+}
+
+// An instruction that no table has, and that isn't one of those that are there to be undefined (UD0, UD1, UD2).
+void LogUndefined(Cpu& cpu, unsigned index) {
+  static log::RateLimit limit;
+  uint64_t linear = cpu.code_mode == CodeMode::k64 ? cpu.rip : (cpu.seg[kCs].base + cpu.rip) & 0xffffffff;
+  uint8_t bytes[15] = {};
+  unsigned size = PeekCode(cpu, linear, bytes, sizeof(bytes));
+  bool on_purpose = size >= 2 && bytes[0] == 0x0f && (bytes[1] == 0x0b || bytes[1] == 0xb9 || bytes[1] == 0xff);
+  if (on_purpose || size == 0) return;
+  DecodeContext context{.mode = cpu.code_mode, .protected_mode = cpu.protected_mode() && !cpu.virtual_8086(), .cpl = cpu.cpl};
+  Insn insn;
+  if (Decode(context, {bytes, size}, &insn) != DecodeStatus::kInvalid || !limit.Pass()) return;
+  std::string text;
+  for (unsigned i = 0; i < size; i++) text += fmt::format(" {:02x}", bytes[i]);
+  KLOG(kWarn, "cpu {}: undefined instruction at {:#x}:{:#x}: the guest gets #UD; bytes{}", index, cpu.seg[kCs].selector, cpu.rip,
+       text);
+}
+
 }  // namespace
 
 SoftVcpu::SoftVcpu(SoftAccel& accel, unsigned index)
@@ -166,6 +195,7 @@ Vcpu::Exit SoftVcpu::Run() {
       KLOG(kInfo, "cpu {}: exception {} error {:#x} at {:#x}:{:#x} cr2 {:#x}", index_, cpu.fault.vector, cpu.fault.error,
            cpu.seg[kCs].selector, cpu.insn_rip, cpu.cr2);
     }
+    if (cpu.fault.vector == kUD) LogUndefined(cpu, index_);
     next = x86::Deliver(cpu, RaisedEvent(cpu)) ? Next::kGo : Next::kShutdown;
   } else {
     next = DeliverRestored();
@@ -228,8 +258,10 @@ SoftVcpu::Next SoftVcpu::HandleWorld(uint32_t requests) {
   }
   if (requests & request::kFlushTlb) {
     ClearRequest(cpu, request::kFlushTlb);
+    tlb_.View();
     tlb_.FlushAll();
     FlushBlocks(cpu);
+    tlb_.DropRetiredViews();
   }
   if (requests & request::kCodeWritten) ClearRequest(cpu, request::kCodeWritten);
   if (requests & request::kTimer) {

@@ -104,6 +104,44 @@ TEST(Engine, PendingFloatingPointError) {
   EXPECT_EQ(end.state.gpr[kRax] & 0x80c1, 0x80c1u);
 }
 
+// A machine that is saved while it waits for its timer is woken by it after the restore.
+GUEST_CODE(eng_deadline, R"(
+  mov $0x1b, %ecx
+  rdmsr
+  or $0xc00, %eax
+  wrmsr
+  mov $0x80f, %ecx
+  mov $0x1ff, %eax
+  xor %edx, %edx
+  wrmsr
+  mov $0x832, %ecx
+  mov $0x40050, %eax
+  wrmsr
+  rdtsc
+  shl $32, %rdx
+  or %rdx, %rax
+  add $20000000, %rax
+  mov %rax, %rdx
+  shr $32, %rdx
+  mov $0x6e0, %ecx
+  wrmsr
+  out %al, $0xf4
+  sti
+1: hlt
+  jmp 1b)")
+
+TEST(Engine, TimersSurviveTheRestore) {
+  GuestCase first(Mode::kLong64);
+  first.Load(CODE_OF(eng_deadline));
+  Outcome half = first.Run();
+  EXPECT_EQ(half.vector, -1);
+  EXPECT_NE(half.state.msrs[0x6e0], 0u);
+  GuestCase second(Mode::kLong64);
+  memcpy(second.board.ram(), first.board.ram(), 1 << 21);
+  second.initial = half.state;
+  EXPECT_EQ(second.Run().vector, 0x50);
+}
+
 // What is set comes back, register by register.
 TEST(Engine, StateRoundTrip) {
   GuestCase guest(Mode::kLong64);

@@ -10,7 +10,7 @@ namespace kvartz::cpu {
 namespace {
 
 constexpr std::string_view kEngines[] = {"kvm", "kvartz", "tcg"};
-constexpr std::string_view kKvmOptions[] = {"kernel-irqchip", "dirty-ring-size", "probe"};
+constexpr std::string_view kKvmOptions[] = {"kernel-irqchip", "dirty-ring-size"};
 
 Result<bool> WantsKvm(std::string_view name) {
   if (name == "kvm") return true;
@@ -86,18 +86,12 @@ Result<KvmOptions> ParseKvmOptions(
                                 value, kFewest, kMost));
       }
       parsed.dirty_ring_entries = entries;
-    } else if (name == "probe") {
-      if (value != "on" && value != "off") {
-        return Fail(ErrorCode::kInvalid,
-                    fmt::format("-accel kvm: probe='{}' is neither on nor off", value));
-      }
-      parsed.probe = value == "on";
     } else {
       std::string_view nearest = NearestName(name, kKvmOptions);
       return Fail(
           ErrorCode::kNotFound,
           fmt::format("-accel kvm: unknown option '{}': {}", name,
-                      nearest.empty() ? "there are kernel-irqchip, dirty-ring-size and probe"
+                      nearest.empty() ? "there are kernel-irqchip and dirty-ring-size"
                                       : fmt::format("did you mean '{}'?", nearest)));
     }
   }

@@ -42,7 +42,6 @@ class AccelHost {
 struct KvmOptions {
   std::optional<IrqchipMode> irqchip;  // kernel-irqchip=on|split; none: the board's choice
   uint32_t dirty_ring_entries = 0;     // dirty-ring-size=N, a power of two; 0: dirty log
-  bool probe = true;                   // probe=off: /dev/kvm is taken as it is (ChooseAccel is not asked)
 };
 // Errors: unknown name (nearest match), malformed or unsupported value.
 Result<KvmOptions> ParseKvmOptions(

@@ -75,7 +75,6 @@ TEST(ParseKvmOptions, TakesTheKnownOnes) {
   EXPECT_EQ(options->dirty_ring_entries, 4096u);
   EXPECT_EQ(ParseKvmOptions({{"kernel-irqchip", "on"}})->irqchip, IrqchipMode::kKernel);
   EXPECT_FALSE(ParseKvmOptions({})->irqchip.has_value());
-  EXPECT_FALSE(ParseKvmOptions({{"probe", "off"}})->probe);
 }
 
 TEST(ParseKvmOptions, RefusesTheRest) {
@@ -88,7 +87,6 @@ TEST(ParseKvmOptions, RefusesTheRest) {
   EXPECT_THAT(error("kernel-irqchipp", "on"), HasSubstr("did you mean 'kernel-irqchip'?"));
   EXPECT_THAT(error("dirty-ring-size", "1000"), HasSubstr("no power of two"));
   EXPECT_THAT(error("dirty-ring-size", "x"), HasSubstr("no power of two"));
-  EXPECT_THAT(error("probe", "7"), HasSubstr("neither on nor off"));
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ constexpr const char* kOwn =
 constexpr const char* kNative[] = {
     "fpu", "cmov", "mmx", "sse", "sse2", "pni", "pclmulqdq", "ssse3", "fma", "cx16", "sse4-1", "sse4-2", "movbe", "popcnt",
     "aes", "avx", "f16c", "rdrand", "bmi1", "avx2", "bmi2", "rdseed", "adx", "sha-ni", "vaes", "vpclmulqdq", "gfni",
-    "xsaveopt", "xsavec", "xgetbv1", "abm", "sse4a", "mmxext"};
+    "xsaveopt", "xsavec", "xgetbv1", "abm", "mmxext"};
 // Only where they are asked for by name: five-level paging changes the layout of kernels, MONITOR makes idle ones spin.
 constexpr const char* kOnRequest[] = {"la57", "monitor"};
 

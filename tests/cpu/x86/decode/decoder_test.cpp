@@ -78,7 +78,6 @@ bool LeftOut(const ZydisDecodedInstruction& theirs) {
     case ZYDIS_ISA_EXT_AVX512VEX:
       return true;
     case ZYDIS_ISA_EXT_FMA4:
-    case ZYDIS_ISA_EXT_GFNI:
     case ZYDIS_ISA_EXT_SSE4A:
     case ZYDIS_ISA_EXT_PKU:
     case ZYDIS_ISA_EXT_CLZERO:

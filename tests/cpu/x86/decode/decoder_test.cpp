@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "cpu/x86/decode/insn.h"
+#include "cpu/x86/engine.h"
 
 namespace kvartz::cpu::x86 {
 namespace {
@@ -397,6 +398,21 @@ TEST(Decoder, VexNeedsProtectedMode) {
   EXPECT_EQ(Decode(context, vaddps, &insn), DecodeStatus::kOk);
   context.protected_mode = false;
   EXPECT_EQ(Decode(context, vaddps, &insn), DecodeStatus::kInvalid);
+}
+
+// CPUID promises nothing that the tables lack.
+TEST(Decoder, EveryFeatureOfferedHasRows) {
+  FeatureSet gates;
+  for (const Row& row : InsnRows()) {
+    gates.Set(row.features[0]);
+    gates.Set(row.features[1]);
+  }
+  const FeatureSet offered = FeatureSet::FromCpuid(SoftCpuid({}));
+  for (unsigned i = 0; i < static_cast<unsigned>(Feature::kCount); ++i) {
+    const auto feature = static_cast<Feature>(i);
+    const bool gates_no_row = feature == Feature::kPrefetchw;  // a NOP with or without it
+    EXPECT_TRUE(!offered.Has(feature) || gates.Has(feature) || gates_no_row) << "feature " << i;
+  }
 }
 
 TEST(Decoder, TableBuildsFast) {

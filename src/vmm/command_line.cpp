@@ -134,7 +134,7 @@ constexpr OptionRow kRows[] = {
     {"drive", "file=FILE,format=raw,if=virtio", "a disk", AddDrive},
     {"blockdev", "driver=raw,node-name=ID,...", "the host's side of a disk", AddBlockdev},
     {"device", "DRIVER[,property=value...]",
-     "a device; 'help' lists the drivers, 'DRIVER,help' the properties", Device},
+     "a device; 'help' lists the drivers", Device},
     {"object", "TYPE,id=ID[,property=value...]",
      "iothread, memory-backend-ram, memory-backend-memfd", AddObject},
     {"netdev", "TYPE,id=ID[,option=value...]", "the host's side of a network card: user, tap",

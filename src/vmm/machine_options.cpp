@@ -343,6 +343,7 @@ Result<> Device(CommandLine& line, std::string_view argument) {
   if (driver.empty())
     return Fail(ErrorCode::kInvalid, "driver= is missing; -device help lists the drivers");
   TRY(FindDeviceType(driver));
+  if (AsksForHelp(properties)) return Refuse("a list of a device's properties");
   std::string id = Take(&properties, "id");
   for (const DeviceSpec& other : line.config.machine.devices) {
     if (!id.empty() && other.id == id)

@@ -133,8 +133,7 @@ constexpr OptionRow kRows[] = {
 
     {"drive", "file=FILE,format=raw,if=virtio", "a disk", AddDrive},
     {"blockdev", "driver=raw,node-name=ID,...", "the host's side of a disk", AddBlockdev},
-    {"device", "DRIVER[,property=value...]",
-     "a device; 'help' lists the drivers", Device},
+    {"device", "DRIVER[,property=value...]", "a device; 'help' lists the drivers", Device},
     {"object", "TYPE,id=ID[,property=value...]",
      "iothread, memory-backend-ram, memory-backend-memfd", AddObject},
     {"netdev", "TYPE,id=ID[,option=value...]", "the host's side of a network card: user, tap",

@@ -41,7 +41,8 @@ enum class PanicAction { kPause, kShutdown, kExitFailure, kNone };
 struct VmConfig {
   machine::MachineConfig machine;
   std::vector<std::string> accels;
-  bool force_kvm = false;  // -accel kvm,force=on: also where it can't run an operating system (tests, measurements)
+  bool force_kvm = false;  // -accel kvm,force=on: also where it can't run an operating system
+                           // (tests, measurements)
 
   std::vector<host::ChardevConfig> chardevs;
   std::vector<MonitorConfig> monitors;

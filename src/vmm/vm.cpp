@@ -8,6 +8,7 @@
 #include <csignal>
 
 #include "base/log.h"
+#include "device/virtio/virtio_balloon.h"
 #include "host/net/net_factory.h"
 #include "vmm/hmp/hmp_monitor.h"
 #include "vmm/qmp/qmp_monitor.h"
@@ -116,6 +117,11 @@ Result<> Vm::Setup() {
   TRY(OpenNetdevs());
   machine::BoardEnv env{*loop_, clock_, *this, *this, engine_.name};
   board_ = TRY(machine::Board::Create(config_.machine, env));
+  if (Result<VirtioBalloon*> balloon = FindBalloon()) {
+    (*balloon)->OnChange([this](uint64_t bytes) {
+      Emit("BALLOON_CHANGE", fmt::format(R"({{"actual": {}}})", bytes));
+    });
+  }
   if (config_.lock_memory && mlockall(MCL_CURRENT | MCL_FUTURE) != 0) {
     return Fail(ErrnoError(errno, "-overcommit mem-lock=on: cannot lock memory; raise ulimit -l"));
   }
@@ -230,6 +236,17 @@ EventLoop* Vm::FindIoThread(const std::string& id) {
     if (io_thread->id() == id) return &io_thread->loop();
   }
   return nullptr;
+}
+
+Result<VirtioBalloon*> Vm::FindBalloon() {
+  VirtioBalloon* found = nullptr;
+  board_->ForEachDevice([&](Device& device) {
+    auto* transport = dynamic_cast<VirtioTransport*>(&device);
+    if (transport && !found) found = dynamic_cast<VirtioBalloon*>(&transport->virtio_device());
+  });
+  if (!found)
+    return Fail(ErrorCode::kNotFound, "the machine has no balloon; add -device virtio-balloon-pci");
+  return found;
 }
 
 // ---- life ----

@@ -19,6 +19,10 @@
 #include "vmm/io_thread.h"
 #include "vmm/run_state.h"
 
+namespace kvartz {
+class VirtioBalloon;
+}
+
 namespace kvartz::vmm {
 
 class Monitor;
@@ -69,6 +73,9 @@ class Vm final : public MachineControl, private HostBackends {
   void Quit(Cause cause);
   // Saves the stopped machine; it stays stopped (state paused). Errors: the host's.
   Result<> Save(const std::string& path);
+
+  // The machine's memory balloon. Errors: it has none.
+  Result<VirtioBalloon*> FindBalloon();
 
   void AddObserver(VmObserver* observer) { observers_.push_back(observer); }
   void RemoveObserver(VmObserver* observer) { std::erase(observers_, observer); }

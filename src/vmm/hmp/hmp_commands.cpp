@@ -6,9 +6,11 @@
 #include <vector>
 
 #include "base/text.h"
+#include "device/virtio/virtio_balloon.h"
 #include "host/net/net_backend.h"
 #include "vmm/command_line.h"
 #include "vmm/hmp/hmp_inspect.h"
+#include "vmm/keyval.h"
 #include "vmm/vm.h"
 
 namespace kvartz::vmm {
@@ -107,8 +109,15 @@ std::string InfoQtree(HmpContext& context, std::string_view) {
   return text;
 }
 
+std::string InfoBalloon(HmpContext& context, std::string_view) {
+  Result<VirtioBalloon*> balloon = context.vm.FindBalloon();
+  if (!balloon) return "Error: " + balloon.error().what + "\n";
+  return fmt::format("balloon: actual={}\n", (*balloon)->GuestBytes() >> 20);
+}
+
 constexpr HmpCommand kInfos[] = {
     {"accelerators", "engine", "", "which engine runs the machine, and why", InfoEngine},
+    {"balloon", nullptr, "", "the guest's memory less what the balloon holds, in MiB", InfoBalloon},
     {"block", nullptr, "", "disks", InfoBlock},
     {"chardev", nullptr, "", "character devices", InfoChardev},
     {"cpus", nullptr, "", "CPUs and their threads", InfoCpus},
@@ -162,6 +171,15 @@ std::string Cpu(HmpContext& context, std::string_view arguments) {
   context.cpu = index;
   return "";
 }
+std::string Balloon(HmpContext& context, std::string_view arguments) {
+  std::string_view word = NextWord(&arguments);
+  Result<uint64_t> size = ParseSize(word, 'M');
+  if (!size || *size == 0) return fmt::format("Error: '{}': a size in MiB is expected\n", word);
+  Result<VirtioBalloon*> balloon = context.vm.FindBalloon();
+  if (!balloon) return "Error: " + balloon.error().what + "\n";
+  (*balloon)->SetTarget(*size);
+  return "";
+}
 std::string Save(HmpContext& context, std::string_view arguments) {
   std::string path(NextWord(&arguments));
   if (path.empty()) return "Error: the name of a file is missing\n";
@@ -169,6 +187,7 @@ std::string Save(HmpContext& context, std::string_view arguments) {
 }
 
 constexpr HmpCommand kCommands[] = {
+    {"balloon", nullptr, "MIB", "ask the guest to keep this much of its memory", Balloon},
     {"cont", "c", "", "let the machine run", Cont},
     {"cpu", nullptr, "N", "the CPU that 'info registers' and 'x' mean", Cpu},
     {"help", "?", "", "this list", Help},

@@ -5,6 +5,7 @@
 #include <boost/json/array.hpp>
 #include <boost/json/object.hpp>
 
+#include "device/virtio/virtio_balloon.h"
 #include "vmm/hmp/hmp_commands.h"
 #include "vmm/vm.h"
 
@@ -205,6 +206,19 @@ Value SendBreak(Vm& vm, const json::object& arguments) {
   return Done();
 }
 
+constexpr QmpArgument kBalloonArguments[] = {{"value", QmpType::kInt, false}};
+Value SetBalloon(Vm& vm, const json::object& arguments) {
+  VirtioBalloon* balloon = TRY(vm.FindBalloon());
+  int64_t value = arguments.at("value").as_int64();
+  if (value <= 0) return Fail(ErrorCode::kInvalid, "value must be a size in bytes");
+  balloon->SetTarget(static_cast<uint64_t>(value));
+  return Done();
+}
+Value QueryBalloon(Vm& vm, const json::object&) {
+  VirtioBalloon* balloon = TRY(vm.FindBalloon());
+  return json::object{{"actual", balloon->GuestBytes()}};
+}
+
 constexpr QmpArgument kHmpArguments[] = {{"command-line", QmpType::kString, false},
                                          {"cpu-index", QmpType::kInt, true}};
 Value HumanMonitorCommand(Vm& vm, const json::object& arguments) {
@@ -224,10 +238,12 @@ Value QueryCommands(Vm&, const json::object&) {
 }
 
 constexpr QmpCommand kCommands[] = {
+    {"balloon", kBalloonArguments, SetBalloon},
     {"chardev-send-break", kBreakArguments, SendBreak},
     {"cont", kNone, Cont},
     {"human-monitor-command", kHmpArguments, HumanMonitorCommand},
     {"inject-nmi", kNone, InjectNmi},
+    {"query-balloon", kNone, QueryBalloon},
     {"query-block", kNone, QueryBlock},
     {"query-chardev", kNone, QueryChardev},
     {"query-commands", kNone, QueryCommands},

@@ -38,13 +38,25 @@ TEST(MachineTypes, NamesAndAliases) {
   EXPECT_NE(wrong.error().what.find("'microvm'"), std::string::npos);
 }
 
-class BoardKinds : public testing::TestWithParam<std::string> {};
-INSTANTIATE_TEST_SUITE_P(All, BoardKinds, testing::Values("pc", "microvm"));
+class BoardKinds : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    cpu::KvmFitness::Verdict verdict = cpu::ProbeKvm().verdict;
+    bool usable =
+        verdict == cpu::KvmFitness::Verdict::kFit || verdict == cpu::KvmFitness::Verdict::kEmulated;
+    if (accel() == "kvm" && !usable) GTEST_SKIP() << cpu::ProbeKvm().why;
+  }
+  // "BOARD-ENGINE".
+  std::string board() const { return GetParam().substr(0, GetParam().find('-')); }
+  std::string accel() const { return GetParam().substr(GetParam().find('-') + 1); }
+};
+INSTANTIATE_TEST_SUITE_P(All, BoardKinds,
+                         testing::Values("pc-kvartz", "microvm-kvartz", "pc-kvm", "microvm-kvm"));
 
 TEST_P(BoardKinds, RunsAKernelAndResets) {
   TempFile kernel(MultibootImage(kExit));
-  TestBoard machine;
-  Result<> made = machine.Create(Config(GetParam(), kernel.path()));
+  TestBoard machine(accel());
+  Result<> made = machine.Create(Config(board(), kernel.path()));
   ASSERT_TRUE(made) << made.error().what;
   EXPECT_EQ(machine.exit_code(), -1) << "nothing runs before ResumeAll";
   machine.threads().ResumeAll();
@@ -64,11 +76,11 @@ TEST_P(BoardKinds, StateMovesToAFreshMachine) {
                                0x00, 0x01, 0x74, 0x03, 0x40, 0xeb, 0xf4};
   code.insert(code.end(), kExit.begin(), kExit.end());
   TempFile kernel(MultibootImage(code));
-  MachineConfig config = Config(GetParam(), kernel.path());
+  MachineConfig config = Config(board(), kernel.path());
   std::vector<uint8_t> state, ram;
   std::string dump;
   {
-    TestBoard machine;
+    TestBoard machine(accel());
     Result<> made = machine.Create(config);
     ASSERT_TRUE(made) << made.error().what;
     machine.threads().ResumeAll();
@@ -80,7 +92,7 @@ TEST_P(BoardKinds, StateMovesToAFreshMachine) {
     RamBlock& block = *machine.board().ram_blocks()[0];
     ram.assign(block.host(), block.host() + block.size());
   }
-  TestBoard machine;
+  TestBoard machine(accel());
   ASSERT_TRUE(machine.Create(config));
   auto visit = [&](StateVisitor& v) { machine.board().VisitState(v); };
   Result<> loaded = LoadState(state, visit);
@@ -95,8 +107,8 @@ TEST_P(BoardKinds, StateMovesToAFreshMachine) {
 
 TEST_P(BoardKinds, TripleFaultAsksForAReset) {
   TempFile kernel(MultibootImage({0x0f, 0x0b}));  // ud2 without an IDT
-  TestBoard machine;
-  ASSERT_TRUE(machine.Create(Config(GetParam(), kernel.path())));
+  TestBoard machine(accel());
+  ASSERT_TRUE(machine.Create(Config(board(), kernel.path())));
   machine.threads().ResumeAll();
   EXPECT_TRUE(machine.RunUntil([&] { return !machine.requests().empty(); }));
   EXPECT_EQ(machine.requests()[0].first, Request::kReset);
@@ -105,9 +117,9 @@ TEST_P(BoardKinds, TripleFaultAsksForAReset) {
 TEST_P(BoardKinds, BadInputIsNamed) {
   TempFile kernel(MultibootImage(kExit));
   auto error = [&](const std::function<void(MachineConfig&)>& change) {
-    MachineConfig config = Config(GetParam(), kernel.path());
+    MachineConfig config = Config(board(), kernel.path());
     change(config);
-    TestBoard machine;
+    TestBoard machine(accel());
     Result<> made = machine.Create(config);
     return made ? std::string("no error") : made.error().what;
   };

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "machine/loader/elf.h"
+#include "machine/loader/initrd_check.h"
 #include "machine/loader/kernel.h"
 
 namespace kvartz::machine {
@@ -33,7 +34,7 @@ class ElfKernel final : public Kernel {
   }
   Result<> OpenInitrd(const std::string& initrd) override {
     initrd_ = TRY(BootFile::Open("initrd", initrd));
-    return {};
+    return CheckInitrd(initrd_);
   }
   Result<CpuEntry> Load(BootSpace& space) override;
 

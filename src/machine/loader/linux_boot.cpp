@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "base/endian.h"
+#include "machine/loader/initrd_check.h"
 #include "machine/loader/kernel.h"
 
 namespace kvartz::machine {
@@ -83,7 +84,7 @@ Result<> BzImage::Parse() {
 
 Result<> BzImage::OpenInitrd(const std::string& initrd) {
   initrd_ = TRY(BootFile::Open("initrd", initrd));
-  return {};
+  return CheckInitrd(initrd_);
 }
 
 Result<CpuEntry> BzImage::Load(BootSpace& space) {

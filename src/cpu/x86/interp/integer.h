@@ -63,11 +63,14 @@ template <typename T>
 // Reads memory, applies `change(T*)`, writes it back.
 template <typename T, typename Change>
 inline void Modify(Cpu& cpu, SegReg seg, uint64_t offset, Change change) {
+  T value;
   if (void* host = MapForWrite(cpu, seg, offset, sizeof(T))) [[likely]] {
-    change(static_cast<T*>(host));
+    std::memcpy(&value, host, sizeof(T));  // at any alignment
+    change(&value);
+    std::memcpy(host, &value, sizeof(T));
     return;
   }
-  T value = ReadForWrite<T>(cpu, seg, offset);
+  value = ReadForWrite<T>(cpu, seg, offset);
   change(&value);
   WriteMem<T>(cpu, seg, offset, value);
 }

@@ -95,11 +95,8 @@ void ExecTwo(Cpu& cpu, const Insn& insn) {
   uint32_t ax = Op::kFlagsIn ? PackFlags(cpu.rflags) : 0;
   const T source = Source<T, F>(cpu, insn);
   if constexpr (F == Form::kMemReg || F == Form::kMemImm) {
-    Modify<T>(cpu, insn.seg(), EffectiveAddress(cpu, insn), [&](T* target) {
-      T value = *target;
-      Op::template Run<T>(&value, source, &ax);
-      *target = value;
-    });
+    Modify<T>(cpu, insn.seg(), EffectiveAddress(cpu, insn),
+              [&](T* target) { Op::template Run<T>(target, source, &ax); });
   } else {
     const unsigned number = F == Form::kRegMem ? insn.reg : insn.rm;
     T value = GetReg<T>(cpu, number);
@@ -204,11 +201,7 @@ void ExecOneMem(Cpu& cpu, const Insn& insn) {
     ModifyLocked<T>(cpu, insn.seg(), offset,
                     [&](T* target) { Op::template Locked<T>(target, &ax); });
   } else {
-    Modify<T>(cpu, insn.seg(), offset, [&](T* target) {
-      T value = *target;
-      Op::template Run<T>(&value, &ax);
-      *target = value;
-    });
+    Modify<T>(cpu, insn.seg(), offset, [&](T* target) { Op::template Run<T>(target, &ax); });
   }
   SetStatus(cpu, ax);
 }

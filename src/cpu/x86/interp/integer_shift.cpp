@@ -43,11 +43,8 @@ void ExecShift(Cpu& cpu, const Insn& insn) {
     Op::template Run<T>(&value, count, &ax);
     SetReg<T>(cpu, insn.rm, value);
   } else {
-    Modify<T>(cpu, insn.seg(), EffectiveAddress(cpu, insn), [&](T* target) {
-      T value = *target;
-      Op::template Run<T>(&value, count, &ax);
-      *target = value;
-    });
+    Modify<T>(cpu, insn.seg(), EffectiveAddress(cpu, insn),
+              [&](T* target) { Op::template Run<T>(target, count, &ax); });
   }
   SetStatus(cpu, ax);
 }
@@ -95,11 +92,8 @@ void ExecDoubleShift(Cpu& cpu, const Insn& insn) {
     Op::template Run<T>(&value, filler, count, &ax);
     SetReg<T>(cpu, insn.rm, value);
   } else {
-    Modify<T>(cpu, insn.seg(), EffectiveAddress(cpu, insn), [&](T* target) {
-      T value = *target;
-      Op::template Run<T>(&value, filler, count, &ax);
-      *target = value;
-    });
+    Modify<T>(cpu, insn.seg(), EffectiveAddress(cpu, insn),
+              [&](T* target) { Op::template Run<T>(target, filler, count, &ax); });
   }
   SetStatus(cpu, ax);
 }

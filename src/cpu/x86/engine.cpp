@@ -8,7 +8,9 @@
 
 namespace kvartz::cpu {
 
-Result<std::unique_ptr<Accel>> CreateSoftEngine(const AccelConfig& config) { return x86::SoftAccel::Create(config); }
+Result<std::unique_ptr<Accel>> CreateSoftEngine(const AccelConfig& config) {
+  return x86::SoftAccel::Create(config);
+}
 
 }  // namespace kvartz::cpu
 
@@ -17,7 +19,8 @@ namespace {
 
 constexpr uint32_t kSignature = 0x40000000;
 
-// Leaves that are the engine's own: who it is, and at what rate time runs (1 GHz, TSC and APIC timer alike).
+// Leaves that are the engine's own: who it is, and at what rate time runs (1 GHz, TSC and APIC
+// timer alike).
 void AddEngineLeaves(CpuidTable* table) {
   if (table->Has("hypervisor")) {
     CpuidLeaf& signature = table->At(kSignature);
@@ -48,10 +51,12 @@ Result<std::unique_ptr<Accel>> SoftAccel::Create(const AccelConfig& config) {
   std::vector<std::string> dropped;
   for (unsigned i = 0; i < config.cpu_count; i++) {
     auto* where = i == 0 ? &dropped : nullptr;
-    accel->cpuid_.push_back(TRY(BuildCpuid(config.model, supported, i, config.cpu_count, config.topology, where)));
+    accel->cpuid_.push_back(
+        TRY(BuildCpuid(config.model, supported, i, config.cpu_count, config.topology, where)));
     AddEngineLeaves(&accel->cpuid_.back());
   }
-  for (const std::string& name : dropped) KLOG(kInfo, "cpu: feature '{}' of the model is left out", name);
+  for (const std::string& name : dropped)
+    KLOG(kInfo, "cpu: feature '{}' of the model is left out", name);
   accel->vcpus_.resize(config.cpu_count);
   config.memory->AddListener(accel.get());
   return accel;
@@ -95,9 +100,10 @@ void SoftAccel::Accept(SoftVcpu& target, uint32_t icr) {
   }
 }
 
-void SoftAccel::Deliver(uint32_t destination, bool logical, bool x2apic_destination, uint32_t icr, unsigned shorthand,
-                        const SoftVcpu* self) {
-  bool lowest = static_cast<DeliveryMode>(icr >> 8 & 7) == DeliveryMode::kLowestPriority && shorthand == 0;
+void SoftAccel::Deliver(uint32_t destination, bool logical, bool x2apic_destination, uint32_t icr,
+                        unsigned shorthand, const SoftVcpu* self) {
+  bool lowest =
+      static_cast<DeliveryMode>(icr >> 8 & 7) == DeliveryMode::kLowestPriority && shorthand == 0;
   SoftVcpu* best = nullptr;
   auto count = static_cast<unsigned>(vcpus_.size());
   unsigned start = lowest ? rotation_.fetch_add(1, std::memory_order_relaxed) : 0;
@@ -106,10 +112,12 @@ void SoftAccel::Deliver(uint32_t destination, bool logical, bool x2apic_destinat
     if (!vcpu) continue;
     if (shorthand == 1 && vcpu != self) continue;
     if (shorthand == 3 && vcpu == self) continue;
-    if (shorthand == 0 && !vcpu->lapic().Matches(destination, logical, x2apic_destination)) continue;
+    if (shorthand == 0 && !vcpu->lapic().Matches(destination, logical, x2apic_destination))
+      continue;
     if (!lowest) {
       Accept(*vcpu, icr);
-    } else if (vcpu->lapic().accepts_fixed() && (!best || vcpu->lapic().priority() < best->lapic().priority())) {
+    } else if (vcpu->lapic().accepts_fixed() &&
+               (!best || vcpu->lapic().priority() < best->lapic().priority())) {
       best = vcpu;
     }
   }
@@ -117,11 +125,13 @@ void SoftAccel::Deliver(uint32_t destination, bool logical, bool x2apic_destinat
 }
 
 void SoftAccel::SendMsi(uint64_t address, uint32_t data) {
-  // Address: 0xfee00000 | destination << 12 | redirection hint << 3 | logical << 2 (SDM vol. 3 11.11).
+  // Address: 0xfee00000 | destination << 12 | redirection hint << 3 | logical << 2 (SDM vol.
+  // 3 11.11).
   if ((address & ~0xfffffull) != 0xfee00000) return;
   bool logical = address >> 2 & 1;
   uint32_t icr = data & 0xc7ff;
-  if ((address >> 3 & 1) && logical && (icr & 0x700) == 0) icr |= static_cast<uint32_t>(DeliveryMode::kLowestPriority) << 8;
+  if ((address >> 3 & 1) && logical && (icr & 0x700) == 0)
+    icr |= static_cast<uint32_t>(DeliveryMode::kLowestPriority) << 8;
   Deliver(static_cast<uint32_t>(address >> 12 & 0xff), logical, false, icr);
 }
 
@@ -130,7 +140,8 @@ void SoftAccel::SetPicOutput(bool level) {
 }
 
 Result<uint64_t> SoftAccel::AddIrqFd(int, uint64_t, uint32_t) {
-  return Fail(ErrorCode::kUnsupported, "the own engine takes interrupts by message, not by descriptor");
+  return Fail(ErrorCode::kUnsupported,
+              "the own engine takes interrupts by message, not by descriptor");
 }
 
 // ---- the world

@@ -19,7 +19,8 @@ namespace kvartz::cpu::x86 {
 class BlockCache;
 class SoftAccel;
 
-// One CPU of the own engine. Owned by its vCPU thread; Kick, Nmi and what the LAPICs call come from any thread.
+// One CPU of the own engine. Owned by its vCPU thread; Kick, Nmi and what the LAPICs call come from
+// any thread.
 class SoftVcpu final : public Vcpu, public LapicBus {
  public:
   static Result<std::unique_ptr<SoftVcpu>> Create(SoftAccel& accel, unsigned index);
@@ -68,7 +69,6 @@ class SoftVcpu final : public Vcpu, public LapicBus {
   Next DeliverRestored();
   Next Interrupt();
   bool InstructionBreakpoint(uint64_t* dr6_bits) const;
-  bool ConsumesRequests(uint32_t requests) const;
   void HandleInit();
   void HandleStartup();
   void PrepareThread();
@@ -119,9 +119,10 @@ class SoftAccel final : public Accel, public World, public AddressSpace::Listene
   Result<> ResetVm() override { return {}; }
 
   const AccelConfig& config() const { return config_; }
-  // An interrupt message to every APIC that it names. `icr_like`: delivery mode, trigger, level, vector as in an ICR's low half.
-  void Deliver(uint32_t destination, bool logical, bool x2apic_destination, uint32_t icr_like, unsigned shorthand = 0,
-               const SoftVcpu* self = nullptr);
+  // An interrupt message to every APIC that it names. `icr_like`: delivery mode, trigger, level,
+  // vector as in an ICR's low half.
+  void Deliver(uint32_t destination, bool logical, bool x2apic_destination, uint32_t icr_like,
+               unsigned shorthand = 0, const SoftVcpu* self = nullptr);
 
   // ---- World
   void Stop(Cpu& self) override { StopFor(&self); }
@@ -130,7 +131,8 @@ class SoftAccel final : public Accel, public World, public AddressSpace::Listene
   // `self` null: a thread that runs no vCPU.
   void StopFor(Cpu* self);
   void ResumeFor(Cpu* self);
-  // A vCPU thread enters or leaves the state in which it may run guest code; Safepoint lets others stop the world.
+  // A vCPU thread enters or leaves the state in which it may run guest code; Safepoint lets others
+  // stop the world.
   void EnterGuest();
   void LeaveGuest();
   void Safepoint();
@@ -151,14 +153,15 @@ class SoftAccel final : public Accel, public World, public AddressSpace::Listene
 
   Mutex world_mutex_;
   CondVar world_cond_;
-  unsigned running_ = 0;      // vCPU threads in guest code
-  bool stopped_ = false;      // somebody holds the world
-  Cpu* stopper_ = nullptr;    // who; null: a thread that runs no vCPU
+  unsigned running_ = 0;    // vCPU threads in guest code
+  bool stopped_ = false;    // somebody holds the world
+  Cpu* stopper_ = nullptr;  // who; null: a thread that runs no vCPU
   unsigned stop_depth_ = 0;
   std::atomic<unsigned> rotation_{0};  // where lowest-priority delivery starts to look
 };
 
-// What the interpreter can do on this host: native vector instructions only as far as the host has them.
+// What the interpreter can do on this host: native vector instructions only as far as the host has
+// them.
 CpuidTable SoftCpuid(const CpuModelRequest& request);
 
 }  // namespace kvartz::cpu::x86

@@ -1,4 +1,5 @@
-// Far JMP, CALL and RET, and IRET, through descriptors, call gates and tasks (SDM vol. 2, vol. 3 5.8).
+// Far JMP, CALL and RET, and IRET, through descriptors, call gates and tasks (SDM vol. 2, vol.
+// 3 5.8).
 #include "cpu/x86/mmu.h"
 #include "cpu/x86/segment.h"
 
@@ -20,12 +21,15 @@ void CheckTarget(Cpu& cpu, const Descriptor& code, uint64_t offset) {
   }
 }
 
-[[noreturn]] void RaiseSelector(Cpu& cpu, Vector vector, uint16_t selector) { Raise(cpu, vector, SelectorError(selector)); }
+[[noreturn]] void RaiseSelector(Cpu& cpu, Vector vector, uint16_t selector) {
+  Raise(cpu, vector, SelectorError(selector));
+}
 
 // A code segment for JMP and CALL without a gate; privilege stays.
 void CheckDirect(Cpu& cpu, uint16_t selector, const Descriptor& d) {
   if (cpu.long_mode() && d.is_long() && d.big()) RaiseSelector(cpu, kGP, selector);
-  if (d.conforming() ? d.dpl() > cpu.cpl : ((selector & 3u) > cpu.cpl || d.dpl() != cpu.cpl)) RaiseSelector(cpu, kGP, selector);
+  if (d.conforming() ? d.dpl() > cpu.cpl : ((selector & 3u) > cpu.cpl || d.dpl() != cpu.cpl))
+    RaiseSelector(cpu, kGP, selector);
   if (!d.present()) RaiseSelector(cpu, kNP, selector);
 }
 
@@ -43,7 +47,8 @@ Descriptor ReadTarget(Cpu& cpu, uint16_t selector) {
   if (!known) RaiseSelector(cpu, kGP, selector);
   if (d.dpl() < cpu.cpl || d.dpl() < (selector & 3u)) RaiseSelector(cpu, kGP, selector);
   if (cpu.long_mode()) {
-    if (!ReadDescriptor16(cpu, selector, &d) || (d.high >> 40 & 0x1f)) RaiseSelector(cpu, kGP, selector);
+    if (!ReadDescriptor16(cpu, selector, &d) || (d.high >> 40 & 0x1f))
+      RaiseSelector(cpu, kGP, selector);
     d.high &= 0xffffffff;
   }
   if (!d.present()) RaiseSelector(cpu, kNP, selector);
@@ -54,7 +59,8 @@ void ToTask(Cpu& cpu, uint16_t selector, Descriptor d, TaskSwitch kind) {
   if (d.type() == kTaskGate) {
     selector = d.gate_selector();
     if ((selector & 4) || !ReadDescriptor(cpu, selector, &d)) RaiseSelector(cpu, kGP, selector);
-    if (!d.system() || (d.type() != kTss16 && d.type() != kTss32)) RaiseSelector(cpu, kGP, selector);
+    if (!d.system() || (d.type() != kTss16 && d.type() != kTss32))
+      RaiseSelector(cpu, kGP, selector);
     if (!d.present()) RaiseSelector(cpu, kNP, selector);
   }
   SwitchTask(cpu, selector, d, kind);
@@ -73,7 +79,9 @@ Descriptor GateTarget(Cpu& cpu, const Descriptor& gate, bool call) {
   return code;
 }
 
-unsigned GateSize(const Cpu& cpu, const Descriptor& gate) { return cpu.long_mode() ? 8 : gate.type() == kCallGate32 ? 4 : 2; }
+unsigned GateSize(const Cpu& cpu, const Descriptor& gate) {
+  return cpu.long_mode() ? 8 : gate.type() == kCallGate32 ? 4 : 2;
+}
 
 uint64_t GateOffset(const Cpu& cpu, const Descriptor& gate) {
   return cpu.long_mode() ? gate.gate_offset64() : Truncate(gate.gate_offset(), GateSize(cpu, gate));
@@ -95,7 +103,8 @@ Stack InnerStack(Cpu& cpu, const Descriptor& gate, unsigned cpl, Descriptor* ss)
     bool wide = cpu.tr.type() & 8;
     uint32_t offset = wide ? 4 + 8 * cpl : 2 + 4 * cpl;
     if (offset + (wide ? 5u : 3u) > cpu.tr.limit) Raise(cpu, kTS, tss_error);
-    stack.sp = wide ? ReadSystem<uint32_t>(cpu, cpu.tr.base + offset) : ReadSystem<uint16_t>(cpu, cpu.tr.base + offset);
+    stack.sp = wide ? ReadSystem<uint32_t>(cpu, cpu.tr.base + offset)
+                    : ReadSystem<uint16_t>(cpu, cpu.tr.base + offset);
     auto selector = ReadSystem<uint16_t>(cpu, cpu.tr.base + offset + (wide ? 4 : 2));
     *ss = CheckStackSegment(cpu, selector, cpl, kTS, 0);
     stack.ss = ToSegment(selector, *ss);
@@ -159,7 +168,8 @@ void FarJump(Cpu& cpu, uint16_t selector, uint64_t offset, unsigned size) {
     cpu.rip = offset;
     return SetCs(cpu, selector, d, cpu.cpl);
   }
-  if (d.type() != kCallGate16 && d.type() != kCallGate32) return ToTask(cpu, selector, d, TaskSwitch::kJump);
+  if (d.type() != kCallGate16 && d.type() != kCallGate32)
+    return ToTask(cpu, selector, d, TaskSwitch::kJump);
   Descriptor code = GateTarget(cpu, d, false);
   CheckTarget(cpu, code, GateOffset(cpu, d));
   MarkAccessed(cpu, &code);
@@ -298,7 +308,8 @@ void FarReturn(Cpu& cpu, unsigned size, unsigned release) {
   MarkAccessed(cpu, &target.code);
   LoadReturnStack(cpu, target, sp);
   uint64_t top = cpu.gpr[kRsp] + release;
-  bool wide = (cpu.long_mode() && target.code.is_long()) || (cpu.seg[kSs].attributes & Segment::kDb);
+  bool wide =
+      (cpu.long_mode() && target.code.is_long()) || (cpu.seg[kSs].attributes & Segment::kDb);
   cpu.gpr[kRsp] = wide ? (cpu.long_mode() && target.code.is_long() ? top : top & 0xffffffff)
                        : (cpu.gpr[kRsp] & ~0xffffull) | (top & 0xffff);
   cpu.rip = offset;
@@ -322,7 +333,9 @@ uint64_t IretMask(unsigned size, unsigned cpl, unsigned iopl) {
   return mask;
 }
 
-void SetMasked(Cpu& cpu, uint64_t value, uint64_t mask) { SetRflags(cpu, (cpu.rflags & ~mask) | (value & mask) | 2); }
+void SetMasked(Cpu& cpu, uint64_t value, uint64_t mask) {
+  SetRflags(cpu, (cpu.rflags & ~mask) | (value & mask) | 2);
+}
 
 unsigned Iopl(const Cpu& cpu) { return cpu.rflags >> 12 & 3; }
 
@@ -338,7 +351,8 @@ void IretReal(Cpu& cpu, unsigned size) {
     if (Iopl(cpu) < 3) {
       // VME: the virtual interrupt flag stands in for IF.
       if (!(cpu.cr4 & cr4::kVme) || size != 2) Raise(cpu, kGP, 0);
-      if ((flags & rflags::kTf) || ((flags & rflags::kIf) && (cpu.rflags & rflags::kVip))) Raise(cpu, kGP, 0);
+      if ((flags & rflags::kTf) || ((flags & rflags::kIf) && (cpu.rflags & rflags::kVip)))
+        Raise(cpu, kGP, 0);
       mask = (mask & ~rflags::kIf) | rflags::kVif;
       flags = (flags & ~rflags::kVif) | (flags & rflags::kIf ? rflags::kVif : 0);
     }
@@ -353,10 +367,12 @@ void IretReal(Cpu& cpu, unsigned size) {
 void IretToVm86(Cpu& cpu, Stack& stack, uint64_t offset, uint16_t selector, uint64_t flags) {
   uint64_t esp = Pop(cpu, stack, 4);
   uint16_t segments[kSegCount] = {};
-  for (SegReg seg : {kSs, kEs, kDs, kFs, kGs}) segments[seg] = static_cast<uint16_t>(Pop(cpu, stack, 4));
+  for (SegReg seg : {kSs, kEs, kDs, kFs, kGs})
+    segments[seg] = static_cast<uint16_t>(Pop(cpu, stack, 4));
   segments[kCs] = selector;
   cpu.rflags = (flags & 0x3f7fd5) | rflags::kVm | 2;
-  for (unsigned i = 0; i < kSegCount; i++) LoadRealSegment(cpu, static_cast<SegReg>(i), segments[i]);
+  for (unsigned i = 0; i < kSegCount; i++)
+    LoadRealSegment(cpu, static_cast<SegReg>(i), segments[i]);
   cpu.gpr[kRsp] = esp;
   cpu.rip = offset & 0xffff;
   UpdateMode(cpu);
@@ -368,7 +384,8 @@ void IretTask(Cpu& cpu) {
   auto link = ReadSystem<uint16_t>(cpu, cpu.tr.base);
   Descriptor tss;
   if ((link & 4) || IsNull(link) || !ReadDescriptor(cpu, link, &tss)) RaiseSelector(cpu, kTS, link);
-  if (!tss.system() || (tss.type() != kTss16Busy && tss.type() != kTss32Busy)) RaiseSelector(cpu, kTS, link);
+  if (!tss.system() || (tss.type() != kTss16Busy && tss.type() != kTss32Busy))
+    RaiseSelector(cpu, kTS, link);
   if (!tss.present()) RaiseSelector(cpu, kNP, link);
   SwitchTask(cpu, link, tss, TaskSwitch::kReturn);
 }

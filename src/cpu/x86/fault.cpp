@@ -48,7 +48,10 @@ void RaiseDebugFault(Cpu& cpu, uint64_t bits) {
 }
 
 Event RaisedEvent(const Cpu& cpu) {
-  return {.vector = cpu.fault.vector, .kind = EventKind::kFault, .has_error = cpu.fault.has_error, .error = cpu.fault.error};
+  return {.vector = cpu.fault.vector,
+          .kind = EventKind::kFault,
+          .has_error = cpu.fault.has_error,
+          .error = cpu.fault.error};
 }
 
 bool DeliverDebugTrap(Cpu& cpu, uint64_t bits) {
@@ -69,7 +72,8 @@ uint32_t Ext(const Event& event) {
 
 uint64_t PushedFlags(const Cpu& cpu, const Event& event) {
   uint64_t flags = cpu.rflags;
-  // Faults push RF set, so that an instruction breakpoint isn't hit again; #DB itself leaves that to software.
+  // Faults push RF set, so that an instruction breakpoint isn't hit again; #DB itself leaves that
+  // to software.
   if (event.kind == EventKind::kFault && event.vector != kDB) flags |= rflags::kRf;
   return flags;
 }
@@ -92,13 +96,9 @@ void EnterReal(Cpu& cpu, const Event& event, uint64_t table, uint64_t flags) {
   cpu.rip = target & 0xffff;
 }
 
-struct Tss {
-  uint64_t base;
-  uint32_t limit;
-  bool wide;  // 32-bit
-};
-
-[[noreturn]] void RaiseTss(Cpu& cpu, uint32_t ext) { Raise(cpu, kTS, SelectorError(cpu.tr.selector) | ext); }
+[[noreturn]] void RaiseTss(Cpu& cpu, uint32_t ext) {
+  Raise(cpu, kTS, SelectorError(cpu.tr.selector) | ext);
+}
 
 // SS:ESP of privilege level `cpl` from the present TSS (legacy modes).
 void StackFromTss(Cpu& cpu, unsigned cpl, uint32_t ext, uint16_t* ss, uint32_t* esp) {
@@ -124,7 +124,8 @@ uint64_t Stack64FromTss(Cpu& cpu, uint32_t offset, uint32_t ext) {
 void EnterTask(Cpu& cpu, const Event& event, uint16_t selector, uint32_t ext) {
   uint32_t error = SelectorError(selector) | ext;
   Descriptor tss;
-  if (IsNull(selector) || (selector & 4) || !ReadDescriptor(cpu, selector, &tss)) Raise(cpu, kGP, error);
+  if (IsNull(selector) || (selector & 4) || !ReadDescriptor(cpu, selector, &tss))
+    Raise(cpu, kGP, error);
   if (!tss.system() || (tss.type() != kTss16 && tss.type() != kTss32)) Raise(cpu, kGP, error);
   if (!tss.present()) Raise(cpu, kNP, error);
   SwitchTask(cpu, selector, tss, TaskSwitch::kEvent, event.has_error, event.error, ext);
@@ -147,8 +148,9 @@ Gate ReadGate(Cpu& cpu, const Event& event) {
   gate.d.low = ReadSystem<uint64_t>(cpu, gate.d.address);
   if (entry == 16) gate.d.high = ReadSystem<uint64_t>(cpu, gate.d.address + 8) & 0xffffffff;
   unsigned type = gate.d.system() ? gate.d.type() : 0;
-  bool known = type == kIntGate32 || type == kTrapGate32 ||
-               (!cpu.long_mode() && (type == kIntGate16 || type == kTrapGate16 || type == kTaskGate));
+  bool known =
+      type == kIntGate32 || type == kTrapGate32 ||
+      (!cpu.long_mode() && (type == kIntGate16 || type == kTrapGate16 || type == kTaskGate));
   if (!known) Raise(cpu, kGP, error);
   if (!ext && gate.d.dpl() < cpu.cpl) Raise(cpu, kGP, error);
   if (!gate.d.present()) Raise(cpu, kNP, error);
@@ -248,7 +250,8 @@ void EnterLegacy(Cpu& cpu, const Event& event, const Gate& gate) {
   SetCs(cpu, selector, code, cpl);
 }
 
-// INT n in virtual-8086 mode with CR4.VME (SDM vol. 3 20.3.3.4). True: done in the task's own vector table.
+// INT n in virtual-8086 mode with CR4.VME (SDM vol. 3 20.3.3.4). True: done in the task's own
+// vector table.
 bool EnterVm86Redirected(Cpu& cpu, const Event& event) {
   if (!(cpu.cr4 & cr4::kVme)) return false;
   bool redirected = true;
@@ -300,9 +303,11 @@ namespace {
 
 enum class FaultClass { kBenign, kContributory, kPageFault, kDoubleFault };
 
-// SDM vol. 3 table 6-4. External interrupts and software interrupts are benign whatever their vector.
+// SDM vol. 3 table 6-4. External interrupts and software interrupts are benign whatever their
+// vector.
 FaultClass Classify(const Event& event) {
-  if (event.kind != EventKind::kFault && !(event.kind == EventKind::kTrap && event.vector == kDF)) return FaultClass::kBenign;
+  if (event.kind != EventKind::kFault && !(event.kind == EventKind::kTrap && event.vector == kDF))
+    return FaultClass::kBenign;
   switch (event.vector) {
     case kDE:
     case kTS:

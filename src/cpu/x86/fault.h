@@ -5,14 +5,15 @@
 
 namespace kvartz::cpu::x86 {
 
-// Where an event comes from; decides about privilege checks, error codes and the flags that are pushed.
+// Where an event comes from; decides about privilege checks, error codes and the flags that are
+// pushed.
 enum class EventKind : uint8_t {
-  kFault,     // exception that reports the instruction itself (RF is pushed as 1)
-  kTrap,      // exception that reports the next one; also aborts
-  kExternal,  // interrupt or NMI
-  kSoftware,  // INT n
+  kFault,              // exception that reports the instruction itself (RF is pushed as 1)
+  kTrap,               // exception that reports the next one; also aborts
+  kExternal,           // interrupt or NMI
+  kSoftware,           // INT n
   kSoftwareException,  // INT3, INTO
-  kInt1,      // ICEBP
+  kInt1,               // ICEBP
 };
 
 struct Event {
@@ -22,11 +23,12 @@ struct Event {
   uint32_t error = 0;
 };
 
-// Enters the handler. cpu.rip is what will be pushed. Faults on the way are raised to cpu.fault_exit.
+// Enters the handler. cpu.rip is what will be pushed. Faults on the way are raised to
+// cpu.fault_exit.
 void EnterHandler(Cpu& cpu, const Event& event);
 
-// Delivers `event`, and what goes wrong meanwhile (contributory, double, triple faults). False: triple fault, the CPU shuts
-// down.
+// Delivers `event`, and what goes wrong meanwhile (contributory, double, triple faults). False:
+// triple fault, the CPU shuts down.
 [[nodiscard]] bool Deliver(Cpu& cpu, Event event);
 
 // The exception that Raise left in cpu.fault, as an event.

@@ -7,7 +7,8 @@
 namespace kvartz::cpu::x86 {
 namespace {
 
-constexpr uint32_t kWallClockOld = 0x11, kSystemTimeOld = 0x12, kWallClock = 0x4b564d00, kSystemTime = 0x4b564d01;
+constexpr uint32_t kWallClockOld = 0x11, kSystemTimeOld = 0x12, kWallClock = 0x4b564d00,
+                   kSystemTime = 0x4b564d01;
 
 struct WallClock {
   Le32 version, seconds, nanoseconds;
@@ -35,12 +36,14 @@ void WritePhysical(Cpu& cpu, uint64_t address, const void* data, unsigned size) 
 // Host time when guest time was 0.
 void WriteWallClock(Cpu& cpu, uint64_t address) {
   int64_t zero = HostRealtimeNs() - cpu.vcpu->NowNs();
-  WallClock clock{.version = 2u, .seconds = static_cast<uint32_t>(zero / 1'000'000'000),
+  WallClock clock{.version = 2u,
+                  .seconds = static_cast<uint32_t>(zero / 1'000'000'000),
                   .nanoseconds = static_cast<uint32_t>(zero % 1'000'000'000)};
   WritePhysical(cpu, address, &clock, sizeof(clock));
 }
 
-// The TSC ticks once a nanosecond of guest time, so what is written once stays true, also across stops and migrations.
+// The TSC ticks once a nanosecond of guest time, so what is written once stays true, also across
+// stops and migrations.
 void WriteSystemTime(Cpu& cpu, uint64_t address) {
   VcpuTime time{};
   time.version = 2u;

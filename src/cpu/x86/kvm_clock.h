@@ -1,4 +1,5 @@
-// The paravirtual clock of KVM guests (Linux Documentation/virt/kvm/x86/msr.rst): a page that tells the TSC's rate and zero.
+// The paravirtual clock of KVM guests (Linux Documentation/virt/kvm/x86/msr.rst): a page that tells
+// the TSC's rate and zero.
 #pragma once
 
 #include "cpu/x86/cpu.h"

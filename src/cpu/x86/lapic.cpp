@@ -8,9 +8,11 @@
 namespace kvartz::cpu::x86 {
 namespace {
 
-constexpr uint32_t kMasked = 1 << 16, kVersionValue = 0x1050014;  // 6 LVT entries, EOI-broadcast suppression
+constexpr uint32_t kMasked = 1 << 16,
+                   kVersionValue = 0x1050014;  // 6 LVT entries, EOI-broadcast suppression
 constexpr uint32_t kSuppressBroadcast = 1 << 12, kSoftwareEnable = 1 << 8;
-constexpr uint32_t kEsrIllegalSend = 1 << 5, kEsrIllegalReceive = 1 << 6, kEsrIllegalRegister = 1 << 7;
+constexpr uint32_t kEsrIllegalSend = 1 << 5, kEsrIllegalReceive = 1 << 6,
+                   kEsrIllegalRegister = 1 << 7;
 
 }  // namespace
 
@@ -129,7 +131,8 @@ void Lapic::EndInterrupt() {
   Store(kIsr + word, Load(kIsr + word) & ~bit);
   UpdatePpr();
   bool level = Load(kTmr + word) & bit;
-  if (level && !(Load(kSvr) & kSuppressBroadcast)) bus_.EndOfInterrupt(static_cast<uint8_t>(vector));
+  if (level && !(Load(kSvr) & kSuppressBroadcast))
+    bus_.EndOfInterrupt(static_cast<uint8_t>(vector));
   SetRequest(cpu_, request::kInterrupt);
 }
 
@@ -346,7 +349,8 @@ void Lapic::IoWrite(uint64_t offset, unsigned size, uint64_t value) {
   // Registers are written whole; other accesses are undefined.
   if (x2apic() || (offset & 0xf) || size < 4) return;
   auto reg = static_cast<unsigned>(offset >> 4);
-  if (reg >= 64 || !WriteRegister(reg, static_cast<uint32_t>(value))) ReportError(kEsrIllegalRegister);
+  if (reg >= 64 || !WriteRegister(reg, static_cast<uint32_t>(value)))
+    ReportError(kEsrIllegalRegister);
 }
 
 bool Lapic::ReadMsr(uint32_t index, uint64_t* value) {
@@ -397,7 +401,8 @@ void Lapic::Load(const uint8_t* page) {
   Store(kId, x2apic() ? apic_id_ : apic_id_ << 24);
   Store(kVersion, kVersionValue);
   uint32_t left = Load(kCurrentCount);
-  if (!deadline_mode()) SetDeadline(left ? bus_.NowNs() + static_cast<int64_t>(left) * Divisor() : INT64_MAX);
+  if (!deadline_mode())
+    SetDeadline(left ? bus_.NowNs() + static_cast<int64_t>(left) * Divisor() : INT64_MAX);
   SetRequest(cpu_, request::kInterrupt);
 }
 

@@ -14,22 +14,33 @@ class LapicBus {
  public:
   virtual ~LapicBus() = default;
   virtual int64_t NowNs() const = 0;
-  // Calls the vCPU thread's attention at guest time `deadline_ns` (or soon after); INT64_MAX: never.
+  // Calls the vCPU thread's attention at guest time `deadline_ns` (or soon after); INT64_MAX:
+  // never.
   virtual void ArmTimer(int64_t deadline_ns) = 0;
   virtual void SendIpi(uint64_t icr, bool x2apic_destination) = 0;
   virtual void EndOfInterrupt(uint8_t vector) = 0;  // level-triggered
 };
 
-enum class DeliveryMode : uint8_t { kFixed, kLowestPriority, kSmi, kReserved, kNmi, kInit, kStartup, kExtInt };
+enum class DeliveryMode : uint8_t {
+  kFixed,
+  kLowestPriority,
+  kSmi,
+  kReserved,
+  kNmi,
+  kInit,
+  kStartup,
+  kExtInt
+};
 
-// Owned by its vCPU thread, but for Accept, Matches and priority(), which other threads call while it runs: what these touch
-// is accessed atomically. The APIC's clock runs at 1 GHz: one tick a nanosecond of guest time.
+// Owned by its vCPU thread, but for Accept, Matches and priority(), which other threads call while
+// it runs: what these touch is accessed atomically. The APIC's clock runs at 1 GHz: one tick a
+// nanosecond of guest time.
 class Lapic final : public IoHandler {
  public:
   static constexpr uint32_t kHz = 1'000'000'000;
 
   Lapic(Cpu& cpu, LapicBus& bus, uint32_t apic_id, bool bootstrap);
-  void Reset();       // RESET
+  void Reset();        // RESET
   void ResetByInit();  // INIT: keeps the id
 
   // Memory-mapped registers; `offset` within the page.
@@ -53,7 +64,6 @@ class Lapic final : public IoHandler {
   int Pending();
   void Acknowledge(uint8_t vector);
   bool AcceptsPic() const;
-  void LocalNmi();  // LINT1
   uint64_t cr8() const { return Load(kTpr) >> 4; }
   void SetCr8(uint64_t value);
   // The timer, if its deadline has passed.
@@ -72,13 +82,38 @@ class Lapic final : public IoHandler {
  private:
   // Register numbers: offset / 16.
   enum Register : uint8_t {
-    kId = 0x2, kVersion = 0x3, kTpr = 0x8, kApr = 0x9, kPpr = 0xa, kEoi = 0xb, kRrd = 0xc, kLdr = 0xd, kDfr = 0xe, kSvr = 0xf,
-    kIsr = 0x10, kTmr = 0x18, kIrr = 0x20, kEsr = 0x28, kLvtCmci = 0x2f, kIcrLow = 0x30, kIcrHigh = 0x31, kLvtTimer = 0x32,
-    kLvtThermal = 0x33, kLvtPerf = 0x34, kLvtLint0 = 0x35, kLvtLint1 = 0x36, kLvtError = 0x37, kInitialCount = 0x38,
-    kCurrentCount = 0x39, kDivide = 0x3e, kSelfIpi = 0x3f,
+    kId = 0x2,
+    kVersion = 0x3,
+    kTpr = 0x8,
+    kApr = 0x9,
+    kPpr = 0xa,
+    kEoi = 0xb,
+    kRrd = 0xc,
+    kLdr = 0xd,
+    kDfr = 0xe,
+    kSvr = 0xf,
+    kIsr = 0x10,
+    kTmr = 0x18,
+    kIrr = 0x20,
+    kEsr = 0x28,
+    kLvtCmci = 0x2f,
+    kIcrLow = 0x30,
+    kIcrHigh = 0x31,
+    kLvtTimer = 0x32,
+    kLvtThermal = 0x33,
+    kLvtPerf = 0x34,
+    kLvtLint0 = 0x35,
+    kLvtLint1 = 0x36,
+    kLvtError = 0x37,
+    kInitialCount = 0x38,
+    kCurrentCount = 0x39,
+    kDivide = 0x3e,
+    kSelfIpi = 0x3f,
   };
   uint32_t Load(unsigned reg) const { return __atomic_load_n(&regs_[reg], __ATOMIC_SEQ_CST); }
-  void Store(unsigned reg, uint32_t value) { __atomic_store_n(&regs_[reg], value, __ATOMIC_SEQ_CST); }
+  void Store(unsigned reg, uint32_t value) {
+    __atomic_store_n(&regs_[reg], value, __ATOMIC_SEQ_CST);
+  }
   bool ReadRegister(unsigned reg, uint32_t* value);
   bool WriteRegister(unsigned reg, uint32_t value);
   void WriteLvt(unsigned reg, uint32_t value);

@@ -19,7 +19,9 @@ struct Piece {
   unsigned size = 0;
 };
 
-bool IsLocalApic(const Tlb& tlb, uint64_t physical) { return (physical & kPageMask) == tlb.local_apic_page; }
+bool IsLocalApic(const Tlb& tlb, uint64_t physical) {
+  return (physical & kPageMask) == tlb.local_apic_page;
+}
 
 bool HasDataBreakpoint(const Cpu& cpu, uint64_t page) {
   for (unsigned i = 0; i < 4; i++) {
@@ -29,7 +31,8 @@ bool HasDataBreakpoint(const Cpu& cpu, uint64_t page) {
   return false;
 }
 
-// Data breakpoints (SDM vol. 3 17.2.5) within [linear, linear + size): noted, the trap follows the instruction.
+// Data breakpoints (SDM vol. 3 17.2.5) within [linear, linear + size): noted, the trap follows the
+// instruction.
 void CheckDataBreakpoints(Cpu& cpu, uint64_t linear, unsigned size, Access access) {
   static constexpr unsigned kLength[4] = {1, 2, 8, 4};
   for (unsigned i = 0; i < 4; i++) {
@@ -45,14 +48,16 @@ void CheckDataBreakpoints(Cpu& cpu, uint64_t linear, unsigned size, Access acces
   }
 }
 
-// Tells code watchers and dirty tracking of a write that is about to happen; true if further writes to the page need not
-// come here (the TLB may hold them).
+// Tells code watchers and dirty tracking of a write that is about to happen; true if further writes
+// to the page need not come here (the TLB may hold them).
 bool PrepareWrite(Cpu& cpu, const FlatRange& range, uint64_t physical) {
   DirtyBitmap& dirty = range.region->ram->dirty();
-  uint64_t offset = range.region->ram_offset + range.region_offset + ((physical & kPageMask) - range.base);
+  uint64_t offset =
+      range.region->ram_offset + range.region_offset + ((physical & kPageMask) - range.base);
   uint32_t* word = dirty.Watch().word(offset);
   uint32_t before = __atomic_load_n(word, __ATOMIC_SEQ_CST);
-  if (!(before & PageWatch::kWritable)) before = __atomic_fetch_or(word, PageWatch::kWritable, __ATOMIC_SEQ_CST);
+  if (!(before & PageWatch::kWritable))
+    before = __atomic_fetch_or(word, PageWatch::kWritable, __ATOMIC_SEQ_CST);
   if (before & PageWatch::kWatched) {
     PageWatch::Bump(word);
     SetRequest(cpu, request::kCodeWritten);
@@ -67,8 +72,8 @@ bool WholePage(const FlatRange& range, uint64_t physical) {
   return range.base <= page && page + kPageSize <= range.end();
 }
 
-void Fill(Cpu& cpu, Tlb::Class cls, uint64_t linear, const Mapping& mapping, const FlatRange& range, Access access,
-          bool write_ok) {
+void Fill(Cpu& cpu, Tlb::Class cls, uint64_t linear, const Mapping& mapping, const FlatRange& range,
+          Access access, bool write_ok) {
   Tlb& tlb = *cpu.tlb;
   uint64_t page = linear & kPageMask;
   TlbEntry& entry = tlb.entry(cls, linear);
@@ -91,7 +96,9 @@ Piece Translate(Cpu& cpu, Tlb::Class cls, uint64_t linear, unsigned size, Access
   Piece piece{.size = size};
   if (cls != Tlb::kNever) {
     const TlbEntry& entry = tlb.entry(cls, linear);
-    uint64_t tag = access == Access::kWrite ? entry.write : access == Access::kRead ? entry.read : entry.execute;
+    uint64_t tag = access == Access::kWrite  ? entry.write
+                   : access == Access::kRead ? entry.read
+                                             : entry.execute;
     if (tag == tlb.Tag(linear)) {
       piece.host = reinterpret_cast<uint8_t*>(linear + entry.addend);
       return piece;
@@ -99,7 +106,8 @@ Piece Translate(Cpu& cpu, Tlb::Class cls, uint64_t linear, unsigned size, Access
   }
   Mapping mapping;
   uint32_t error = 0;
-  if (!Walk(cpu, cls == Tlb::kNever ? Tlb::kUser : cls, linear, access, kSetAccessed, &mapping, &error)) {
+  if (!Walk(cpu, cls == Tlb::kNever ? Tlb::kUser : cls, linear, access, kSetAccessed, &mapping,
+            &error)) {
     RaisePageFault(cpu, linear, error);
   }
   piece.physical = mapping.physical;
@@ -159,7 +167,9 @@ struct Pieces {
   unsigned count = 0;
 };
 
-uint64_t Wrap(const Cpu& cpu, uint64_t linear) { return cpu.long_mode() ? linear : linear & 0xffffffff; }
+uint64_t Wrap(const Cpu& cpu, uint64_t linear) {
+  return cpu.long_mode() ? linear : linear & 0xffffffff;
+}
 
 Pieces TranslateAll(Cpu& cpu, Tlb::Class cls, uint64_t linear, unsigned size, Access access) {
   Pieces pieces;
@@ -167,18 +177,22 @@ Pieces TranslateAll(Cpu& cpu, Tlb::Class cls, uint64_t linear, unsigned size, Ac
   unsigned first = std::min<unsigned>(size, 4096 - (linear & 0xfff));
   pieces.piece[pieces.count++] = Translate(cpu, cls, linear, first, access);
   if (first < size) {
-    pieces.piece[pieces.count++] = Translate(cpu, cls, Wrap(cpu, linear + first), size - first, access);
-    // The second fill may have changed the memory map's or the first page's entry, never the first piece's address.
+    pieces.piece[pieces.count++] =
+        Translate(cpu, cls, Wrap(cpu, linear + first), size - first, access);
+    // The second fill may have changed the memory map's or the first page's entry, never the first
+    // piece's address.
   }
   return pieces;
 }
 
 // Canonical, alignment and translation, for an access by an instruction.
 Pieces Prepare(Cpu& cpu, SegReg seg, uint64_t linear, unsigned size, Access access) {
-  if (!mmu::Canonical(cpu, linear) || !mmu::Canonical(cpu, linear + size - 1)) RaiseSegment(cpu, seg);
+  if (!mmu::Canonical(cpu, linear) || !mmu::Canonical(cpu, linear + size - 1))
+    RaiseSegment(cpu, seg);
   Tlb::Class cls = cpu.tlb->data_class();
   // Wider than 8 bytes: SSE and AVX operands, whose own rules apply (#GP) or that are exempt.
-  if (cls == Tlb::kNever && size <= 8 && std::has_single_bit(size) && (linear & (size - 1))) Raise(cpu, kAC, 0);
+  if (cls == Tlb::kNever && size <= 8 && std::has_single_bit(size) && (linear & (size - 1)))
+    Raise(cpu, kAC, 0);
   return TranslateAll(cpu, cls, linear, size, access);
 }
 
@@ -216,14 +230,16 @@ void ReadSlow(Cpu& cpu, SegReg seg, uint64_t linear, void* data, unsigned size) 
   Pieces pieces = Prepare(cpu, seg, linear, size, Access::kRead);
   if (cpu.dr[7] & 0xff) CheckDataBreakpoints(cpu, linear, size, Access::kRead);
   ReadPiece(cpu, pieces.piece[0], data);
-  if (pieces.count == 2) ReadPiece(cpu, pieces.piece[1], static_cast<uint8_t*>(data) + pieces.piece[0].size);
+  if (pieces.count == 2)
+    ReadPiece(cpu, pieces.piece[1], static_cast<uint8_t*>(data) + pieces.piece[0].size);
 }
 
 void WriteSlow(Cpu& cpu, SegReg seg, uint64_t linear, const void* data, unsigned size) {
   Pieces pieces = Prepare(cpu, seg, linear, size, Access::kWrite);
   if (cpu.dr[7] & 0xff) CheckDataBreakpoints(cpu, linear, size, Access::kWrite);
   WritePiece(cpu, pieces.piece[0], data);
-  if (pieces.count == 2) WritePiece(cpu, pieces.piece[1], static_cast<const uint8_t*>(data) + pieces.piece[0].size);
+  if (pieces.count == 2)
+    WritePiece(cpu, pieces.piece[1], static_cast<const uint8_t*>(data) + pieces.piece[0].size);
 }
 
 void* MapSlow(Cpu& cpu, SegReg seg, uint64_t linear, unsigned size, Access access) {
@@ -252,13 +268,15 @@ Tlb::Class ClassOf(const Cpu& cpu, unsigned cpl) {
 void ReadClass(Cpu& cpu, Tlb::Class cls, uint64_t linear, void* data, unsigned size) {
   Pieces pieces = TranslateAll(cpu, cls, linear, size, Access::kRead);
   ReadPiece(cpu, pieces.piece[0], data);
-  if (pieces.count == 2) ReadPiece(cpu, pieces.piece[1], static_cast<uint8_t*>(data) + pieces.piece[0].size);
+  if (pieces.count == 2)
+    ReadPiece(cpu, pieces.piece[1], static_cast<uint8_t*>(data) + pieces.piece[0].size);
 }
 
 void WriteClass(Cpu& cpu, Tlb::Class cls, uint64_t linear, const void* data, unsigned size) {
   Pieces pieces = TranslateAll(cpu, cls, linear, size, Access::kWrite);
   WritePiece(cpu, pieces.piece[0], data);
-  if (pieces.count == 2) WritePiece(cpu, pieces.piece[1], static_cast<const uint8_t*>(data) + pieces.piece[0].size);
+  if (pieces.count == 2)
+    WritePiece(cpu, pieces.piece[1], static_cast<const uint8_t*>(data) + pieces.piece[0].size);
 }
 
 }  // namespace
@@ -314,7 +332,8 @@ void FetchBytes(Cpu& cpu, uint64_t linear, uint8_t* data, unsigned size) {
 
 CodeWatch WatchCode(Cpu& cpu, const uint8_t* host) {
   Tlb& tlb = *cpu.tlb;
-  const auto* page = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(host) & kPageMask);
+  const auto* page =
+      reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(host) & kPageMask);
   uint32_t* word = nullptr;
   for (const FlatRange& range : tlb.View().ranges()) {
     if (range.region->kind == RegionKind::kIo) continue;
@@ -326,7 +345,8 @@ CodeWatch WatchCode(Cpu& cpu, const uint8_t* host) {
   static const uint32_t kGone = 1;  // the map changed since FetchCode: never valid
   if (!word) return {&kGone, 0};
   for (;;) {
-    uint32_t value = __atomic_fetch_or(word, PageWatch::kWatched, __ATOMIC_SEQ_CST) | PageWatch::kWatched;
+    uint32_t value =
+        __atomic_fetch_or(word, PageWatch::kWatched, __ATOMIC_SEQ_CST) | PageWatch::kWatched;
     if (!(value & PageWatch::kWritable)) return {word, value};
     if (tlb.world) {
       tlb.world->Stop(cpu);

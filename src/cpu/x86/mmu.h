@@ -13,7 +13,8 @@ namespace kvartz::cpu::x86 {
 class World {
  public:
   virtual ~World() = default;
-  // Returns when every other CPU is between two instructions, and keeps them there until Resume. Nests.
+  // Returns when every other CPU is between two instructions, and keeps them there until Resume.
+  // Nests.
   virtual void Stop(Cpu& self) = 0;
   virtual void Resume(Cpu& self) = 0;
   // All CPUs' TLBs; only to be touched while the world is stopped.
@@ -22,8 +23,9 @@ class World {
 
 enum class Access : uint8_t { kRead, kWrite, kExecute };
 
-// One translation. Tags are the linear page | address space id (1..4095); 0 never matches. A tag is only there if the access
-// needs no further look: permitted, A (and for writes D) set, RAM, no watched code, no breakpoint, no dirty tracking.
+// One translation. Tags are the linear page | address space id (1..4095); 0 never matches. A tag is
+// only there if the access needs no further look: permitted, A (and for writes D) set, RAM, no
+// watched code, no breakpoint, no dirty tracking.
 struct TlbEntry {
   uint64_t read = 0, write = 0, execute = 0;
   uintptr_t addend = 0;  // host address - linear address
@@ -31,19 +33,23 @@ struct TlbEntry {
 
 // One CPU's software TLB. Owned by its vCPU thread; others may touch it while the world is stopped.
 //
-// Three classes of mode have tables of their own, so that CPL and AC changes flush nothing. Address spaces (PCIDs) share the
-// tables and are told apart by the id in the tags: a CR3 load is a new id, not a flush. Large pages fill 4 KiB entries.
+// Three classes of mode have tables of their own, so that CPL and AC changes flush nothing. Address
+// spaces (PCIDs) share the tables and are told apart by the id in the tags: a CR3 load is a new id,
+// not a flush. Large pages fill 4 KiB entries.
 class Tlb {
  public:
   static constexpr unsigned kIndexBits = 10, kEntries = 1 << kIndexBits;
-  // kNoSmap: supervisor with AC set. kNever stays empty: every access takes the slow path (alignment checks).
+  // kNoSmap: supervisor with AC set. kNever stays empty: every access takes the slow path
+  // (alignment checks).
   enum Class : uint8_t { kUser, kSupervisor, kNoSmap, kNever, kClassCount };
 
   explicit Tlb(const AddressSpace& memory);
 
   TlbEntry& data(uint64_t linear) const { return data_[(linear >> 12) % kEntries]; }
   TlbEntry& code(uint64_t linear) const { return code_[(linear >> 12) % kEntries]; }
-  TlbEntry& entry(Class cls, uint64_t linear) { return tables_[cls * kEntries + (linear >> 12) % kEntries]; }
+  TlbEntry& entry(Class cls, uint64_t linear) {
+    return tables_[cls * kEntries + (linear >> 12) % kEntries];
+  }
   uint64_t Tag(uint64_t linear) const { return (linear & ~0xfffull) | asid_; }
 
   // The classes of data accesses and of instruction fetches in the present mode.
@@ -90,7 +96,8 @@ class Tlb {
   Class data_class_ = kSupervisor;
   std::unique_ptr<TlbEntry[], void (*)(void*)> tables_;
   ViewCache view_;
-  std::shared_ptr<const FlatView> held_;  // keeps alive what the entries point to, until they are flushed
+  std::shared_ptr<const FlatView>
+      held_;  // keeps alive what the entries point to, until they are flushed
   std::vector<std::shared_ptr<const FlatView>> retired_;
   uint64_t generation_ = ~0ull;
   const FlatRange* last_range_ = nullptr;
@@ -98,7 +105,8 @@ class Tlb {
   uint16_t next_asid_ = 1;
   unsigned pcid_ = 0;
   std::unique_ptr<Pcid[]> pcids_;
-  // Which 2 MiB and 1 GiB regions may have entries that belong to a large page (hashed, may err on the safe side).
+  // Which 2 MiB and 1 GiB regions may have entries that belong to a large page (hashed, may err on
+  // the safe side).
   uint64_t large_2m_[64] = {}, large_1g_[16] = {};
 };
 
@@ -122,9 +130,11 @@ bool Canonical(const Cpu& cpu, uint64_t linear);
 // The physical address behind `linear` for debuggers; no side effects. False if unmapped.
 bool Probe(Cpu& cpu, uint64_t linear, uint64_t* physical);
 
-// Segment checks; the linear address. Canonical checks are the slow path's: the TLB holds only canonical pages.
+// Segment checks; the linear address. Canonical checks are the slow path's: the TLB holds only
+// canonical pages.
 inline uint64_t Linear(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size, Access access) {
-  if ((access == Access::kWrite ? cpu.flat_write : cpu.flat_read) >> seg & 1) [[likely]] return offset;
+  if ((access == Access::kWrite ? cpu.flat_write : cpu.flat_read) >> seg & 1) [[likely]]
+    return offset;
   if (cpu.code_mode == CodeMode::k64) return offset + cpu.seg[seg].base;
   return CheckSegment(cpu, seg, offset, size, access);
 }
@@ -134,7 +144,8 @@ inline uint64_t Linear(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size, Acc
 namespace mmu {
 // False: the segment must be checked (CheckSegment).
 inline bool FlatLinear(const Cpu& cpu, uint8_t flat, SegReg seg, uint64_t* linear) {
-  if (flat >> seg & 1) [[likely]] return true;
+  if (flat >> seg & 1) [[likely]]
+    return true;
   *linear += cpu.seg[seg].base;
   return cpu.code_mode == CodeMode::k64;
 }
@@ -215,7 +226,8 @@ inline void* MapForWrite(Cpu& cpu, SegReg seg, uint64_t offset, unsigned size) {
   uint64_t linear = offset;
   if (mmu::FlatLinear(cpu, cpu.flat_write, seg, &linear)) [[likely]] {
     const TlbEntry& entry = cpu.tlb->data(linear);
-    if (entry.write == cpu.tlb->Tag(linear + size - 1)) [[likely]] return reinterpret_cast<void*>(linear + entry.addend);
+    if (entry.write == cpu.tlb->Tag(linear + size - 1)) [[likely]]
+      return reinterpret_cast<void*>(linear + entry.addend);
   }
   return mmu::MapMemSlow(cpu, seg, offset, size, Access::kWrite);
 }
@@ -224,7 +236,8 @@ inline const void* MapForRead(Cpu& cpu, SegReg seg, uint64_t offset, unsigned si
   uint64_t linear = offset;
   if (mmu::FlatLinear(cpu, cpu.flat_read, seg, &linear)) [[likely]] {
     const TlbEntry& entry = cpu.tlb->data(linear);
-    if (entry.read == cpu.tlb->Tag(linear + size - 1)) [[likely]] return reinterpret_cast<void*>(linear + entry.addend);
+    if (entry.read == cpu.tlb->Tag(linear + size - 1)) [[likely]]
+      return reinterpret_cast<void*>(linear + entry.addend);
   }
   return mmu::MapMemSlow(cpu, seg, offset, size, Access::kRead);
 }

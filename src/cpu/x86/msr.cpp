@@ -11,16 +11,63 @@ namespace kvartz::cpu::x86 {
 namespace {
 
 enum Index : uint32_t {
-  kTsc = 0x10, kPlatformId = 0x17, kApicBase = 0x1b, kFeatureControl = 0x3a, kTscAdjust = 0x3b, kSpecCtrl = 0x48,
-  kPredCmd = 0x49, kBiosUpdateTrigger = 0x79, kMicrocodeRevision = 0x8b, kPlatformInfo = 0xce, kMtrrCap = 0xfe,
-  kArchCapabilities = 0x10a, kFlushCmd = 0x10b, kMiscFeatures = 0x140, kSysenterCs = 0x174, kSysenterEsp, kSysenterEip,
-  kMcgCap = 0x179, kMcgStatus, kMiscEnable = 0x1a0, kDebugCtl = 0x1d9, kLastBranchFrom = 0x1db, kLastExceptionTo = 0x1de,
-  kMtrrPhys = 0x200, kMtrrPhysEnd = 0x20f, kMtrrFix64k = 0x250, kMtrrFix16k0 = 0x258, kMtrrFix16k1, kMtrrFix4k = 0x268,
-  kMtrrFix4kEnd = 0x26f, kPat = 0x277, kMtrrDefault = 0x2ff, kTscDeadline = 0x6e0, kX2apic = 0x800, kX2apicEnd = 0x8ff,
-  kXss = 0xda0, kEfer = 0xc0000080, kStar, kLstar, kCstar, kFmask, kFsBase = 0xc0000100, kGsBase, kKernelGsBase, kTscAux,
-  kAmdSyscfg = 0xc0010010, kAmdHwcr = 0xc0010015, kAmdPatchLoader = 0xc0010020, kAmdNbCfg = 0xc001001f,
-  kAmdIntPending = 0xc0010055, kAmdVmCr = 0xc0010114, kAmdOsvwLength = 0xc0010140, kAmdOsvwStatus = 0xc0010141,
-  kAmdLsCfg = 0xc0011020, kAmdDcCfg = 0xc0011022, kAmdDeCfg = 0xc0011029, kAmdBuCfg2 = 0xc001102a,
+  kTsc = 0x10,
+  kPlatformId = 0x17,
+  kApicBase = 0x1b,
+  kFeatureControl = 0x3a,
+  kTscAdjust = 0x3b,
+  kSpecCtrl = 0x48,
+  kPredCmd = 0x49,
+  kBiosUpdateTrigger = 0x79,
+  kMicrocodeRevision = 0x8b,
+  kPlatformInfo = 0xce,
+  kMtrrCap = 0xfe,
+  kArchCapabilities = 0x10a,
+  kFlushCmd = 0x10b,
+  kMiscFeatures = 0x140,
+  kSysenterCs = 0x174,
+  kSysenterEsp,
+  kSysenterEip,
+  kMcgCap = 0x179,
+  kMcgStatus,
+  kMiscEnable = 0x1a0,
+  kDebugCtl = 0x1d9,
+  kLastBranchFrom = 0x1db,
+  kLastExceptionTo = 0x1de,
+  kMtrrPhys = 0x200,
+  kMtrrPhysEnd = 0x20f,
+  kMtrrFix64k = 0x250,
+  kMtrrFix16k0 = 0x258,
+  kMtrrFix16k1,
+  kMtrrFix4k = 0x268,
+  kMtrrFix4kEnd = 0x26f,
+  kPat = 0x277,
+  kMtrrDefault = 0x2ff,
+  kTscDeadline = 0x6e0,
+  kX2apic = 0x800,
+  kX2apicEnd = 0x8ff,
+  kXss = 0xda0,
+  kEfer = 0xc0000080,
+  kStar,
+  kLstar,
+  kCstar,
+  kFmask,
+  kFsBase = 0xc0000100,
+  kGsBase,
+  kKernelGsBase,
+  kTscAux,
+  kAmdSyscfg = 0xc0010010,
+  kAmdHwcr = 0xc0010015,
+  kAmdPatchLoader = 0xc0010020,
+  kAmdNbCfg = 0xc001001f,
+  kAmdIntPending = 0xc0010055,
+  kAmdVmCr = 0xc0010114,
+  kAmdOsvwLength = 0xc0010140,
+  kAmdOsvwStatus = 0xc0010141,
+  kAmdLsCfg = 0xc0011020,
+  kAmdDcCfg = 0xc0011022,
+  kAmdDeCfg = 0xc0011029,
+  kAmdBuCfg2 = 0xc001102a,
 };
 
 // Plain registers: no effect but their value, bits outside of `writable` fault.
@@ -94,7 +141,9 @@ const FixedMsr* FindFixed(uint32_t index) {
 uint64_t PhysicalMask(const Cpu& cpu) { return (1ull << cpu.vcpu->limits().physical_bits) - 1; }
 
 // Memory types of MTRRs and the PAT: UC, WC, WT, WP, WB (and UC- in the PAT).
-bool MemoryType(unsigned type, bool pat) { return type == 0 || type == 1 || (type >= 4 && type <= 6) || (pat && type == 7); }
+bool MemoryType(unsigned type, bool pat) {
+  return type == 0 || type == 1 || (type >= 4 && type <= 6) || (pat && type == 7);
+}
 
 bool EightTypes(uint64_t value, bool pat) {
   for (unsigned i = 0; i < 8; i++) {
@@ -106,8 +155,10 @@ bool EightTypes(uint64_t value, bool pat) {
 // The slot of a fixed-range MTRR, or -1.
 int FixedMtrr(uint32_t index) {
   if (index == kMtrrFix64k) return 0;
-  if (index == kMtrrFix16k0 || index == kMtrrFix16k1) return static_cast<int>(index - kMtrrFix16k0) + 1;
-  if (index >= kMtrrFix4k && index <= kMtrrFix4kEnd) return static_cast<int>(index - kMtrrFix4k) + 3;
+  if (index == kMtrrFix16k0 || index == kMtrrFix16k1)
+    return static_cast<int>(index - kMtrrFix16k0) + 1;
+  if (index >= kMtrrFix4k && index <= kMtrrFix4kEnd)
+    return static_cast<int>(index - kMtrrFix4k) + 3;
   return -1;
 }
 
@@ -126,7 +177,8 @@ bool WriteMtrr(Cpu& cpu, uint32_t index, uint64_t value) {
     if ((value & ~0xcffull) || !MemoryType(value & 0xff, false)) return false;
   } else if (index & 1) {
     if (value & ~(PhysicalMask(cpu) & ~0x7ffull)) return false;
-  } else if ((value & ~((PhysicalMask(cpu) & ~0xfffull) | 0xff)) || !MemoryType(value & 0xff, false)) {
+  } else if ((value & ~((PhysicalMask(cpu) & ~0xfffull) | 0xff)) ||
+             !MemoryType(value & 0xff, false)) {
     return false;
   }
   *slot = value;
@@ -145,7 +197,8 @@ bool WriteApicBase(Cpu& cpu, uint64_t value) {
   if (from_x2_to_xapic || from_off_to_x2) return false;
   value = (value & ~0x100ull) | (cpu.apic_base & 0x100);
   cpu.vcpu->lapic().SetBase(value);
-  cpu.tlb->local_apic_page = (value & kEnable) && !x2 ? value & PhysicalMask(cpu) & ~0xfffull : ~0ull;
+  cpu.tlb->local_apic_page =
+      (value & kEnable) && !x2 ? value & PhysicalMask(cpu) & ~0xfffull : ~0ull;
   cpu.tlb->FlushAll();
   return true;
 }
@@ -168,19 +221,44 @@ bool ReadGated(Cpu& cpu, uint32_t index, uint64_t* value, bool* known) {
   const CpuLimits& limits = vcpu.limits();
   *known = true;
   switch (index) {
-    case kTsc: *value = vcpu.Tsc(); return true;
-    case kApicBase: *value = cpu.apic_base; return true;
-    case kTscAdjust: *value = msrs.tsc_adjust; return true;
-    case kSpecCtrl: *value = msrs.spec_ctrl; return limits.spec_ctrl;
-    case kArchCapabilities: *value = limits.arch_capabilities; return limits.has_arch_capabilities;
-    case kMtrrCap: *value = 0x508; return limits.mtrr;  // 8 variable, fixed, WC
-    case kPat: *value = msrs.pat; return true;
-    case kTscDeadline: *value = msrs.tsc_deadline; return limits.tsc_deadline;
-    case kEfer: *value = cpu.efer; return true;
-    case kFsBase: *value = cpu.seg[kFs].base; return true;
-    case kGsBase: *value = cpu.seg[kGs].base; return true;
-    case kTscAux: *value = msrs.tsc_aux; return limits.rdtscp;
-    default: break;
+    case kTsc:
+      *value = vcpu.Tsc();
+      return true;
+    case kApicBase:
+      *value = cpu.apic_base;
+      return true;
+    case kTscAdjust:
+      *value = msrs.tsc_adjust;
+      return true;
+    case kSpecCtrl:
+      *value = msrs.spec_ctrl;
+      return limits.spec_ctrl;
+    case kArchCapabilities:
+      *value = limits.arch_capabilities;
+      return limits.has_arch_capabilities;
+    case kMtrrCap:
+      *value = 0x508;
+      return limits.mtrr;  // 8 variable, fixed, WC
+    case kPat:
+      *value = msrs.pat;
+      return true;
+    case kTscDeadline:
+      *value = msrs.tsc_deadline;
+      return limits.tsc_deadline;
+    case kEfer:
+      *value = cpu.efer;
+      return true;
+    case kFsBase:
+      *value = cpu.seg[kFs].base;
+      return true;
+    case kGsBase:
+      *value = cpu.seg[kGs].base;
+      return true;
+    case kTscAux:
+      *value = msrs.tsc_aux;
+      return limits.rdtscp;
+    default:
+      break;
   }
   if (index >= kX2apic && index <= kX2apicEnd) return vcpu.lapic().ReadMsr(index, value);
   if (KvmClockOwns(index)) return limits.kvm_clock && ReadKvmClock(cpu, index, value);
@@ -208,19 +286,24 @@ bool WriteGated(Cpu& cpu, uint32_t index, uint64_t value, bool* known) {
       msrs.tsc_offset += value - msrs.tsc_adjust;
       msrs.tsc_adjust = value;
       return true;
-    case kApicBase: return WriteApicBase(cpu, value);
+    case kApicBase:
+      return WriteApicBase(cpu, value);
     case kSpecCtrl:
       if (!limits.spec_ctrl || (value & ~7ull)) return false;
       msrs.spec_ctrl = value;
       return true;
-    case kPredCmd: return limits.spec_ctrl && !(value & ~1ull);
-    case kFlushCmd: return limits.has_arch_capabilities && !(value & ~1ull);
+    case kPredCmd:
+      return limits.spec_ctrl && !(value & ~1ull);
+    case kFlushCmd:
+      return limits.has_arch_capabilities && !(value & ~1ull);
     case kPat:
       if (!EightTypes(value, true)) return false;
       msrs.pat = value;
       return true;
-    case kTscDeadline: return WriteTscDeadline(cpu, value);
-    case kEfer: return WriteEfer(cpu, value);
+    case kTscDeadline:
+      return WriteTscDeadline(cpu, value);
+    case kEfer:
+      return WriteEfer(cpu, value);
     case kFsBase:
     case kGsBase:
       if (!mmu::Canonical(cpu, value)) return false;
@@ -230,7 +313,8 @@ bool WriteGated(Cpu& cpu, uint32_t index, uint64_t value, bool* known) {
       if (!limits.rdtscp || value >> 32) return false;
       msrs.tsc_aux = value;
       return true;
-    default: break;
+    default:
+      break;
   }
   if (index >= kX2apic && index <= kX2apicEnd) return vcpu.lapic().WriteMsr(index, value);
   if (KvmClockOwns(index)) return limits.kvm_clock && WriteKvmClock(cpu, index, value);
@@ -267,7 +351,8 @@ bool WriteMsr(Cpu& cpu, uint32_t index, uint64_t value) {
   bool ok = WriteGated(cpu, index, value, &known);
   if (known) return ok;
   if (const PlainMsr* plain = FindPlain(index)) {
-    if ((value & ~plain->writable) || (plain->canonical && !mmu::Canonical(cpu, value))) return false;
+    if ((value & ~plain->writable) || (plain->canonical && !mmu::Canonical(cpu, value)))
+      return false;
     cpu.vcpu->msrs.*plain->value = value;
     return true;
   }
@@ -308,8 +393,9 @@ bool RestoreMsr(Cpu& cpu, uint32_t index, uint64_t value) {
 }
 
 void ListMsrs(Cpu& cpu, void (*each)(uint32_t, uint64_t, void*), void* context) {
-  static constexpr uint32_t kOthers[] = {kTsc,     kTscAdjust, kSpecCtrl, kPat,    kTscDeadline, kFsBase,
-                                         kGsBase,  kTscAux,    kMtrrDefault, kMcgStatus, 0x4b564d00, 0x4b564d01};
+  static constexpr uint32_t kOthers[] = {kTsc,         kTscAdjust, kSpecCtrl,  kPat,
+                                         kTscDeadline, kFsBase,    kGsBase,    kTscAux,
+                                         kMtrrDefault, kMcgStatus, 0x4b564d00, 0x4b564d01};
   auto add = [&](uint32_t index) {
     uint64_t value = 0;
     if (ReadMsr(cpu, index, &value)) each(index, value, context);

@@ -1,4 +1,5 @@
-// Model-specific registers of the own engine (SDM vol. 4), and the limits that CPUID sets to control registers.
+// Model-specific registers of the own engine (SDM vol. 4), and the limits that CPUID sets to
+// control registers.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,9 @@ struct MsrState {
 struct CpuLimits {
   unsigned physical_bits = 40;
   uint64_t cr4 = 0, efer = 0, xcr0 = 1;
-  bool amd = false, nx = false, x2apic = false, tsc_deadline = false, mtrr = false, kvm_clock = false, spec_ctrl = false;
-  bool rdtscp = false, xsavec = false, pcid = false;
+  bool amd = false, x2apic = false, tsc_deadline = false, mtrr = false, kvm_clock = false,
+       spec_ctrl = false;
+  bool rdtscp = false, xsavec = false;
   uint64_t arch_capabilities = 0;
   bool has_arch_capabilities = false;
 
@@ -33,7 +35,8 @@ struct CpuLimits {
 // False: #GP(0).
 bool ReadMsr(Cpu& cpu, uint32_t index, uint64_t* value);
 bool WriteMsr(Cpu& cpu, uint32_t index, uint64_t value);
-// As by the host, for restoring state: read-only ones too, no side effects beyond the register's own.
+// As by the host, for restoring state: read-only ones too, no side effects beyond the register's
+// own.
 bool RestoreMsr(Cpu& cpu, uint32_t index, uint64_t value);
 // Every MSR that state holds.
 void ListMsrs(Cpu& cpu, void (*each)(uint32_t index, uint64_t value, void* context), void* context);

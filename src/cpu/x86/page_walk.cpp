@@ -36,12 +36,13 @@ template <typename T>
 bool SetBits(const Entry<T>& entry, uint64_t bits) {
   if ((entry.value & bits) == bits || !entry.host) return true;
   T expected = entry.value;
-  if (!__atomic_compare_exchange_n(entry.host, &expected, static_cast<T>(entry.value | bits), false, __ATOMIC_SEQ_CST,
-                                   __ATOMIC_SEQ_CST)) {
+  if (!__atomic_compare_exchange_n(entry.host, &expected, static_cast<T>(entry.value | bits), false,
+                                   __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
     return false;
   }
   const FlatRange& range = *entry.range;
-  range.region->ram->dirty().Mark(range.region->ram_offset + range.region_offset + (entry.address - range.base), sizeof(T));
+  range.region->ram->dirty().Mark(
+      range.region->ram_offset + range.region_offset + (entry.address - range.base), sizeof(T));
   return true;
 }
 
@@ -72,7 +73,8 @@ uint32_t ErrorCode(const Cpu& cpu, Tlb::Class cls, Access access) {
 
 enum class Outcome { kDone, kFault, kAgain };
 
-Outcome Walk32(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEffect effect, Mapping* mapping, uint32_t* error) {
+Outcome Walk32(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEffect effect,
+               Mapping* mapping, uint32_t* error) {
   Tlb& tlb = *cpu.tlb;
   auto pde = Load<uint32_t>(tlb, (cpu.cr3 & 0xfffff000) | (linear >> 22 & 0x3ff) << 2);
   if (!(pde.value & kP)) return Outcome::kFault;
@@ -121,7 +123,8 @@ uint64_t ReservedBits(const Cpu& cpu, unsigned level, bool leaf) {
   return reserved;
 }
 
-Outcome Walk64(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEffect effect, Mapping* mapping, uint32_t* error) {
+Outcome Walk64(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEffect effect,
+               Mapping* mapping, uint32_t* error) {
   Tlb& tlb = *cpu.tlb;
   const uint64_t address_mask = ((1ull << tlb.physical_bits) - 1) & ~0xfffull;
   bool pae = !cpu.long_mode();
@@ -132,7 +135,8 @@ Outcome Walk64(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEff
   unsigned level = top;
   for (;; level--) {
     unsigned shift = 12 + 9 * (level - 1);
-    auto& entry = entries[level] = Load<uint64_t>(tlb, table | (linear >> shift & (pae && level == 3 ? 3 : 511)) << 3);
+    auto& entry = entries[level] =
+        Load<uint64_t>(tlb, table | (linear >> shift & (pae && level == 3 ? 3 : 511)) << 3);
     if (!(entry.value & kP)) return Outcome::kFault;
     bool leaf = level == 1 || ((entry.value & kPs) && (level == 2 || (level == 3 && !pae)));
     if (entry.value & ReservedBits(cpu, level, leaf)) {
@@ -166,15 +170,17 @@ Outcome Walk64(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEff
 
 }  // namespace
 
-bool Walk(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEffect effect, Mapping* mapping, uint32_t* error) {
+bool Walk(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEffect effect,
+          Mapping* mapping, uint32_t* error) {
   if (!(cpu.cr0 & cr0::kPg)) {
     *mapping = {.physical = linear & 0xffffffff, .page_shift = 12};
     return true;
   }
   for (;;) {
     *error = ErrorCode(cpu, cls, access);
-    Outcome outcome = cpu.cr4 & cr4::kPae ? Walk64(cpu, cls, linear, access, effect, mapping, error)
-                                          : Walk32(cpu, cls, linear, access, effect, mapping, error);
+    Outcome outcome = cpu.cr4 & cr4::kPae
+                          ? Walk64(cpu, cls, linear, access, effect, mapping, error)
+                          : Walk32(cpu, cls, linear, access, effect, mapping, error);
     if (outcome != Outcome::kAgain) return outcome == Outcome::kDone;
   }
 }

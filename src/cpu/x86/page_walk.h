@@ -17,6 +17,7 @@ constexpr uint32_t kPresent = 1, kWrite = 2, kUser = 4, kReserved = 8, kFetch = 
 enum WalkEffect : uint8_t { kNoEffect, kSetAccessed };  // whether A and D bits are set
 
 // Translates `linear` for an access by code of class `cls`. False: page fault with *error.
-bool Walk(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEffect effect, Mapping* mapping, uint32_t* error);
+bool Walk(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEffect effect,
+          Mapping* mapping, uint32_t* error);
 
 }  // namespace kvartz::cpu::x86

@@ -9,7 +9,8 @@ namespace {
 // Segments whose base is 0 and whose limit can't be exceeded.
 bool IsFlat(const Segment& s) {
   return s.base == 0 && s.limit == 0xffffffff && !(s.attributes & Segment::kUnusable) &&
-         (s.attributes & (Segment::kS | Segment::kP)) == (Segment::kS | Segment::kP) && (s.type() & 0xc) != 4;
+         (s.attributes & (Segment::kS | Segment::kP)) == (Segment::kS | Segment::kP) &&
+         (s.type() & 0xc) != 4;
 }
 
 bool InstructionBreakpoints(const Cpu& cpu) {
@@ -24,7 +25,9 @@ bool InstructionBreakpoints(const Cpu& cpu) {
 void UpdateMode(Cpu& cpu) {
   const Segment& cs = cpu.seg[kCs];
   bool is64 = cpu.long_mode() && (cs.attributes & Segment::kL);
-  cpu.code_mode = is64 ? CodeMode::k64 : cs.attributes & Segment::kDb ? CodeMode::k32 : CodeMode::k16;
+  cpu.code_mode = is64                           ? CodeMode::k64
+                  : cs.attributes & Segment::kDb ? CodeMode::k32
+                                                 : CodeMode::k16;
   cpu.cpl = static_cast<uint8_t>(cpu.seg[kSs].dpl());
   cpu.stack_size = is64 ? 8 : cpu.seg[kSs].attributes & Segment::kDb ? 4 : 2;
   if (is64) {
@@ -49,7 +52,8 @@ void UpdateMode(Cpu& cpu) {
                            : (ac && (cpu.cr4 & cr4::kSmap) ? Tlb::kNoSmap : Tlb::kSupervisor);
     cpu.tlb->SetClasses(data, user ? Tlb::kUser : Tlb::kSupervisor);
   }
-  bool step = (cpu.rflags & (rflags::kTf | rflags::kRf)) || ((cpu.dr[7] & 0xff) && InstructionBreakpoints(cpu));
+  bool step = (cpu.rflags & (rflags::kTf | rflags::kRf)) ||
+              ((cpu.dr[7] & 0xff) && InstructionBreakpoints(cpu));
   if (step) {
     if (!(cpu.requests & request::kStep)) SetRequest(cpu, request::kStep);
   } else if (cpu.requests & request::kStep) {
@@ -67,7 +71,8 @@ void SetRflags(Cpu& cpu, uint64_t value) {
 static bool DescriptorAddress(Cpu& cpu, uint16_t selector, unsigned size, uint64_t* address) {
   uint64_t base = cpu.gdtr.base, limit = cpu.gdtr.limit;
   if (selector & 4) {
-    if (cpu.ldtr.attributes & Segment::kUnusable || !(cpu.ldtr.attributes & Segment::kP)) return false;
+    if (cpu.ldtr.attributes & Segment::kUnusable || !(cpu.ldtr.attributes & Segment::kP))
+      return false;
     base = cpu.ldtr.base;
     limit = cpu.ldtr.limit;
   }
@@ -107,7 +112,8 @@ void MarkAccessed(Cpu& cpu, Descriptor* descriptor) {
 
 void SetBusy(Cpu& cpu, const Descriptor& descriptor, bool busy) {
   auto byte = ReadSystem<uint8_t>(cpu, descriptor.address + 5);
-  WriteSystem<uint8_t>(cpu, descriptor.address + 5, static_cast<uint8_t>(busy ? byte | 2 : byte & ~2));
+  WriteSystem<uint8_t>(cpu, descriptor.address + 5,
+                       static_cast<uint8_t>(busy ? byte | 2 : byte & ~2));
 }
 
 void LoadRealSegment(Cpu& cpu, SegReg seg, uint16_t selector) {
@@ -119,13 +125,16 @@ void LoadRealSegment(Cpu& cpu, SegReg seg, uint16_t selector) {
     s.attributes = 0xf3;
     return;
   }
-  // Real mode keeps the limit ("big real mode"); a CS load makes the segment readable and writable data-like code.
-  s.attributes = (s.attributes & ~(Segment::kUnusable | Segment::kTypeMask | 0x60)) | Segment::kS | Segment::kP | 3;
+  // Real mode keeps the limit ("big real mode"); a CS load makes the segment readable and writable
+  // data-like code.
+  s.attributes = (s.attributes & ~(Segment::kUnusable | Segment::kTypeMask | 0x60)) | Segment::kS |
+                 Segment::kP | 3;
   if (seg == kCs) s.attributes &= ~Segment::kL;
 }
 
 void LoadNullSegment(Cpu& cpu, SegReg seg, uint16_t selector) {
-  // 64-bit code uses the base even of a null FS or GS; only a load clears it. SS keeps its DPL: it is the CPL.
+  // 64-bit code uses the base even of a null FS or GS; only a load clears it. SS keeps its DPL: it
+  // is the CPL.
   Segment& s = cpu.seg[seg];
   uint32_t dpl = seg == kSs ? s.attributes & 0x60 : 0;
   s = Segment{};
@@ -133,7 +142,8 @@ void LoadNullSegment(Cpu& cpu, SegReg seg, uint16_t selector) {
   s.attributes = Segment::kUnusable | dpl;
 }
 
-Descriptor CheckStackSegment(Cpu& cpu, uint16_t selector, unsigned cpl, Vector vector, uint32_t ext) {
+Descriptor CheckStackSegment(Cpu& cpu, uint16_t selector, unsigned cpl, Vector vector,
+                             uint32_t ext) {
   if (IsNull(selector)) Raise(cpu, vector, ext);
   uint32_t error = SelectorError(selector) | ext;
   Descriptor d;
@@ -151,7 +161,8 @@ void LoadSegment(Cpu& cpu, SegReg seg, uint16_t selector) {
   }
   if (IsNull(selector)) {
     // SS may be null in 64-bit mode below CPL 3.
-    if (seg == kSs && !(cpu.code_mode == CodeMode::k64 && cpu.cpl < 3 && (selector & 3) == cpu.cpl)) Raise(cpu, kGP, 0);
+    if (seg == kSs && !(cpu.code_mode == CodeMode::k64 && cpu.cpl < 3 && (selector & 3) == cpu.cpl))
+      Raise(cpu, kGP, 0);
     LoadNullSegment(cpu, seg, selector);
     UpdateMode(cpu);
     return;
@@ -182,7 +193,10 @@ void SetCs(Cpu& cpu, uint16_t selector, const Descriptor& descriptor, unsigned c
 }
 
 Stack PresentStack(Cpu& cpu) {
-  return {.ss = cpu.seg[kSs], .sp = cpu.gpr[kRsp], .cpl = cpu.cpl, .is64 = cpu.code_mode == CodeMode::k64};
+  return {.ss = cpu.seg[kSs],
+          .sp = cpu.gpr[kRsp],
+          .cpl = cpu.cpl,
+          .is64 = cpu.code_mode == CodeMode::k64};
 }
 
 namespace {
@@ -191,7 +205,8 @@ namespace {
 uint64_t StackLinear(Cpu& cpu, const Stack& stack, uint64_t offset, unsigned size) {
   uint32_t error = stack.fresh ? SelectorError(stack.ss.selector) | stack.ext : 0;
   if (stack.is64) {
-    if (!mmu::Canonical(cpu, offset) || !mmu::Canonical(cpu, offset + size - 1)) Raise(cpu, kSS, error);
+    if (!mmu::Canonical(cpu, offset) || !mmu::Canonical(cpu, offset + size - 1))
+      Raise(cpu, kSS, error);
     return offset;
   }
   const Segment& s = stack.ss;
@@ -226,7 +241,8 @@ uint64_t Pop(Cpu& cpu, Stack& stack, unsigned size) {
 
 void CommitSp(Cpu& cpu, const Stack& stack) {
   uint64_t mask = stack.mask();
-  cpu.gpr[kRsp] = mask == 0xffffffff ? stack.sp & mask : (cpu.gpr[kRsp] & ~mask) | (stack.sp & mask);
+  cpu.gpr[kRsp] =
+      mask == 0xffffffff ? stack.sp & mask : (cpu.gpr[kRsp] & ~mask) | (stack.sp & mask);
 }
 
 }  // namespace kvartz::cpu::x86

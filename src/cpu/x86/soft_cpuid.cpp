@@ -6,32 +6,37 @@ namespace {
 
 // Done by the engine itself.
 constexpr const char* kOwn =
-    "vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca pat pse36 clflush fxsr x2apic tsc-deadline hypervisor pcid xsave "
-    "fsgsbase tsc-adjust smep erms invpcid smap umip fsrm rdpid clflushopt clwb arat syscall nx pdpe1gb rdtscp lm lahf-lm "
-    "3dnowprefetch wbnoinvd xsaveerptr invtsc spec-ctrl arch-capabilities kvmclock kvm-nopiodelay kvmclock2 kvmclock-stable-bit";
+    "vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca pat pse36 clflush fxsr x2apic "
+    "tsc-deadline hypervisor pcid xsave "
+    "fsgsbase tsc-adjust smep erms invpcid smap umip fsrm rdpid clflushopt clwb arat syscall nx "
+    "pdpe1gb rdtscp lm lahf-lm "
+    "3dnowprefetch wbnoinvd xsaveerptr invtsc spec-ctrl arch-capabilities kvmclock kvm-nopiodelay "
+    "kvmclock2 kvmclock-stable-bit";
 // Run on the host's units, or with its instructions.
 constexpr const char* kNative[] = {
-    "fpu", "cmov", "mmx", "sse", "sse2", "pni", "pclmulqdq", "ssse3", "fma", "cx16", "sse4-1", "sse4-2", "movbe", "popcnt",
-    "aes", "avx", "f16c", "rdrand", "bmi1", "avx2", "bmi2", "rdseed", "adx", "sha-ni", "vaes", "vpclmulqdq", "gfni",
-    "xsaveopt", "xsavec", "xgetbv1", "abm", "mmxext"};
-// Only where they are asked for by name: five-level paging changes the layout of kernels, MONITOR makes idle ones spin.
+    "fpu",  "cmov",       "mmx",    "sse",      "sse2",   "pni",     "pclmulqdq", "ssse3",
+    "fma",  "cx16",       "sse4-1", "sse4-2",   "movbe",  "popcnt",  "aes",       "avx",
+    "f16c", "rdrand",     "bmi1",   "avx2",     "bmi2",   "rdseed",  "adx",       "sha-ni",
+    "vaes", "vpclmulqdq", "gfni",   "xsaveopt", "xsavec", "xgetbv1", "abm",       "mmxext"};
+// Only where they are asked for by name: five-level paging changes the layout of kernels, MONITOR
+// makes idle ones spin.
 constexpr const char* kOnRequest[] = {"la57", "monitor"};
 
 // IA32_ARCH_CAPABILITIES: there is no speculation whose leaks a guest could mitigate.
-constexpr uint64_t kArchCapabilities = 1 << 0 |    // RDCL_NO
-                                       1 << 1 |    // IBRS_ALL
-                                       1 << 3 |    // SKIP_L1DFL_VMENTRY
-                                       1 << 4 |    // SSB_NO
-                                       1 << 5 |    // MDS_NO
-                                       1 << 6 |    // IF_PSCHANGE_MC_NO
-                                       1 << 8 |    // TAA_NO
-                                       1 << 13 |   // SBDR_SSDP_NO
-                                       1 << 14 |   // FBSDP_NO
-                                       1 << 15 |   // PSDP_NO
-                                       1 << 20 |   // BHI_NO
-                                       1 << 24 |   // PBRSB_NO
-                                       1 << 26 |   // GDS_NO
-                                       1 << 27;    // RFDS_NO
+constexpr uint64_t kArchCapabilities = 1 << 0 |   // RDCL_NO
+                                       1 << 1 |   // IBRS_ALL
+                                       1 << 3 |   // SKIP_L1DFL_VMENTRY
+                                       1 << 4 |   // SSB_NO
+                                       1 << 5 |   // MDS_NO
+                                       1 << 6 |   // IF_PSCHANGE_MC_NO
+                                       1 << 8 |   // TAA_NO
+                                       1 << 13 |  // SBDR_SSDP_NO
+                                       1 << 14 |  // FBSDP_NO
+                                       1 << 15 |  // PSDP_NO
+                                       1 << 20 |  // BHI_NO
+                                       1 << 24 |  // PBRSB_NO
+                                       1 << 26 |  // GDS_NO
+                                       1 << 27;   // RFDS_NO
 
 }  // namespace
 

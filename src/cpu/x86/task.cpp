@@ -46,8 +46,10 @@ TaskState ReadTask(Cpu& cpu, uint64_t base, const TssLayout& layout) {
   }
   task.eip = Get(cpu, base + layout.ip, w);
   task.eflags = Get(cpu, base + layout.flags, w);
-  for (unsigned i = 0; i < 8; i++) task.gpr[i] = Get(cpu, base + layout.registers + i * w, w) | (w == 2 ? 0xffff0000u : 0);
-  for (unsigned i = 0; i < layout.segment_count; i++) task.seg[i] = ReadSystem<uint16_t>(cpu, base + layout.segments + i * w);
+  for (unsigned i = 0; i < 8; i++)
+    task.gpr[i] = Get(cpu, base + layout.registers + i * w, w) | (w == 2 ? 0xffff0000u : 0);
+  for (unsigned i = 0; i < layout.segment_count; i++)
+    task.seg[i] = ReadSystem<uint16_t>(cpu, base + layout.segments + i * w);
   task.ldt = ReadSystem<uint16_t>(cpu, base + layout.ldt);
   return task;
 }
@@ -56,7 +58,8 @@ void SaveTask(Cpu& cpu, const TssLayout& layout, uint64_t flags) {
   uint64_t base = cpu.tr.base;
   unsigned w = layout.width;
   // All of it or nothing: the first and the last byte decide.
-  mmu::CheckSystemWrite(cpu, base + layout.ip, layout.segments + layout.segment_count * w - layout.ip);
+  mmu::CheckSystemWrite(cpu, base + layout.ip,
+                        layout.segments + layout.segment_count * w - layout.ip);
   Put(cpu, base + layout.ip, w, cpu.rip);
   Put(cpu, base + layout.flags, w, flags);
   for (unsigned i = 0; i < 8; i++) Put(cpu, base + layout.registers + i * w, w, cpu.gpr[i]);
@@ -110,12 +113,14 @@ void LoadTaskData(Cpu& cpu, SegReg seg, uint16_t selector, unsigned cpl, uint32_
 void LoadTaskSegments(Cpu& cpu, const TaskState& task, uint32_t ext) {
   static constexpr SegReg kData[] = {kEs, kDs, kFs, kGs};
   if (cpu.virtual_8086()) {
-    for (unsigned i = 0; i < kSegCount; i++) LoadRealSegment(cpu, static_cast<SegReg>(i), task.seg[i]);
+    for (unsigned i = 0; i < kSegCount; i++)
+      LoadRealSegment(cpu, static_cast<SegReg>(i), task.seg[i]);
     UpdateMode(cpu);
     return;
   }
   // Until each is loaded: its selector with nothing behind it.
-  for (unsigned i = 0; i < kSegCount; i++) LoadNullSegment(cpu, static_cast<SegReg>(i), task.seg[i]);
+  for (unsigned i = 0; i < kSegCount; i++)
+    LoadNullSegment(cpu, static_cast<SegReg>(i), task.seg[i]);
   unsigned cpl = task.seg[kCs] & 3;
   SetCpl(cpu, cpl);
   UpdateMode(cpu);
@@ -128,7 +133,8 @@ void LoadTaskSegments(Cpu& cpu, const TaskState& task, uint32_t ext) {
 
 }  // namespace
 
-void SwitchTask(Cpu& cpu, uint16_t selector, const Descriptor& tss, TaskSwitch kind, bool has_error, uint32_t error, uint32_t ext) {
+void SwitchTask(Cpu& cpu, uint16_t selector, const Descriptor& tss, TaskSwitch kind, bool has_error,
+                uint32_t error, uint32_t ext) {
   bool wide = tss.type() & 8;
   const TssLayout& layout = wide ? kLayout32 : kLayout16;
   const TssLayout& old_layout = cpu.tr.type() & 8 ? kLayout32 : kLayout16;

@@ -78,7 +78,8 @@ void Tlb::FlushPage(uint64_t linear) {
 void Tlb::DropWritable(const uint8_t* host_page) {
   for (unsigned i = 0; i < kNever * kEntries; i++) {
     TlbEntry& e = tables_[i];
-    if (e.write && (e.write & ~0xfffull) + e.addend == reinterpret_cast<uintptr_t>(host_page)) e.write = 0;
+    if (e.write && (e.write & ~0xfffull) + e.addend == reinterpret_cast<uintptr_t>(host_page))
+      e.write = 0;
   }
 }
 

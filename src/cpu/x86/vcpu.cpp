@@ -1,9 +1,9 @@
 // One CPU of the own engine: the outer loop.
-#include <csignal>
+#include <fmt/core.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <fmt/core.h>
+#include <csignal>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -16,8 +16,9 @@ namespace kvartz::cpu::x86 {
 namespace {
 
 // What a sleeping CPU wakes up for.
-constexpr uint32_t kWakeUps = request::kInterrupt | request::kNmi | request::kInit | request::kSipi | request::kKick |
-                              request::kSafepoint | request::kFlushTlb | request::kTimer;
+constexpr uint32_t kWakeUps = request::kInterrupt | request::kNmi | request::kInit |
+                              request::kSipi | request::kKick | request::kSafepoint |
+                              request::kFlushTlb | request::kTimer;
 
 int TimerSignal() { return SIGRTMIN + 2; }
 
@@ -33,28 +34,34 @@ unsigned PeekCode(Cpu& cpu, uint64_t linear, uint8_t* bytes, unsigned size) {
   unsigned done = 0;
   while (done < size) {
     uint64_t physical = 0;
-    const FlatRange* range = mmu::Probe(cpu, linear + done, &physical) ? cpu.tlb->Find(physical) : nullptr;
+    const FlatRange* range =
+        mmu::Probe(cpu, linear + done, &physical) ? cpu.tlb->Find(physical) : nullptr;
     if (!range || range->region->kind == RegionKind::kIo) break;
     bytes[done++] = *range->Host(physical);
   }
   return done;
 }
 
-// An instruction that no table has, and that isn't one of those that are there to be undefined (UD0, UD1, UD2).
+// An instruction that no table has, and that isn't one of those that are there to be undefined
+// (UD0, UD1, UD2).
 void LogUndefined(Cpu& cpu, unsigned index) {
   static log::RateLimit limit;
-  uint64_t linear = cpu.code_mode == CodeMode::k64 ? cpu.rip : (cpu.seg[kCs].base + cpu.rip) & 0xffffffff;
+  uint64_t linear =
+      cpu.code_mode == CodeMode::k64 ? cpu.rip : (cpu.seg[kCs].base + cpu.rip) & 0xffffffff;
   uint8_t bytes[15] = {};
   unsigned size = PeekCode(cpu, linear, bytes, sizeof(bytes));
-  bool on_purpose = size >= 2 && bytes[0] == 0x0f && (bytes[1] == 0x0b || bytes[1] == 0xb9 || bytes[1] == 0xff);
+  bool on_purpose =
+      size >= 2 && bytes[0] == 0x0f && (bytes[1] == 0x0b || bytes[1] == 0xb9 || bytes[1] == 0xff);
   if (on_purpose || size == 0) return;
-  DecodeContext context{.mode = cpu.code_mode, .protected_mode = cpu.protected_mode() && !cpu.virtual_8086(), .cpl = cpu.cpl};
+  DecodeContext context{.mode = cpu.code_mode,
+                        .protected_mode = cpu.protected_mode() && !cpu.virtual_8086(),
+                        .cpl = cpu.cpl};
   Insn insn;
   if (Decode(context, {bytes, size}, &insn) != DecodeStatus::kInvalid || !limit.Pass()) return;
   std::string text;
   for (unsigned i = 0; i < size; i++) text += fmt::format(" {:02x}", bytes[i]);
-  KLOG(kWarn, "cpu {}: undefined instruction at {:#x}:{:#x}: the guest gets #UD; bytes{}", index, cpu.seg[kCs].selector, cpu.rip,
-       text);
+  KLOG(kWarn, "cpu {}: undefined instruction at {:#x}:{:#x}: the guest gets #UD; bytes{}", index,
+       cpu.seg[kCs].selector, cpu.rip, text);
 }
 
 }  // namespace
@@ -82,7 +89,8 @@ Result<std::unique_ptr<SoftVcpu>> SoftVcpu::Create(SoftAccel& accel, unsigned in
   struct sigaction action = {};
   action.sa_handler = OnTimer;
   action.sa_flags = SA_RESTART;
-  if (sigaction(TimerSignal(), &action, nullptr) != 0) return Fail(ErrnoError(errno, "cannot set up the vCPU timer signal"));
+  if (sigaction(TimerSignal(), &action, nullptr) != 0)
+    return Fail(ErrnoError(errno, "cannot set up the vCPU timer signal"));
   TRY(vcpu->Reset());
   return vcpu;
 }
@@ -122,7 +130,8 @@ void SoftVcpu::SetPicOutput(bool level) {
 int64_t SoftVcpu::NowNs() const { return accel_.config().clock->NowNs(); }
 
 void SoftVcpu::ArmTimer(int64_t deadline_ns) {
-  // A timer that fires too early is harmless (it is armed again then), so only earlier deadlines need the host.
+  // A timer that fires too early is harmless (it is armed again then), so only earlier deadlines
+  // need the host.
   if (deadline_ns >= timer_armed_for_ || timer_thread_ == 0) return;
   int64_t host_ns = accel_.config().clock->ToBaseNs(deadline_ns);
   if (host_ns == INT64_MAX) return;
@@ -138,7 +147,8 @@ void SoftVcpu::SendIpi(uint64_t icr, bool x2apic_destination) {
   auto low = static_cast<uint32_t>(icr);
   auto destination = static_cast<uint32_t>(icr >> (x2apic_destination ? 32 : 56));
   // IPIs are edges, whatever the trigger bit says, but for INIT's de-assert.
-  uint32_t message = (low >> 8 & 7) == static_cast<uint32_t>(DeliveryMode::kInit) ? low & 0xc7ff : low & 0x47ff;
+  uint32_t message =
+      (low >> 8 & 7) == static_cast<uint32_t>(DeliveryMode::kInit) ? low & 0xc7ff : low & 0x47ff;
   accel_.Deliver(destination, low >> 11 & 1, x2apic_destination, message, low >> 18 & 3, this);
 }
 
@@ -153,7 +163,8 @@ CpuidLeaf SoftVcpu::Cpuid(uint32_t leaf, uint32_t subleaf) const {
     if (cpu.cr4 & cr4::kOsxsave) answer.ecx |= 1u << 27;
     if (!lapic_.enabled()) answer.edx &= ~(1u << 9);
   }
-  if (leaf == 0xd && subleaf <= 1 && answer.ebx) answer.ebx = cpu.xcr0 & 4 ? sizeof(XsaveArea) : 576;
+  if (leaf == 0xd && subleaf <= 1 && answer.ebx)
+    answer.ebx = cpu.xcr0 & 4 ? sizeof(XsaveArea) : 576;
   return answer;
 }
 
@@ -192,8 +203,8 @@ Vcpu::Exit SoftVcpu::Run() {
     cpu.pending_dr6 = 0;
     ClearRequest(cpu, request::kDebugTrap | request::kHalt);
     if (log::CategoryEnabled(log::Category::kInt)) {
-      KLOG(kInfo, "cpu {}: exception {} error {:#x} at {:#x}:{:#x} cr2 {:#x}", index_, cpu.fault.vector, cpu.fault.error,
-           cpu.seg[kCs].selector, cpu.insn_rip, cpu.cr2);
+      KLOG(kInfo, "cpu {}: exception {} error {:#x} at {:#x}:{:#x} cr2 {:#x}", index_,
+           cpu.fault.vector, cpu.fault.error, cpu.seg[kCs].selector, cpu.insn_rip, cpu.cr2);
     }
     if (cpu.fault.vector == kUD) LogUndefined(cpu, index_);
     next = x86::Deliver(cpu, RaisedEvent(cpu)) ? Next::kGo : Next::kShutdown;
@@ -220,8 +231,9 @@ SoftVcpu::Next SoftVcpu::DeliverRestored() {
   bool ok = true;
   if (events.exception_pending) {
     events.exception_pending = false;
-    ok = x86::Deliver(cpu, {.vector = events.exception_vector, .has_error = events.exception_has_error,
-                       .error = events.exception_error});
+    ok = x86::Deliver(cpu, {.vector = events.exception_vector,
+                            .has_error = events.exception_has_error,
+                            .error = events.exception_error});
   } else if (events.nmi_injected) {
     events.nmi_injected = false;
     events.nmi_masked = true;
@@ -237,7 +249,8 @@ SoftVcpu::Next SoftVcpu::HandleRequests() {
   uint32_t requests = __atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST);
   Next next = HandleWorld(requests);
   if (next != Next::kGo) return next;
-  if (cpu.mp_state == MpState::kUninitialized || cpu.mp_state == MpState::kInitReceived) return Sleep();
+  if (cpu.mp_state == MpState::kUninitialized || cpu.mp_state == MpState::kInitReceived)
+    return Sleep();
   if (requests & request::kHalt) {
     ClearRequest(cpu, request::kHalt);
     cpu.mp_state = MpState::kHalted;
@@ -246,7 +259,8 @@ SoftVcpu::Next SoftVcpu::HandleRequests() {
   if (next != Next::kGo) return next;
   if (cpu.mp_state == MpState::kHalted) return Sleep();
   // Under an interrupt shadow, and while stepping, instructions run one at a time.
-  if (__atomic_load_n(&cpu.requests, __ATOMIC_RELAXED) & (request::kShadow | request::kStep)) return Step();
+  if (__atomic_load_n(&cpu.requests, __ATOMIC_RELAXED) & (request::kShadow | request::kStep))
+    return Step();
   return Next::kGo;
 }
 
@@ -322,7 +336,8 @@ SoftVcpu::Next SoftVcpu::Interrupt() {
   }
   SetRequest(cpu, request::kInterrupt);  // perhaps there is another one
   cpu.mp_state = MpState::kRunnable;
-  bool ok = x86::Deliver(cpu, {.vector = static_cast<uint8_t>(vector), .kind = EventKind::kExternal});
+  bool ok =
+      x86::Deliver(cpu, {.vector = static_cast<uint8_t>(vector), .kind = EventKind::kExternal});
   return ok ? Next::kGo : Next::kShutdown;
 }
 
@@ -334,7 +349,9 @@ SoftVcpu::Next SoftVcpu::Sleep() {
   {
     LockGuard guard(sleep_mutex_);
     sleeping_ = true;
-    auto awake = [this] { return (__atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & kWakeUps) != 0; };
+    auto awake = [this] {
+      return (__atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & kWakeUps) != 0;
+    };
     int64_t deadline = lapic_.deadline_ns();
     int64_t host_ns = deadline == INT64_MAX ? INT64_MAX : accel_.config().clock->ToBaseNs(deadline);
     if (host_ns == INT64_MAX) {
@@ -350,10 +367,12 @@ SoftVcpu::Next SoftVcpu::Sleep() {
 }
 
 bool SoftVcpu::InstructionBreakpoint(uint64_t* bits) const {
-  uint64_t linear = cpu.code_mode == CodeMode::k64 ? cpu.rip : (cpu.seg[kCs].base + cpu.rip) & 0xffffffff;
+  uint64_t linear =
+      cpu.code_mode == CodeMode::k64 ? cpu.rip : (cpu.seg[kCs].base + cpu.rip) & 0xffffffff;
   *bits = 0;
   for (unsigned i = 0; i < 4; i++) {
-    if ((cpu.dr[7] >> (2 * i) & 3) && !(cpu.dr[7] >> (16 + 4 * i) & 3) && cpu.dr[i] == linear) *bits |= 1ull << i;
+    if ((cpu.dr[7] >> (2 * i) & 3) && !(cpu.dr[7] >> (16 + 4 * i) & 3) && cpu.dr[i] == linear)
+      *bits |= 1ull << i;
   }
   return *bits != 0;
 }
@@ -364,7 +383,8 @@ SoftVcpu::Next SoftVcpu::Step() {
   if (!resume && (cpu.dr[7] & 0xff) && InstructionBreakpoint(&bits)) {
     cpu.dr[6] = (cpu.dr[6] & ~0xfull) | bits;
     cpu.dr[7] &= ~0x2000ull;
-    return x86::Deliver(cpu, {.vector = kDB, .kind = EventKind::kFault}) ? Next::kGo : Next::kShutdown;
+    return x86::Deliver(cpu, {.vector = kDB, .kind = EventKind::kFault}) ? Next::kGo
+                                                                         : Next::kShutdown;
   }
   bool trap = cpu.rflags & rflags::kTf;
   if (resume) SetRflags(cpu, cpu.rflags & ~rflags::kRf);

@@ -27,7 +27,8 @@ void SoftVcpu::LoadXsave(const std::vector<uint8_t>& area) {
   }
   if (!(present & 2)) std::memset(fresh.xmm, 0, sizeof(fresh.xmm));
   if (!(present & 6)) fresh.mxcsr = 0x1f80;
-  if (!(present & 4) || area.size() < sizeof(XsaveArea)) std::memset(fresh.ymm_high, 0, sizeof(fresh.ymm_high));
+  if (!(present & 4) || area.size() < sizeof(XsaveArea))
+    std::memset(fresh.ymm_high, 0, sizeof(fresh.ymm_high));
   fresh.mxcsr &= 0xffff;
   fresh.mxcsr_mask = 0xffff;
   fresh.xstate_bv = limits_.xcr0 & 7;
@@ -77,7 +78,8 @@ Result<> SoftVcpu::SetState(const X86State& state) {
   if (state.cr8) lapic_.SetCr8(state.cr8 & 15);
   cpu.events = state.events;
   cpu.mp_state = state.mp_state;
-  __atomic_store_n(&cpu.requests, __atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & request::kKick, __ATOMIC_SEQ_CST);
+  __atomic_store_n(&cpu.requests, __atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & request::kKick,
+                   __ATOMIC_SEQ_CST);
   uint32_t look = request::kInterrupt | request::kTimer;
   if (cpu.events.interrupt_shadow) look |= request::kShadow;
   if (cpu.mp_state == MpState::kSipiReceived) {
@@ -116,12 +118,18 @@ Result<> SoftVcpu::GetState(X86State* state) {
   state->xsave.assign(bytes, bytes + (limits_.xcr0 & 4 ? sizeof(area) : 576));
   state->msrs.clear();
   ListMsrs(
-      cpu, [](uint32_t index, uint64_t value, void* context) { (*static_cast<X86State*>(context)).msrs[index] = value; }, state);
+      cpu,
+      [](uint32_t index, uint64_t value, void* context) {
+        (*static_cast<X86State*>(context)).msrs[index] = value;
+      },
+      state);
   lapic_.Save(state->lapic.data());
   state->events = cpu.events;
-  if (__atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & request::kNmi) state->events.nmi_pending = true;
+  if (__atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & request::kNmi)
+    state->events.nmi_pending = true;
   state->mp_state = cpu.mp_state;
-  if (__atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & request::kHalt) state->mp_state = MpState::kHalted;
+  if (__atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & request::kHalt)
+    state->mp_state = MpState::kHalted;
   return {};
 }
 

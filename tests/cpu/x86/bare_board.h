@@ -1,5 +1,6 @@
-// The smallest machine that guest programs of the CPU tests run on: RAM, a debug console on port 0x402 and a serial transmitter
-// on 0x3f8 (both collected as text), an exit port (0xf4), and the own engine.
+// The smallest machine that guest programs of the CPU tests run on: RAM, a debug console on port
+// 0x402 and a serial transmitter on 0x3f8 (both collected as text), an exit port (0xf4), and the
+// own engine.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -20,7 +21,9 @@ namespace kvartz::cpu::x86 {
 class BareBoard final : public AccelHost, public IoHandler {
  public:
   explicit BareBoard(uint64_t ram_bytes, unsigned cpu_count = 1, const std::string& model = "max")
-      : memory_("memory", 1ull << 40), ports_("ports", 0x10000), clock_(MonotonicClock::Instance()) {
+      : memory_("memory", 1ull << 40),
+        ports_("ports", 0x10000),
+        clock_(MonotonicClock::Instance()) {
     auto ram = RamBlock::Create("ram", ram_bytes);
     EXPECT_TRUE(ram);
     ram_ = *ram;
@@ -58,7 +61,8 @@ class BareBoard final : public AccelHost, public IoHandler {
 
   // Ends Run from another thread.
   void Stop() { Exit(-1); }
-  // Runs all CPUs until the guest writes to the exit port, or triple-faults. Returns the value written, or -1.
+  // Runs all CPUs until the guest writes to the exit port, or triple-faults. Returns the value
+  // written, or -1.
   int Run() {
     done_ = false;
     exit_code_ = -1;

@@ -1,5 +1,6 @@
-// Debian's kernel on the bare board: entered at its 64-bit entry with boot parameters, as far as it comes without devices.
-// Linux Documentation/arch/x86/boot.rst. The guest is made by tests/guest/build.sh.
+// Debian's kernel on the bare board: entered at its 64-bit entry with boot parameters, as far as it
+// comes without devices. Linux Documentation/arch/x86/boot.rst. The guest is made by
+// tests/guest/build.sh.
 #include <elf.h>
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -15,7 +16,8 @@ namespace {
 
 std::string GuestFile(const char* name) {
   const char* cache = getenv("KVARTZ_CACHE");
-  std::string base = cache ? cache : std::string(getenv("HOME") ? getenv("HOME") : "/root") + "/.cache/kvartz";
+  std::string base =
+      cache ? cache : std::string(getenv("HOME") ? getenv("HOME") : "/root") + "/.cache/kvartz";
   return base + "/guests/current/" + name;
 }
 
@@ -43,14 +45,16 @@ uint64_t LoadKernel(BareBoard& board, const std::vector<uint8_t>& elf) {
   for (unsigned i = 0; i < header.e_phnum; i++) {
     Elf64_Phdr segment;
     memcpy(&segment, elf.data() + header.e_phoff + i * sizeof(segment), sizeof(segment));
-    if (segment.p_type == PT_LOAD) memcpy(board.ram() + segment.p_paddr, elf.data() + segment.p_offset, segment.p_filesz);
+    if (segment.p_type == PT_LOAD)
+      memcpy(board.ram() + segment.p_paddr, elf.data() + segment.p_offset, segment.p_filesz);
   }
   return header.e_entry;
 }
 
 constexpr uint64_t kBootParams = 0x10000, kCommandLine = 0x20000, kTables = 0x30000, kGdt = 0x2f000;
 
-void WriteBootParams(BareBoard& board, const std::vector<uint8_t>& bzimage, const char* command_line, uint64_t ram) {
+void WriteBootParams(BareBoard& board, const std::vector<uint8_t>& bzimage,
+                     const char* command_line, uint64_t ram) {
   uint8_t* zero = board.ram() + kBootParams;
   memset(zero, 0, 4096);
   memcpy(zero + 0x1f1, bzimage.data() + 0x1f1, 0x77);
@@ -112,7 +116,9 @@ TEST(BootKernelSlow, PrintsItsBanner) {
   board.echo = getenv("KVARTZ_ECHO") != nullptr;
   LoadKernel(board, elf);
   const char* extra = getenv("KVARTZ_APPEND");
-  std::string command = std::string("earlyprintk=serial,0x3f8,115200 console=ttyS0 panic=-1 reboot=t ") + (extra ? extra : "");
+  std::string command =
+      std::string("earlyprintk=serial,0x3f8,115200 console=ttyS0 panic=-1 reboot=t ") +
+      (extra ? extra : "");
   WriteBootParams(board, bzimage, command.c_str(), kRam);
   EnterLongMode(board, 0x1000000);
   // Without devices the kernel never ends by itself.

@@ -1,4 +1,5 @@
-// The engine's own interface: kicks, reset, state in and out, a second machine that goes on where the first stopped.
+// The engine's own interface: kicks, reset, state in and out, a second machine that goes on where
+// the first stopped.
 #include "cpu/x86/engine.h"
 
 #include "cpu/x86/guest_case.h"
@@ -93,8 +94,10 @@ TEST(Engine, AnotherMachineGoesOn) {
   EXPECT_GE(end.state.msrs[0x10], half.state.msrs[0x10]);  // the TSC goes on
 }
 
-// After RESET all x87 exceptions are unmasked and the stack is full: an overflow, pending with CR0.NE clear, is ignored.
-GUEST_CODE(eng_fpu_error, "fld1; fld1; fld1; fnstsw %ax; mov %cr0, %rbx; or $0x20, %bl; mov %rbx, %cr0; fld1")
+// After RESET all x87 exceptions are unmasked and the stack is full: an overflow, pending with
+// CR0.NE clear, is ignored.
+GUEST_CODE(eng_fpu_error,
+           "fld1; fld1; fld1; fnstsw %ax; mov %cr0, %rbx; or $0x20, %bl; mov %rbx, %cr0; fld1")
 
 TEST(Engine, PendingFloatingPointError) {
   GuestCase guest(Mode::kLong64);
@@ -197,10 +200,12 @@ TEST(Engine, CpuidOfTheEngine) {
   const CpuidTable& table = board.accel().cpuid(0);
   EXPECT_EQ(table.Lookup(0x40000000, 0).ebx, 0x4b4d564bu);  // "KVMK"
   EXPECT_EQ(table.Lookup(0x40000010, 0).eax, 1'000'000u);
-  for (const char* feature : {"x2apic", "tsc-deadline", "invtsc", "pcid", "smap", "smep", "umip", "fsgsbase", "pdpe1gb", "nx"}) {
+  for (const char* feature : {"x2apic", "tsc-deadline", "invtsc", "pcid", "smap", "smep", "umip",
+                              "fsgsbase", "pdpe1gb", "nx"}) {
     EXPECT_TRUE(table.Has(feature)) << feature;
   }
-  for (const char* feature : {"la57", "vmx", "svm", "monitor", "avx512f", "pku"}) EXPECT_FALSE(table.Has(feature)) << feature;
+  for (const char* feature : {"la57", "vmx", "svm", "monitor", "avx512f", "pku"})
+    EXPECT_FALSE(table.Has(feature)) << feature;
   BareBoard plain(1 << 20, 1, "max,kvm=off");
   EXPECT_EQ(plain.accel().cpuid(0).Lookup(0x40000000, 0).ebx, 0x7261764bu);  // "Kvar"
 }

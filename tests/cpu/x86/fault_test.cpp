@@ -1,4 +1,5 @@
-// Exceptions with their error codes, and how they are delivered. Expected values: SDM vol. 3 ch. 4.7 and 6.
+// Exceptions with their error codes, and how they are delivered. Expected values: SDM vol. 3
+// ch. 4.7 and 6.
 #include "cpu/x86/fault.h"
 
 #include "cpu/x86/guest_case.h"
@@ -69,7 +70,9 @@ void Prepare(GuestCase& guest, uint32_t setup) {
   if (setup & kReservedBit) entry |= 1ull << 51;
   guest.SetPte(kTestPage, entry);
   if (setup & kNextAbsent) guest.SetPte(kOtherPage, 0);
-  if (setup & kTestLdt) guest.initial.ldtr = {.base = kTestPage, .limit = 0xff, .attributes = 0x82, .selector = kLdtSelector};
+  if (setup & kTestLdt)
+    guest.initial.ldtr = {
+        .base = kTestPage, .limit = 0xff, .attributes = 0x82, .selector = kLdtSelector};
   if (setup & kWp) guest.initial.cr0 |= cr0::kWp;
   if (setup & kAlignment) guest.initial.cr0 |= cr0::kAm;
   if (setup & kSmep) guest.initial.cr4 |= cr4::kSmep;
@@ -81,7 +84,8 @@ void Prepare(GuestCase& guest, uint32_t setup) {
 }
 
 TEST(Fault, ErrorCodes) {
-  constexpr Mode k64 = Mode::kLong64, k32 = Mode::kFlat32, kPae = Mode::kPae32, kTwoLevel = Mode::kPaged32;
+  constexpr Mode k64 = Mode::kLong64, k32 = Mode::kFlat32, kPae = Mode::kPae32,
+                 kTwoLevel = Mode::kPaged32;
   const Row rows[] = {
       {"undefined", k64, 0, CODE_OF(ud), 0, kUD, 0},
       {"divide error", k64, 3, CODE_OF(divide), 0, kDE, 0},
@@ -91,26 +95,32 @@ TEST(Fault, ErrorCodes) {
       {"not canonical, stack", k64, 0, CODE_OF(noncanonical_stack), 0, kSS, 0},
       {"read, absent", k64, 0, CODE_OF(read_page), kAbsent, kPF, 0, kTestPage},
       {"write, absent", k64, 0, CODE_OF(write_page), kAbsent, kPF, 2, kTestPage},
-      {"read-modify-write, absent, is a write", k64, 0, CODE_OF(rmw_page), kAbsent, kPF, 2, kTestPage},
+      {"read-modify-write, absent, is a write", k64, 0, CODE_OF(rmw_page), kAbsent, kPF, 2,
+       kTestPage},
       {"user read, absent", k64, 3, CODE_OF(read_page), kAbsent, kPF, 4, kTestPage},
       {"user write, absent", k64, 3, CODE_OF(write_page), kAbsent, kPF, 6, kTestPage},
       {"user read of a supervisor page", k64, 3, CODE_OF(read_page), 0, kPF, 5, kTestPage},
       {"user write of a supervisor page", k64, 3, CODE_OF(write_page), 0, kPF, 7, kTestPage},
-      {"user write of a read-only page", k64, 3, CODE_OF(write_page), kUserPage | kReadOnly, kPF, 7, kTestPage},
-      {"supervisor write of a read-only page, WP", k64, 0, CODE_OF(write_page), kReadOnly | kWp, kPF, 3, kTestPage},
-      {"supervisor write of a read-only page, no WP", k64, 0, CODE_OF(write_page), kReadOnly, -1, 0},
+      {"user write of a read-only page", k64, 3, CODE_OF(write_page), kUserPage | kReadOnly, kPF, 7,
+       kTestPage},
+      {"supervisor write of a read-only page, WP", k64, 0, CODE_OF(write_page), kReadOnly | kWp,
+       kPF, 3, kTestPage},
+      {"supervisor write of a read-only page, no WP", k64, 0, CODE_OF(write_page), kReadOnly, -1,
+       0},
       {"fetch, absent", k64, 0, CODE_OF(jump_page), kAbsent, kPF, 0x10, kTestPage},
       {"fetch, NX", k64, 0, CODE_OF(jump_page), kNoExecute, kPF, 0x11, kTestPage},
       {"user fetch, NX", k64, 3, CODE_OF(jump_page), kUserPage | kNoExecute, kPF, 0x15, kTestPage},
       {"user fetch of a supervisor page", k64, 3, CODE_OF(jump_page), 0, kPF, 0x15, kTestPage},
       {"reserved bit", k64, 0, CODE_OF(read_page), kReservedBit, kPF, 9, kTestPage},
-      {"reserved bit, user write", k64, 3, CODE_OF(write_page), kReservedBit | kUserPage, kPF, 0xf, kTestPage},
+      {"reserved bit, user write", k64, 3, CODE_OF(write_page), kReservedBit | kUserPage, kPF, 0xf,
+       kTestPage},
       {"write into the next page", k64, 0, CODE_OF(cross_page), kNextAbsent, kPF, 2, kOtherPage},
       {"SMEP", k64, 0, CODE_OF(jump_page), kUserPage | kSmep, kPF, 0x11, kTestPage},
       {"SMAP, read", k64, 0, CODE_OF(read_page), kUserPage | kSmap, kPF, 1, kTestPage},
       {"SMAP, write", k64, 0, CODE_OF(write_page), kUserPage | kSmap, kPF, 3, kTestPage},
       {"SMAP with AC", k64, 0, CODE_OF(stac_read), kUserPage | kSmap, -1, 0},
-      {"SMAP, implicit access despite AC", k64, 0, CODE_OF(stac_load_segment), kUserPage | kTestLdt | kSmap, kPF, 1, kTestPage},
+      {"SMAP, implicit access despite AC", k64, 0, CODE_OF(stac_load_segment),
+       kUserPage | kTestLdt | kSmap, kPF, 1, kTestPage},
       {"alignment, user", k64, 3, CODE_OF(misaligned), kAlignment, kAC, 0},
       {"alignment, supervisor", k64, 0, CODE_OF(misaligned), kAlignment, -1, 0},
       {"INT n through a gate of DPL 0", k64, 3, CODE_OF(int_80), 0, kGP, 0x80 * 8 + 2},
@@ -123,9 +133,12 @@ TEST(Fault, ErrorCodes) {
       {"write to a read-only segment", k32, 0, CODE_OF(write_read_only), 0, kGP, 0},
       {"PAE: read, absent", kPae, 0, CODE_OF(read_page32), kAbsent, kPF, 0, kTestPage},
       {"PAE: reserved bit", kPae, 0, CODE_OF(read_page32), kReservedBit, kPF, 9, kTestPage},
-      {"PAE: user write of a supervisor page", kPae, 3, CODE_OF(write_page32), 0, kPF, 7, kTestPage},
-      {"two levels: write, absent", kTwoLevel, 0, CODE_OF(write_page32), kAbsent, kPF, 2, kTestPage},
-      {"two levels: user read of a supervisor page", kTwoLevel, 3, CODE_OF(read_page32), 0, kPF, 5, kTestPage},
+      {"PAE: user write of a supervisor page", kPae, 3, CODE_OF(write_page32), 0, kPF, 7,
+       kTestPage},
+      {"two levels: write, absent", kTwoLevel, 0, CODE_OF(write_page32), kAbsent, kPF, 2,
+       kTestPage},
+      {"two levels: user read of a supervisor page", kTwoLevel, 3, CODE_OF(read_page32), 0, kPF, 5,
+       kTestPage},
       {"two levels: WP", kTwoLevel, 0, CODE_OF(write_page32), kReadOnly | kWp, kPF, 3, kTestPage},
       {"real mode: limit", Mode::kReal16, 0, CODE_OF(real_limit), 0, kGP, 0},
       {"real mode: stack limit", Mode::kReal16, 0, CODE_OF(real_stack_limit), 0, kSS, 0},
@@ -143,7 +156,8 @@ TEST(Fault, ErrorCodes) {
       EXPECT_EQ(guest.board.triple_faults, 1);
       continue;
     }
-    if (row.vector == kSS && row.mode == Mode::kLong64) guest.SetGate(kSS, 0xe, 0, kCode64, GuestCase::Stub(kSS), 1);
+    if (row.vector == kSS && row.mode == Mode::kLong64)
+      guest.SetGate(kSS, 0xe, 0, kCode64, GuestCase::Stub(kSS), 1);
     Outcome end = guest.Run();
     EXPECT_EQ(end.vector, row.vector);
     EXPECT_EQ(end.error, row.error);
@@ -198,7 +212,8 @@ TEST(Fault, DoubleAndTriple) {
     EXPECT_EQ(end.error, 0u);
   }
   {
-    GuestCase guest(Mode::kLong64);  // #UD is benign: the #NP of its gate is delivered, EXT and IDT set
+    GuestCase guest(
+        Mode::kLong64);  // #UD is benign: the #NP of its gate is delivered, EXT and IDT set
     guest.SetGate(kUD, 0xe, 0, kCode64, GuestCase::Stub(kUD), 0, false);
     guest.Load(CODE_OF(ud));
     Outcome end = guest.Run();
@@ -266,10 +281,12 @@ TEST(Fault, Breakpoints) {
       {"instruction", CODE_OF(nops), kCode + 1, 0x401, true, kCode + 1},
       {"instruction, disabled", CODE_OF(nops), kCode + 1, 0x400, false, 0},
       {"data write", CODE_OF(write_data), 0x9004, 0x401 | 0xd0000, true, kCode + 11},
-      {"data write, one byte watched", CODE_OF(write_data), 0x9006, 0x401 | 0x10000, true, kCode + 11},
+      {"data write, one byte watched", CODE_OF(write_data), 0x9006, 0x401 | 0x10000, true,
+       kCode + 11},
       {"data write, next to it", CODE_OF(write_data), 0x9008, 0x401 | 0xd0000, false, 0},
       {"read of a write breakpoint", CODE_OF(read_data), 0x9004, 0x401 | 0xd0000, false, 0},
-      {"read of an access breakpoint", CODE_OF(read_data), 0x9004, 0x401 | 0xf0000, true, kCode + 7},
+      {"read of an access breakpoint", CODE_OF(read_data), 0x9004, 0x401 | 0xf0000, true,
+       kCode + 7},
       {"port", CODE_OF(out_port), 0x80, 0x401 | 0x20000, true, kCode + 2},
   };
   for (const BreakpointRow& row : rows) {

@@ -1,9 +1,11 @@
-// Guest programs of a few instructions: a mode is set up by hand, the program runs, and how it ended is read back.
+// Guest programs of a few instructions: a mode is set up by hand, the program runs, and how it
+// ended is read back.
 //
-//   GUEST_CODE(name, "mode directive and instructions")   assembles at build time; the code runs at kCode
-//   GuestCase guest(Mode::kLong64);  guest.Load(CODE_OF(name));  Outcome end = guest.Run();
+//   GUEST_CODE(name, "mode directive and instructions")   assembles at build time; the code runs at
+//   kCode GuestCase guest(Mode::kLong64);  guest.Load(CODE_OF(name));  Outcome end = guest.Run();
 //
-// Every exception and interrupt ends the program in its vector's stub; "out %al, $0xf4" ends it normally.
+// Every exception and interrupt ends the program in its vector's stub; "out %al, $0xf4" ends it
+// normally.
 #pragma once
 
 #include <cstdint>
@@ -13,25 +15,26 @@
 
 #include "cpu/x86/bare_board.h"
 
-#define GUEST_CODE(name, text)                                  \
-  extern "C" const uint8_t name##_begin[], name##_end[];        \
-  asm(".pushsection .rodata\n" #name "_begin:\n" text "\n" #name \
-      "_end:\n.code64\n.popsection\n");
+#define GUEST_CODE(name, text)                           \
+  extern "C" const uint8_t name##_begin[], name##_end[]; \
+  asm(".pushsection .rodata\n" #name "_begin:\n" text "\n" #name "_end:\n.code64\n.popsection\n");
 #define CODE_OF(name) std::span<const uint8_t>(name##_begin, name##_end)
 
 namespace kvartz::cpu::x86 {
 
 enum class Mode { kReal16, kFlat32, kPaged32, kPae32, kLong64, kCompat32 };
 
-constexpr uint64_t kGdtAt = 0x1000, kIdtAt = 0x2000, kTssAt = 0x3000, kStubsAt = 0x5000, kStackTop = 0x7000, kInnerStack = 0x6c00,
-                   kIstStack = 0x6800, kCode = 0x8000, kUserStack = 0xb000, kData = 0x9000, kTablesAt = 0x10000,
-                   kTestPage = 0x100000, kOtherPage = 0x101000;
+constexpr uint64_t kGdtAt = 0x1000, kIdtAt = 0x2000, kTssAt = 0x3000, kStubsAt = 0x5000,
+                   kStackTop = 0x7000, kInnerStack = 0x6c00, kIstStack = 0x6800, kCode = 0x8000,
+                   kUserStack = 0xb000, kData = 0x9000, kTablesAt = 0x10000, kTestPage = 0x100000,
+                   kOtherPage = 0x101000;
 
 // GDT selectors.
-constexpr uint16_t kCode32 = 0x08, kData32 = 0x10, kCode64 = 0x18, kUserCode32 = 0x23, kUserData = 0x2b, kUserCode64 = 0x33,
-                   kCode16 = 0x38, kData16 = 0x40, kTssSelector = 0x48, kAbsentData = 0x58, kExecuteOnly = 0x60,
-                   kReadOnlyData = 0x68, kConforming = 0x70, kTss2 = 0x78, kTaskGateSelector = 0x80, kCallGateSelector = 0x88,
-                   kLdtSelector = 0x98;
+constexpr uint16_t kCode32 = 0x08, kData32 = 0x10, kCode64 = 0x18, kUserCode32 = 0x23,
+                   kUserData = 0x2b, kUserCode64 = 0x33, kCode16 = 0x38, kData16 = 0x40,
+                   kTssSelector = 0x48, kAbsentData = 0x58, kExecuteOnly = 0x60,
+                   kReadOnlyData = 0x68, kConforming = 0x70, kTss2 = 0x78, kTaskGateSelector = 0x80,
+                   kCallGateSelector = 0x88, kLdtSelector = 0x98;
 
 struct Outcome {
   int vector = -1;  // -1: ended by itself
@@ -43,7 +46,8 @@ struct Outcome {
 
 class GuestCase {
  public:
-  explicit GuestCase(Mode mode, unsigned cpl = 0, const std::string& model = "max", unsigned cpus = 1)
+  explicit GuestCase(Mode mode, unsigned cpl = 0, const std::string& model = "max",
+                     unsigned cpus = 1)
       : board(16 << 20, cpus, model), mode_(mode) {
     BuildTables();
     X86State state;
@@ -60,7 +64,8 @@ class GuestCase {
       case Mode::kReal16:
         state.cr0 = 0x10;
         state.idtr = {0, 0x3ff};
-        for (auto& s : state.seg) s = {.base = 0, .limit = 0xffff, .attributes = 0x93, .selector = 0};
+        for (auto& s : state.seg)
+          s = {.base = 0, .limit = 0xffff, .attributes = 0x93, .selector = 0};
         break;
       case Mode::kFlat32:
         break;
@@ -101,18 +106,25 @@ class GuestCase {
   }
   // The page-table entry (8 bytes, or 4 in kPaged32) of a page below 2 MiB.
   uint64_t pte_address(uint64_t page) const {
-    return mode_ == Mode::kPaged32 ? kTablesAt + 0x1000 + (page >> 12) * 4 : kTablesAt + 0x3000 + (page >> 12) * 8;
+    return mode_ == Mode::kPaged32 ? kTablesAt + 0x1000 + (page >> 12) * 4
+                                   : kTablesAt + 0x3000 + (page >> 12) * 8;
   }
   void SetPte(uint64_t page, uint64_t entry) {
-    mode_ == Mode::kPaged32 ? Put<uint32_t>(pte_address(page), static_cast<uint32_t>(entry)) : Put<uint64_t>(pte_address(page), entry);
+    mode_ == Mode::kPaged32 ? Put<uint32_t>(pte_address(page), static_cast<uint32_t>(entry))
+                            : Put<uint64_t>(pte_address(page), entry);
   }
-  uint64_t Pte(uint64_t page) { return mode_ == Mode::kPaged32 ? Get<uint32_t>(pte_address(page)) : Get<uint64_t>(pte_address(page)); }
+  uint64_t Pte(uint64_t page) {
+    return mode_ == Mode::kPaged32 ? Get<uint32_t>(pte_address(page))
+                                   : Get<uint64_t>(pte_address(page));
+  }
 
   void SetGdt(uint16_t selector, uint64_t low) { Put<uint64_t>(kGdtAt + (selector & ~7u), low); }
   // A gate: type 0xe interrupt, 0xf trap, 5 task; ist in long mode.
-  void SetGate(unsigned vector, unsigned type, unsigned dpl, uint16_t selector, uint64_t target, unsigned ist = 0, bool present = true) {
-    uint64_t low = (target & 0xffff) | uint64_t{selector} << 16 | uint64_t{ist} << 32 | uint64_t{type} << 40 | uint64_t{dpl} << 45 |
-                   uint64_t{present} << 47 | (target >> 16 & 0xffff) << 48;
+  void SetGate(unsigned vector, unsigned type, unsigned dpl, uint16_t selector, uint64_t target,
+               unsigned ist = 0, bool present = true) {
+    uint64_t low = (target & 0xffff) | uint64_t{selector} << 16 | uint64_t{ist} << 32 |
+                   uint64_t{type} << 40 | uint64_t{dpl} << 45 | uint64_t{present} << 47 |
+                   (target >> 16 & 0xffff) << 48;
     if (IsLong()) {
       Put<uint64_t>(kIdtAt + vector * 16, low);
       Put<uint64_t>(kIdtAt + vector * 16 + 8, target >> 32);
@@ -122,7 +134,9 @@ class GuestCase {
   }
   static uint64_t Stub(unsigned vector) { return kStubsAt + vector * 8; }
 
-  void Load(std::span<const uint8_t> code, uint64_t address = kCode) { memcpy(at(address), code.data(), code.size()); }
+  void Load(std::span<const uint8_t> code, uint64_t address = kCode) {
+    memcpy(at(address), code.data(), code.size());
+  }
 
   Outcome Run() {
     EXPECT_TRUE(board.vcpu().SetState(initial));
@@ -146,11 +160,17 @@ class GuestCase {
 
  private:
   static Segment Data(unsigned cpl) {
-    return {.base = 0, .limit = 0xffffffff, .attributes = 0xc093 | cpl << 5, .selector = cpl == 3 ? kUserData : kData32};
+    return {.base = 0,
+            .limit = 0xffffffff,
+            .attributes = 0xc093 | cpl << 5,
+            .selector = cpl == 3 ? kUserData : kData32};
   }
   static Segment Code(unsigned cpl, bool is64) {
     uint16_t selector = is64 ? (cpl ? kUserCode64 : kCode64) : cpl ? kUserCode32 : kCode32;
-    return {.base = 0, .limit = 0xffffffff, .attributes = (is64 ? 0xa09bu : 0xc09bu) | cpl << 5, .selector = selector};
+    return {.base = 0,
+            .limit = 0xffffffff,
+            .attributes = (is64 ? 0xa09bu : 0xc09bu) | cpl << 5,
+            .selector = selector};
   }
 
   void ReadFrame(Outcome& end) {
@@ -164,11 +184,13 @@ class GuestCase {
       sp += width;
       return value;
     };
-    if (!real && end.vector < 32 && (kWithError >> end.vector & 1)) end.error = static_cast<uint32_t>(pop());
+    if (!real && end.vector < 32 && (kWithError >> end.vector & 1))
+      end.error = static_cast<uint32_t>(pop());
     end.rip = pop();
     end.cs = static_cast<uint16_t>(pop());
     end.flags = pop();
-    if (IsLong() || (end.cs & 3) != (end.state.seg[kCs].selector & 3) || (end.flags & rflags::kVm)) {
+    if (IsLong() || (end.cs & 3) != (end.state.seg[kCs].selector & 3) ||
+        (end.flags & rflags::kVm)) {
       end.sp = pop();
       end.ss = static_cast<uint16_t>(pop());
     }
@@ -212,18 +234,21 @@ class GuestCase {
     BuildPaging();
   }
 
-  // The first 2 MiB in 4 KiB pages, identity-mapped; supervisor pages but for code, data and user stack.
+  // The first 2 MiB in 4 KiB pages, identity-mapped; supervisor pages but for code, data and user
+  // stack.
   void BuildPaging() {
     auto flags = [](unsigned page) { return page >= 8 && page <= 0xb ? 7u : 3u; };
     if (mode_ == Mode::kPaged32) {
       Put<uint32_t>(kTablesAt, (kTablesAt + 0x1000) | 7);
-      for (unsigned i = 0; i < 512; i++) Put<uint32_t>(kTablesAt + 0x1000 + i * 4, i << 12 | flags(i));
+      for (unsigned i = 0; i < 512; i++)
+        Put<uint32_t>(kTablesAt + 0x1000 + i * 4, i << 12 | flags(i));
       return;
     }
     Put<uint64_t>(kTablesAt, (kTablesAt + 0x1000) | 7);
     Put<uint64_t>(kTablesAt + 0x1000, (kTablesAt + 0x2000) | (mode_ == Mode::kPae32 ? 1 : 7));
     Put<uint64_t>(kTablesAt + 0x2000, (kTablesAt + 0x3000) | 7);
-    for (unsigned i = 0; i < 512; i++) Put<uint64_t>(kTablesAt + 0x3000 + i * 8, uint64_t{i} << 12 | flags(i));
+    for (unsigned i = 0; i < 512; i++)
+      Put<uint64_t>(kTablesAt + 0x3000 + i * 8, uint64_t{i} << 12 | flags(i));
   }
 
   Mode mode_;

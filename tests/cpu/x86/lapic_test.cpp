@@ -1,4 +1,5 @@
-// The local APIC as guests see it: interrupts, priorities, timers, IPIs, start-up of a second CPU. SDM vol. 3 ch. 9 and 11.
+// The local APIC as guests see it: interrupts, priorities, timers, IPIs, start-up of a second CPU.
+// SDM vol. 3 ch. 9 and 11.
 #include "cpu/x86/lapic.h"
 
 #include "cpu/x86/guest_case.h"
@@ -7,20 +8,26 @@ namespace kvartz::cpu::x86 {
 namespace {
 
 // x2APIC registers are MSRs 0x800 + offset / 16.
-#define APIC_WRITE(reg, value) "mov $(0x800+" #reg "), %ecx; mov $" #value ", %eax; xor %edx, %edx; wrmsr;"
+#define APIC_WRITE(reg, value) \
+  "mov $(0x800+" #reg "), %ecx; mov $" #value ", %eax; xor %edx, %edx; wrmsr;"
 #define APIC_READ(reg) "mov $(0x800+" #reg "), %ecx; rdmsr;"
 #define X2APIC_ON "mov $0x1b, %ecx; rdmsr; or $0xc00, %eax; wrmsr;" APIC_WRITE(0xf, 0x1ff)
 
 GUEST_CODE(apic_self_ipi, X2APIC_ON APIC_WRITE(0x3f, 0x41) "nop; sti; nop; nop; out %al, $0xf4")
-GUEST_CODE(apic_priority, X2APIC_ON APIC_WRITE(0x8, 0x50) APIC_WRITE(0x3f, 0x41) APIC_WRITE(0x3f, 0x5f)
-           "sti; nop; nop;" APIC_WRITE(0x3f, 0x61) "hlt")
-GUEST_CODE(apic_tpr_lowered, X2APIC_ON APIC_WRITE(0x8, 0x50) APIC_WRITE(0x3f, 0x41) "sti; nop; xor %eax, %eax; mov %rax, %cr8; nop; hlt")
-GUEST_CODE(apic_registers, X2APIC_ON APIC_READ(0x2) "mov %eax, %ebx;" APIC_READ(0x3) "mov %eax, %esi;" APIC_READ(0xd)
-           "mov %eax, %edi; out %al, $0xf4")
+GUEST_CODE(apic_priority, X2APIC_ON APIC_WRITE(0x8, 0x50) APIC_WRITE(0x3f, 0x41)
+                              APIC_WRITE(0x3f, 0x5f) "sti; nop; nop;" APIC_WRITE(0x3f, 0x61) "hlt")
+GUEST_CODE(apic_tpr_lowered,
+           X2APIC_ON APIC_WRITE(0x8, 0x50)
+               APIC_WRITE(0x3f, 0x41) "sti; nop; xor %eax, %eax; mov %rax, %cr8; nop; hlt")
+GUEST_CODE(apic_registers,
+           X2APIC_ON APIC_READ(0x2) "mov %eax, %ebx;" APIC_READ(0x3) "mov %eax, %esi;" APIC_READ(
+               0xd) "mov %eax, %edi; out %al, $0xf4")
 GUEST_CODE(apic_bad_register, X2APIC_ON APIC_READ(0x4))
 GUEST_CODE(apic_xapic_msr, "mov $0x802, %ecx; rdmsr")
-GUEST_CODE(apic_esr, X2APIC_ON APIC_WRITE(0x28, 0) APIC_WRITE(0x30, 0x40005) APIC_WRITE(0x28, 0) APIC_READ(0x28) "out %al, $0xf4")
-GUEST_CODE(apic_one_shot, X2APIC_ON APIC_WRITE(0x32, 0x50) APIC_WRITE(0x3e, 0xb) APIC_WRITE(0x38, 1000000) "sti; 1: hlt; jmp 1b")
+GUEST_CODE(apic_esr, X2APIC_ON APIC_WRITE(0x28, 0) APIC_WRITE(0x30, 0x40005) APIC_WRITE(0x28, 0)
+                         APIC_READ(0x28) "out %al, $0xf4")
+GUEST_CODE(apic_one_shot, X2APIC_ON APIC_WRITE(0x32, 0x50) APIC_WRITE(0x3e, 0xb)
+                              APIC_WRITE(0x38, 1000000) "sti; 1: hlt; jmp 1b")
 GUEST_CODE(apic_count, X2APIC_ON APIC_WRITE(0x32, 0x10050) APIC_WRITE(0x3e, 3) APIC_WRITE(0x38, 0x7fffffff)
            APIC_READ(0x39) "mov %eax, %ebx;" "rdtsc; mov %eax, %esi; 1: rdtsc; sub %esi, %eax; cmp $1600000, %eax; jb 1b;" APIC_READ(0x39)
            "sub %eax, %ebx; out %al, $0xf4")
@@ -30,10 +37,13 @@ GUEST_CODE(apic_deadline, X2APIC_ON APIC_WRITE(0x32, 0x40050)
 GUEST_CODE(apic_deadline_running, X2APIC_ON APIC_WRITE(0x32, 0x40050)
            "rdtsc; shl $32, %rdx; or %rdx, %rax; add $500000, %rax; mov %rax, %rdx; shr $32, %rdx;"
            "mov $0x6e0, %ecx; wrmsr; sti; 1: jmp 1b")
-GUEST_CODE(apic_no_deadline_mode, X2APIC_ON APIC_WRITE(0x32, 0x50) "mov $0x6e0, %ecx; mov $-1, %eax; cltd; wrmsr; rdmsr; out %al, $0xf4")
+GUEST_CODE(apic_no_deadline_mode,
+           X2APIC_ON APIC_WRITE(
+               0x32, 0x50) "mov $0x6e0, %ecx; mov $-1, %eax; cltd; wrmsr; rdmsr; out %al, $0xf4")
 // Periodic: three ticks, counted by the handler at 0x9800.
-GUEST_CODE(apic_periodic, X2APIC_ON APIC_WRITE(0x32, 0x20050) APIC_WRITE(0x3e, 0xb) APIC_WRITE(0x38, 200000)
-           "sti; 1: hlt; cmpl $3, 0x9000; jb 1b; cli; out %al, $0xf4")
+GUEST_CODE(apic_periodic,
+           X2APIC_ON APIC_WRITE(0x32, 0x20050) APIC_WRITE(0x3e, 0xb)
+               APIC_WRITE(0x38, 200000) "sti; 1: hlt; cmpl $3, 0x9000; jb 1b; cli; out %al, $0xf4")
 GUEST_CODE(apic_tick, "incl 0x9000;" APIC_WRITE(0xb, 0) "iretq")
 // The same in xAPIC mode, through the page.
 GUEST_CODE(apic_mmio, R"(
@@ -47,8 +57,11 @@ GUEST_CODE(apic_mmio, R"(
   nop
   nop
   out %al, $0xf4)")
-GUEST_CODE(apic_off, "mov $0x1b, %ecx; rdmsr; and $~0x800, %eax; wrmsr; mov $1, %eax; cpuid; out %al, $0xf4")
-GUEST_CODE(apic_bad_mode, "mov $0x1b, %ecx; rdmsr; or $0xc00, %eax; wrmsr; and $~0x400, %eax; wrmsr; out %al, $0xf4")
+GUEST_CODE(apic_off,
+           "mov $0x1b, %ecx; rdmsr; and $~0x800, %eax; wrmsr; mov $1, %eax; cpuid; out %al, $0xf4")
+GUEST_CODE(
+    apic_bad_mode,
+    "mov $0x1b, %ecx; rdmsr; or $0xc00, %eax; wrmsr; and $~0x400, %eax; wrmsr; out %al, $0xf4")
 
 TEST(Lapic, SelfIpiAfterTheShadowOfSti) {
   GuestCase guest(Mode::kLong64);
@@ -271,7 +284,8 @@ TEST(Lapic, SplitLocksAreAtomic) {
   EXPECT_EQ(guest.Get<uint32_t>(0x9ffe), 4000u);
 }
 
-// Code that one CPU writes and the other runs: each round the second CPU must see the new immediate.
+// Code that one CPU writes and the other runs: each round the second CPU must see the new
+// immediate.
 GUEST_CODE(apic_ap_runs_code, R"(
   .code16
   cli

@@ -1,4 +1,5 @@
-// Paging: accessed and dirty bits, page sizes, address space changes, code that changes under the CPU. SDM vol. 3 ch. 4.
+// Paging: accessed and dirty bits, page sizes, address space changes, code that changes under the
+// CPU. SDM vol. 3 ch. 4.
 #include "cpu/x86/mmu.h"
 
 #include <algorithm>
@@ -54,12 +55,15 @@ TEST(Mmu, FaultsLeaveDirtyAlone) {
   EXPECT_EQ(guest.Pte(kTestPage) & kD, 0u);
 }
 
-GUEST_CODE(mmu_large, "mov 0x40200008, %eax; movl $1, 0x40200010; mov $0x80000018, %ecx; mov (%rcx), %ebx; out %al, $0xf4")
+GUEST_CODE(mmu_large,
+           "mov 0x40200008, %eax; movl $1, 0x40200010; mov $0x80000018, %ecx; mov (%rcx), %ebx; "
+           "out %al, $0xf4")
 GUEST_CODE(mmu_large32, ".code32; mov 0x40400008, %eax; movl $1, 0x40400010; out %al, $0xf4")
 
 TEST(Mmu, LargePages) {
   GuestCase guest(Mode::kLong64);
-  // 1 GiB at 2 GiB, 2 MiB at 1 GiB + 2 MiB, both to the test page's 2 MiB or the memory's beginning.
+  // 1 GiB at 2 GiB, 2 MiB at 1 GiB + 2 MiB, both to the test page's 2 MiB or the memory's
+  // beginning.
   guest.Put<uint64_t>(kTablesAt + 0x1000 + 2 * 8, 0x83);
   guest.Put<uint64_t>(kTablesAt + 0x1000 + 1 * 8, (kTablesAt + 0x4000) | 3);
   guest.Put<uint64_t>(kTablesAt + 0x4000 + 8, 0x200000 | 0x83);
@@ -148,7 +152,8 @@ TEST(Mmu, InvlpgOfLargePage) {
   EXPECT_EQ(end.state.gpr[kRbx], 2u);
 }
 
-// Two address spaces with PCIDs 1 and 2: each sees its own page, with and without flushes; INVPCID reaches the other one.
+// Two address spaces with PCIDs 1 and 2: each sees its own page, with and without flushes; INVPCID
+// reaches the other one.
 GUEST_CODE(mmu_pcid, R"(
   mov $0x10, %rax
   shl $12, %rax
@@ -207,7 +212,7 @@ TEST(Mmu, FiveLevels) {
   GuestCase guest(Mode::kLong64, 0, "max,+la57");
   guest.initial.cr4 |= cr4::kLa57;
   guest.initial.cr3 = 0x20000;
-  guest.Put<uint64_t>(0x20000, kTablesAt | 7);          // the lowest 256 TiB
+  guest.Put<uint64_t>(0x20000, kTablesAt | 7);  // the lowest 256 TiB
   guest.Put<uint64_t>(0x20008, kTablesAt | 7);  // and the next
   guest.Put<uint32_t>(kTestPage, 77);
   guest.Load(CODE_OF(mmu_la57));
@@ -281,7 +286,9 @@ class Recorder final : public IoHandler {
     events.push_back({false, offset, size, 0});
     return 0x1122334455667788;
   }
-  void IoWrite(uint64_t offset, unsigned size, uint64_t value) override { events.push_back({true, offset, size, value}); }
+  void IoWrite(uint64_t offset, unsigned size, uint64_t value) override {
+    events.push_back({true, offset, size, value});
+  }
   std::vector<Event> events;
 };
 
@@ -311,8 +318,14 @@ TEST(Mmu, Devices) {
   EXPECT_EQ(end.vector, -1);
   EXPECT_EQ(end.state.gpr[kRax], 0x55667788u);
   const std::vector<Recorder::Event> expected = {
-      {false, 0, 4, 0},       {true, 5, 1, 9},        {true, 8, 8, 1},     {false, 0x10, 4, 0},
-      {true, 0x10, 4, 0x55667788 | 0x80}, {false, 0x20, 8, 0}, {false, 0x28, 8, 0}, {true, 0xffe, 2, 0x7788},
+      {false, 0, 4, 0},
+      {true, 5, 1, 9},
+      {true, 8, 8, 1},
+      {false, 0x10, 4, 0},
+      {true, 0x10, 4, 0x55667788 | 0x80},
+      {false, 0x20, 8, 0},
+      {false, 0x28, 8, 0},
+      {true, 0xffe, 2, 0x7788},
   };
   EXPECT_TRUE(recorder.events == expected);
   EXPECT_EQ(guest.Get<uint16_t>(0x200000), 0x5566u);

@@ -1,4 +1,5 @@
-// Far transfers, gates, tasks, virtual-8086 mode, fast system calls. SDM vol. 2 and vol. 3 ch. 5, 7, 20.
+// Far transfers, gates, tasks, virtual-8086 mode, fast system calls. SDM vol. 2 and vol. 3 ch. 5,
+// 7, 20.
 #include "cpu/x86/segment.h"
 
 #include "cpu/x86/guest_case.h"
@@ -107,8 +108,8 @@ TEST(Segment, BigRealMode) {
 // ---- gates
 
 uint64_t CallGate32(uint16_t selector, uint32_t offset, unsigned count, unsigned dpl) {
-  return (offset & 0xffff) | uint64_t{selector} << 16 | uint64_t{count} << 32 | uint64_t{0x8c | dpl << 5} << 40 |
-         uint64_t{offset >> 16} << 48;
+  return (offset & 0xffff) | uint64_t{selector} << 16 | uint64_t{count} << 32 |
+         uint64_t{0x8c | dpl << 5} << 40 | uint64_t{offset >> 16} << 48;
 }
 
 GUEST_CODE(seg_call_gate, R"(
@@ -232,15 +233,18 @@ TEST(Segment, Inspection) {
 
 // ---- tasks
 
-uint64_t TssDescriptor(uint32_t base, unsigned type) { return 0x0000800000000067 | uint64_t{type} << 40 | uint64_t{base & 0xffffff} << 16; }
+uint64_t TssDescriptor(uint32_t base, unsigned type) {
+  return 0x0000800000000067 | uint64_t{type} << 40 | uint64_t{base & 0xffffff} << 16;
+}
 
 void MakeTask(GuestCase& guest, uint32_t base, uint32_t eip) {
   guest.Put<uint32_t>(base + 28, static_cast<uint32_t>(guest.initial.cr3));
   guest.Put<uint32_t>(base + 32, eip);
   guest.Put<uint32_t>(base + 36, 2);
-  guest.Put<uint32_t>(base + 40, 0xaaaa);       // EAX
-  guest.Put<uint32_t>(base + 56, 0x6000);       // ESP
-  for (unsigned i = 0; i < 6; i++) guest.Put<uint32_t>(base + 72 + i * 4, i == 1 ? kCode32 : kData32);
+  guest.Put<uint32_t>(base + 40, 0xaaaa);  // EAX
+  guest.Put<uint32_t>(base + 56, 0x6000);  // ESP
+  for (unsigned i = 0; i < 6; i++)
+    guest.Put<uint32_t>(base + 72 + i * 4, i == 1 ? kCode32 : kData32);
 }
 
 GUEST_CODE(seg_task_call, R"(
@@ -365,7 +369,8 @@ TEST(Segment, Vm86InterruptThroughGate) {
   // Above SS: ES DS FS GS; the registers are null now.
   uint64_t frame = end.state.gpr[kRsp];
   EXPECT_EQ(frame, kInnerStack - 9 * 4);
-  for (unsigned i = 0; i < 4; i++) EXPECT_EQ(guest.Get<uint32_t>(frame + 20 + i * 4), 0x11u * (i + 1));
+  for (unsigned i = 0; i < 4; i++)
+    EXPECT_EQ(guest.Get<uint32_t>(frame + 20 + i * 4), 0x11u * (i + 1));
   EXPECT_EQ(end.state.seg[kDs].selector, 0);
   EXPECT_FALSE(end.state.rflags & rflags::kVm);
 }
@@ -384,7 +389,8 @@ TEST(Segment, Vm86VirtualInterruptFlag) {
   GuestCase guest(Mode::kFlat32);
   guest.initial.cr4 |= cr4::kVme;
   EnterVm86(guest, CODE_OF(seg_vm86_pushf), 0);
-  // Redirection bitmap: 32 bytes before the I/O bitmap; INT 0x30 stays with the monitor, whose IOPL check says no.
+  // Redirection bitmap: 32 bytes before the I/O bitmap; INT 0x30 stays with the monitor, whose IOPL
+  // check says no.
   guest.Put<uint16_t>(kTssAt + 0x66, 0x88);
   memset(guest.at(kTssAt + 0x68), 0xff, 32);
   Outcome end = guest.Run();
@@ -446,8 +452,10 @@ TEST(Segment, SyscallAndSysret) {
 }
 
 GUEST_CODE(seg_sysenter, ".code32; mov $0x9abc, %edx; sysenter")
-GUEST_CODE(seg_sysenter_target, ".code32; mov %esp, %esi; mov $0xa800, %edx; mov $0xb000, %ecx; sysexit")
-GUEST_CODE(seg_sysexit_target, ".code32; mov %cs, %eax; mov %ss, %ebx; mov %esp, %edi; out %al, $0xf4")
+GUEST_CODE(seg_sysenter_target,
+           ".code32; mov %esp, %esi; mov $0xa800, %edx; mov $0xb000, %ecx; sysexit")
+GUEST_CODE(seg_sysexit_target,
+           ".code32; mov %cs, %eax; mov %ss, %ebx; mov %esp, %edi; out %al, $0xf4")
 
 TEST(Segment, SysenterAndSysexit) {
   GuestCase guest(Mode::kFlat32, 3);

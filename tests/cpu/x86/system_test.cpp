@@ -1,4 +1,5 @@
-// System instructions: privileges, control registers, ports, MSRs, CPUID. SDM vol. 2 and vol. 3 ch. 2; vol. 1 ch. 19.
+// System instructions: privileges, control registers, ports, MSRs, CPUID. SDM vol. 2 and vol. 3 ch.
+// 2; vol. 1 ch. 19.
 #include "cpu/x86/guest_case.h"
 
 namespace kvartz::cpu::x86 {
@@ -37,7 +38,9 @@ GUEST_CODE(sys_cr0_pg_off, "mov %cr0, %rax; btr $31, %rax; mov %rax, %cr0")
 GUEST_CODE(sys_cr0_high, "mov %cr0, %rax; bts $32, %rax; mov %rax, %cr0")
 GUEST_CODE(sys_cr4_reserved, "mov %cr4, %rax; bts $31, %rax; mov %rax, %cr4")
 GUEST_CODE(sys_cr4_pae_off, "mov %cr4, %rax; btr $5, %rax; mov %rax, %cr4")
-GUEST_CODE(sys_cr4_pcide_cr3, "mov %cr3, %rax; or $8, %rax; mov %rax, %cr3; mov %cr4, %rax; bts $17, %rax; mov %rax, %cr4")
+GUEST_CODE(
+    sys_cr4_pcide_cr3,
+    "mov %cr3, %rax; or $8, %rax; mov %rax, %cr3; mov %cr4, %rax; bts $17, %rax; mov %rax, %cr4")
 GUEST_CODE(sys_cr3_reserved, "mov %cr3, %rax; bts $51, %rax; mov %rax, %cr3")
 GUEST_CODE(sys_cr1, ".byte 0x0f, 0x20, 0xc8")
 GUEST_CODE(sys_cr8_big, "mov $16, %eax; mov %rax, %cr8")
@@ -48,7 +51,9 @@ GUEST_CODE(sys_efer_lme, "mov $0xc0000080, %ecx; rdmsr; btr $8, %eax; wrmsr")
 GUEST_CODE(sys_unknown_msr, "mov $0x12345, %ecx; rdmsr")
 GUEST_CODE(sys_pat_bad, "mov $0x277, %ecx; mov $2, %eax; xor %edx, %edx; wrmsr")
 GUEST_CODE(sys_lstar_bad, "mov $0xc0000082, %ecx; xor %eax, %eax; mov $0x8000, %edx; wrmsr")
-GUEST_CODE(sys_xsetbv_bad, "mov %cr4, %rax; bts $18, %rax; mov %rax, %cr4; xor %ecx, %ecx; xor %edx, %edx; mov $5, %eax; xsetbv")
+GUEST_CODE(sys_xsetbv_bad,
+           "mov %cr4, %rax; bts $18, %rax; mov %rax, %cr4; xor %ecx, %ecx; xor %edx, %edx; mov $5, "
+           "%eax; xsetbv")
 GUEST_CODE(sys_invpcid_type, "mov $4, %eax; invpcid 0x9000, %rax")
 GUEST_CODE(sys_int1, ".byte 0xf1")
 
@@ -257,7 +262,8 @@ TEST(System, Msrs) {
   EXPECT_EQ(end.state.gpr[kR10], 0xc06u);
 }
 
-GUEST_CODE(sys_lmsw, ".code16; mov $1, %ax; lmsw %ax; xor %ax, %ax; lmsw %ax; smsw %bx; out %al, $0xf4")
+GUEST_CODE(sys_lmsw,
+           ".code16; mov $1, %ax; lmsw %ax; xor %ax, %ax; lmsw %ax; smsw %bx; out %al, $0xf4")
 
 TEST(System, LmswSetsPeAndNeverClearsIt) {
   GuestCase guest(Mode::kReal16);
@@ -270,7 +276,8 @@ TEST(System, LmswSetsPeAndNeverClearsIt) {
 // MOV SS holds off interrupts for one instruction: the pending one comes after it.
 TEST(System, MovSsShadow) {
   GuestCase guest(Mode::kFlat32);
-  static constexpr uint8_t kPlain[] = {0x8c, 0xd1, 0xfb, 0x8e, 0xd1, 0x90, 0x90, 0xf4};  // mov ecx, ss; sti; mov ss, ecx; nop...
+  static constexpr uint8_t kPlain[] = {0x8c, 0xd1, 0xfb, 0x8e, 0xd1,
+                                       0x90, 0x90, 0xf4};  // mov ecx, ss; sti; mov ss, ecx; nop...
   guest.Load(kPlain);
   guest.board.accel().SetPicOutput(true);
   EXPECT_TRUE(guest.board.vcpu().SetState(guest.initial));

@@ -16,25 +16,37 @@ void CheckUmip(Cpu& cpu) {
 
 uint64_t ReadCr(Cpu& cpu, unsigned number) {
   switch (number) {
-    case 0: return cpu.cr0;
-    case 2: return cpu.cr2;
-    case 3: return cpu.cr3;
-    case 4: return cpu.cr4;
-    case 8: return cpu.vcpu->lapic().cr8();
-    default: Raise(cpu, kUD);
+    case 0:
+      return cpu.cr0;
+    case 2:
+      return cpu.cr2;
+    case 3:
+      return cpu.cr3;
+    case 4:
+      return cpu.cr4;
+    case 8:
+      return cpu.vcpu->lapic().cr8();
+    default:
+      Raise(cpu, kUD);
   }
 }
 
 void WriteCr(Cpu& cpu, unsigned number, uint64_t value) {
   switch (number) {
-    case 0: return WriteCr0(cpu, value);
-    case 2: cpu.cr2 = value; return;
-    case 3: return WriteCr3(cpu, value);
-    case 4: return WriteCr4(cpu, value);
+    case 0:
+      return WriteCr0(cpu, value);
+    case 2:
+      cpu.cr2 = value;
+      return;
+    case 3:
+      return WriteCr3(cpu, value);
+    case 4:
+      return WriteCr4(cpu, value);
     case 8:
       if (value >> 4) Raise(cpu, kGP, 0);
       return cpu.vcpu->lapic().SetCr8(value);
-    default: Raise(cpu, kUD);
+    default:
+      Raise(cpu, kUD);
   }
 }
 
@@ -89,7 +101,8 @@ void LoadTable(Cpu& cpu, const Insn& insn, TableRegister* table) {
 // LDT and TSS descriptors: 16 bytes in long mode.
 Descriptor ReadSystemDescriptor(Cpu& cpu, uint16_t selector) {
   Descriptor d;
-  bool ok = !(selector & 4) && (cpu.long_mode() ? ReadDescriptor16(cpu, selector, &d) : ReadDescriptor(cpu, selector, &d));
+  bool ok = !(selector & 4) && (cpu.long_mode() ? ReadDescriptor16(cpu, selector, &d)
+                                                : ReadDescriptor(cpu, selector, &d));
   if (!ok) Raise(cpu, kGP, SelectorError(selector));
   if (cpu.long_mode() && (d.high >> 40 & 0x1f)) Raise(cpu, kGP, SelectorError(selector));
   return d;
@@ -113,7 +126,9 @@ void SetEdxEax(Cpu& cpu, uint64_t value) {
   cpu.gpr[kRdx] = value >> 32;
 }
 
-uint64_t EdxEax(const Cpu& cpu) { return cpu.gpr[kRdx] << 32 | static_cast<uint32_t>(cpu.gpr[kRax]); }
+uint64_t EdxEax(const Cpu& cpu) {
+  return cpu.gpr[kRdx] << 32 | static_cast<uint32_t>(cpu.gpr[kRax]);
+}
 
 }  // namespace
 
@@ -122,10 +137,16 @@ void MoveControl(Cpu& cpu, const Insn& insn) {
   uint64_t source = is64 ? cpu.gpr[insn.rm] : static_cast<uint32_t>(cpu.gpr[insn.rm]);
   uint64_t value = 0;
   switch (insn.opcode) {
-    case 0x20: value = ReadCr(cpu, insn.reg); break;
-    case 0x21: value = cpu.dr[DebugRegister(cpu, insn.reg)]; break;
-    case 0x22: return WriteCr(cpu, insn.reg, source);
-    default: return WriteDr(cpu, insn.reg, source);
+    case 0x20:
+      value = ReadCr(cpu, insn.reg);
+      break;
+    case 0x21:
+      value = cpu.dr[DebugRegister(cpu, insn.reg)];
+      break;
+    case 0x22:
+      return WriteCr(cpu, insn.reg, source);
+    default:
+      return WriteDr(cpu, insn.reg, source);
   }
   WriteGpr(cpu, insn.rm, is64 ? 8 : 4, value);
 }
@@ -156,8 +177,8 @@ void Exec_XGETBV(Cpu& cpu, const Insn&) {
 void Exec_XSETBV(Cpu& cpu, const Insn&) {
   if (!(cpu.cr4 & cr4::kOsxsave)) Raise(cpu, kUD);
   uint64_t value = EdxEax(cpu);
-  bool bad = static_cast<uint32_t>(cpu.gpr[kRcx]) != 0 || !(value & 1) || (value & ~cpu.vcpu->limits().xcr0) ||
-             ((value & 4) && !(value & 2));
+  bool bad = static_cast<uint32_t>(cpu.gpr[kRcx]) != 0 || !(value & 1) ||
+             (value & ~cpu.vcpu->limits().xcr0) || ((value & 4) && !(value & 2));
   if (bad) Raise(cpu, kGP, 0);
   cpu.xcr0 = value;
 }
@@ -213,7 +234,8 @@ void Exec_INVLPG(Cpu& cpu, const Insn& insn) {
 }
 
 void Exec_INVPCID(Cpu& cpu, const Insn& insn) {
-  uint64_t type = cpu.code_mode == CodeMode::k64 ? cpu.gpr[insn.reg] : static_cast<uint32_t>(cpu.gpr[insn.reg]);
+  uint64_t type =
+      cpu.code_mode == CodeMode::k64 ? cpu.gpr[insn.reg] : static_cast<uint32_t>(cpu.gpr[insn.reg]);
   uint64_t at = EffectiveAddress(cpu, insn);
   uint64_t descriptor[2];
   ReadMemBytes(cpu, insn.seg(), at, descriptor, sizeof(descriptor));
@@ -257,7 +279,8 @@ void Exec_RDPID(Cpu& cpu, const Insn& insn) { cpu.gpr[insn.rm] = cpu.vcpu->msrs.
 void Exec_RDPMC(Cpu& cpu, const Insn&) { Raise(cpu, kGP, 0); }
 
 void Exec_CPUID(Cpu& cpu, const Insn&) {
-  CpuidLeaf leaf = cpu.vcpu->Cpuid(static_cast<uint32_t>(cpu.gpr[kRax]), static_cast<uint32_t>(cpu.gpr[kRcx]));
+  CpuidLeaf leaf =
+      cpu.vcpu->Cpuid(static_cast<uint32_t>(cpu.gpr[kRax]), static_cast<uint32_t>(cpu.gpr[kRcx]));
   cpu.gpr[kRax] = leaf.eax;
   cpu.gpr[kRbx] = leaf.ebx;
   cpu.gpr[kRcx] = leaf.ecx;

@@ -23,8 +23,12 @@ void SoftwareInterrupt(Cpu& cpu, uint8_t vector, EventKind kind) {
 
 }  // namespace
 
-void Exec_INT3(Cpu& cpu, const Insn&) { SoftwareInterrupt(cpu, kBP, EventKind::kSoftwareException); }
-void Exec_INT(Cpu& cpu, const Insn& insn) { SoftwareInterrupt(cpu, static_cast<uint8_t>(insn.imm), EventKind::kSoftware); }
+void Exec_INT3(Cpu& cpu, const Insn&) {
+  SoftwareInterrupt(cpu, kBP, EventKind::kSoftwareException);
+}
+void Exec_INT(Cpu& cpu, const Insn& insn) {
+  SoftwareInterrupt(cpu, static_cast<uint8_t>(insn.imm), EventKind::kSoftware);
+}
 void Exec_INT1(Cpu& cpu, const Insn&) { SoftwareInterrupt(cpu, kDB, EventKind::kInt1); }
 void Exec_INTO(Cpu& cpu, const Insn&) {
   if (cpu.rflags & rflags::kOf) SoftwareInterrupt(cpu, kOF, EventKind::kSoftwareException);
@@ -32,9 +36,14 @@ void Exec_INTO(Cpu& cpu, const Insn&) {
 
 void Exec_CLI(Cpu& cpu, const Insn&) {
   switch (InterruptFlagAccess(cpu)) {
-    case IfAccess::kIf: cpu.rflags &= ~rflags::kIf; return;
-    case IfAccess::kVirtual: cpu.rflags &= ~rflags::kVif; return;
-    case IfAccess::kForbidden: Raise(cpu, kGP, 0);
+    case IfAccess::kIf:
+      cpu.rflags &= ~rflags::kIf;
+      return;
+    case IfAccess::kVirtual:
+      cpu.rflags &= ~rflags::kVif;
+      return;
+    case IfAccess::kForbidden:
+      Raise(cpu, kGP, 0);
   }
 }
 
@@ -50,7 +59,8 @@ void Exec_STI(Cpu& cpu, const Insn&) {
       if (cpu.rflags & rflags::kVip) Raise(cpu, kGP, 0);
       cpu.rflags |= rflags::kVif;
       return;
-    case IfAccess::kForbidden: Raise(cpu, kGP, 0);
+    case IfAccess::kForbidden:
+      Raise(cpu, kGP, 0);
   }
 }
 

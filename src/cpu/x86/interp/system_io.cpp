@@ -40,14 +40,18 @@ void WritePort(Cpu& cpu, uint16_t port, unsigned size, uint32_t value) {
   BusWrite(cpu.vcpu->ports(), port, size, value);
 }
 
-unsigned PortSize(const Cpu& cpu, const Insn& insn) { return insn.opcode & 1 ? PlainSize(cpu, insn) : 1; }
+unsigned PortSize(const Cpu& cpu, const Insn& insn) {
+  return insn.opcode & 1 ? PlainSize(cpu, insn) : 1;
+}
 
 uint16_t Port(const Cpu& cpu, const Insn& insn) {
   return insn.opcode & 8 ? static_cast<uint16_t>(cpu.gpr[kRdx]) : static_cast<uint8_t>(insn.imm);
 }
 
 uint64_t Truncate(uint64_t value, unsigned size) {
-  return size == 8 ? value : size == 4 ? static_cast<uint32_t>(value) : static_cast<uint16_t>(value);
+  return size == 8   ? value
+         : size == 4 ? static_cast<uint32_t>(value)
+                     : static_cast<uint16_t>(value);
 }
 
 // Index and count registers have the address size.

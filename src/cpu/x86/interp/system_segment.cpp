@@ -20,15 +20,21 @@ void BeginShadow(Cpu& cpu) {
 SegReg FixedSegment(const Insn& insn) {
   switch (insn.opcode) {
     case 0x06:
-    case 0x07: return kEs;
-    case 0x0e: return kCs;
+    case 0x07:
+      return kEs;
+    case 0x0e:
+      return kCs;
     case 0x16:
-    case 0x17: return kSs;
+    case 0x17:
+      return kSs;
     case 0x1e:
-    case 0x1f: return kDs;
+    case 0x1f:
+      return kDs;
     case 0xa0:
-    case 0xa1: return kFs;
-    default: return kGs;
+    case 0xa1:
+      return kFs;
+    default:
+      return kGs;
   }
 }
 
@@ -42,7 +48,9 @@ void LoadFarPointer(Cpu& cpu, const Insn& insn, SegReg seg) {
   WriteGpr(cpu, insn.reg, size, offset);
 }
 
-void SetZf(Cpu& cpu, bool set) { cpu.rflags = set ? cpu.rflags | rflags::kZf : cpu.rflags & ~rflags::kZf; }
+void SetZf(Cpu& cpu, bool set) {
+  cpu.rflags = set ? cpu.rflags | rflags::kZf : cpu.rflags & ~rflags::kZf;
+}
 
 // Visible to LAR, LSL, VERR, VERW at the present privilege.
 bool Visible(const Cpu& cpu, uint16_t selector, const Descriptor& d) {
@@ -55,13 +63,18 @@ bool HasRights(const Cpu& cpu, const Descriptor& d, bool limit) {
   switch (d.type()) {
     case kTss32:
     case kTss32Busy:
-    case kLdt: return true;
+    case kLdt:
+      return true;
     case kTss16:
-    case kTss16Busy: return !cpu.long_mode();
-    case kCallGate32: return !limit;
+    case kTss16Busy:
+      return !cpu.long_mode();
+    case kCallGate32:
+      return !limit;
     case kCallGate16:
-    case kTaskGate: return !limit && !cpu.long_mode();
-    default: return false;
+    case kTaskGate:
+      return !limit && !cpu.long_mode();
+    default:
+      return false;
   }
 }
 
@@ -92,7 +105,8 @@ void ReadBase(Cpu& cpu, const Insn& insn, SegReg seg) {
 
 void WriteBase(Cpu& cpu, const Insn& insn, SegReg seg) {
   CheckFsgsbase(cpu);
-  uint64_t value = insn.operand_size == 8 ? cpu.gpr[insn.rm] : static_cast<uint32_t>(cpu.gpr[insn.rm]);
+  uint64_t value =
+      insn.operand_size == 8 ? cpu.gpr[insn.rm] : static_cast<uint32_t>(cpu.gpr[insn.rm]);
   if (!mmu::Canonical(cpu, value)) Raise(cpu, kGP, 0);
   cpu.seg[seg].base = value;
 }
@@ -105,7 +119,8 @@ Segment FlatSegment(uint16_t selector, uint32_t type, unsigned dpl, uint32_t ext
   return s;
 }
 
-// The segments of SYSCALL, SYSRET, SYSENTER and SYSEXIT: flat, by convention rather than by descriptor.
+// The segments of SYSCALL, SYSRET, SYSENTER and SYSEXIT: flat, by convention rather than by
+// descriptor.
 void LoadFlat(Cpu& cpu, uint16_t cs, uint16_t ss, unsigned cpl, bool is64) {
   cpu.seg[kCs] = FlatSegment(cs, 0xb, cpl, is64 ? Segment::kL : Segment::kDb);
   cpu.seg[kSs] = FlatSegment(ss, 0x3, cpl, Segment::kDb);
@@ -127,7 +142,8 @@ void Exec_MOV(Cpu& cpu, const Insn& insn) {
 void Exec_PUSH(Cpu& cpu, const Insn& insn) {
   Stack stack = PresentStack(cpu);
   uint16_t selector = cpu.seg[FixedSegment(insn)].selector;
-  // A 32- or 64-bit push of a segment register may write 16 bits only; processors since Pentium Pro do for 32 bits.
+  // A 32- or 64-bit push of a segment register may write 16 bits only; processors since Pentium Pro
+  // do for 32 bits.
   uint64_t sp = stack.sp;
   if (insn.operand_size == 4) {
     stack.sp -= 2;
@@ -199,7 +215,9 @@ void Exec_ARPL(Cpu& cpu, const Insn& insn) {
   SetZf(cpu, raise);
 }
 
-void Exec_SWAPGS(Cpu& cpu, const Insn&) { std::swap(cpu.seg[kGs].base, cpu.vcpu->msrs.kernel_gs_base); }
+void Exec_SWAPGS(Cpu& cpu, const Insn&) {
+  std::swap(cpu.seg[kGs].base, cpu.vcpu->msrs.kernel_gs_base);
+}
 
 void Exec_RDFSBASE(Cpu& cpu, const Insn& insn) { ReadBase(cpu, insn, kFs); }
 void Exec_RDGSBASE(Cpu& cpu, const Insn& insn) { ReadBase(cpu, insn, kGs); }
@@ -221,13 +239,16 @@ void Exec_RETF(Cpu& cpu, const Insn& insn) {
   FarReturn(cpu, insn.w() ? 8 : PlainSize(cpu, insn), release);
 }
 
-void Exec_IRET(Cpu& cpu, const Insn& insn) { InterruptReturn(cpu, insn.w() ? 8 : PlainSize(cpu, insn)); }
+void Exec_IRET(Cpu& cpu, const Insn& insn) {
+  InterruptReturn(cpu, insn.w() ? 8 : PlainSize(cpu, insn));
+}
 
 void Exec_SYSCALL(Cpu& cpu, const Insn&) {
   MsrState& msrs = cpu.vcpu->msrs;
   bool is64 = cpu.code_mode == CodeMode::k64;
   // Outside of 64-bit mode only AMD's processors have it, and here only long mode does.
-  if (!(cpu.efer & efer::kSce) || !cpu.long_mode() || (!is64 && !cpu.vcpu->limits().amd)) Raise(cpu, kUD);
+  if (!(cpu.efer & efer::kSce) || !cpu.long_mode() || (!is64 && !cpu.vcpu->limits().amd))
+    Raise(cpu, kUD);
   cpu.gpr[kRcx] = cpu.rip;
   cpu.gpr[kR11] = cpu.rflags & ~rflags::kRf;
   auto cs = static_cast<uint16_t>(msrs.star >> 32 & 0xfffc);
@@ -269,7 +290,8 @@ void Exec_SYSEXIT(Cpu& cpu, const Insn& insn) {
   if (cpu.long_mode() && cpu.vcpu->limits().amd) Raise(cpu, kUD);
   if (!cpu.protected_mode() || (msrs.sysenter_cs & 0xfffc) == 0) Raise(cpu, kGP, 0);
   bool to64 = insn.w() && cpu.long_mode();
-  if (to64 && (!mmu::Canonical(cpu, cpu.gpr[kRcx]) || !mmu::Canonical(cpu, cpu.gpr[kRdx]))) Raise(cpu, kGP, 0);
+  if (to64 && (!mmu::Canonical(cpu, cpu.gpr[kRcx]) || !mmu::Canonical(cpu, cpu.gpr[kRdx])))
+    Raise(cpu, kGP, 0);
   auto base = static_cast<uint16_t>(msrs.sysenter_cs & 0xfffc);
   auto cs = static_cast<uint16_t>((base + (to64 ? 32 : 16)) | 3);
   LoadFlat(cpu, cs, static_cast<uint16_t>(cs + 8), 3, to64);

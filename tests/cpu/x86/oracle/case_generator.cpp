@@ -133,8 +133,9 @@ void CaseGenerator::EncodePrefixes(const Row& row, Case* out, unsigned* rex) {
   if (out->mode == Mode::k64 && Chance(5)) code.push_back(0x65);
   if (Chance(5)) code.push_back(0x67);
   if (row.vex) return;
-  // What 66 does to a near branch in 64-bit mode differs between vendors.
-  if (row.prefix == PrefixRule::kAny && !(row.attributes & kBranch) && Chance(25))
+  // What 66 does to near branches and to MOVSXD in 64-bit mode differs between vendors.
+  if (row.prefix == PrefixRule::kAny && !(row.attributes & kBranch) && !Is(row, {"MOVSXD"}) &&
+      Chance(25))
     code.push_back(0x66);
   if (row.prefix == PrefixRule::k66) code.push_back(0x66);
   if (row.prefix == PrefixRule::kF3) code.push_back(0xf3);

@@ -1,4 +1,6 @@
 // Flags, decimal arithmetic, BOUND, hints.
+#include <sched.h>
+
 #include "cpu/x86/interp/integer.h"
 
 namespace kvartz::cpu::x86 {
@@ -17,7 +19,16 @@ void Exec_SALC(Cpu& cpu, const Insn&) {
 }
 
 void Exec_NOP(Cpu&, const Insn&) {}
-void Exec_PAUSE(Cpu&, const Insn&) { __builtin_ia32_pause(); }
+// Spinning for long means that another CPU has something to do first: perhaps its thread waits for
+// this core.
+void Exec_PAUSE(Cpu& cpu, const Insn&) {
+  thread_local unsigned pauses = 0;
+  if (cpu.tlb->world != nullptr && ++pauses % 64 == 0) {
+    sched_yield();
+  } else {
+    __builtin_ia32_pause();
+  }
+}
 void Exec_FENCE(Cpu&, const Insn&) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 // Guest caches aren't modelled: only the access is checked.
 void Exec_CLFLUSH(Cpu& cpu, const Insn& insn) {

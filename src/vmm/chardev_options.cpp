@@ -273,6 +273,14 @@ Result<> FinishConsoles(CommandLine& line) {
     if (!added) return Fail(std::move(added).error().In("-monitor " + text));
   }
   GiveSerialIndexes(line);
+  for (const ChardevConfig& chardev : line.config.chardevs) {
+    if (line.config.daemonize && chardev.kind == Kind::kStdio) {
+      return Fail(ErrorCode::kInvalid,
+                  "-daemonize: there is no terminal in the background; use -display none, and "
+                  "-serial and -monitor "
+                  "on a file, socket or pty");
+    }
+  }
   for (const MonitorConfig& monitor : line.config.monitors) {
     if (!Find(line, monitor.chardev)) {
       return Fail(

@@ -101,6 +101,7 @@ TEST(CommandLineTest, RefusalsNameOptionAndArgument) {
   EXPECT_NE(Refusal({"-M", "pcc"}).find("pc"), std::string::npos);
   EXPECT_NE(Refusal({"-uuid", "1234"}).find("UUID"), std::string::npos);
   EXPECT_NE(Refusal({"-mon", "chardev=nope"}).find("nope"), std::string::npos);
+  EXPECT_NE(Refusal({"-daemonize", "-nographic"}).find("-daemonize"), std::string::npos);
   EXPECT_NE(Refusal({"-serial", "vc"}).find("not supported yet: vc"), std::string::npos);
   EXPECT_NE(Refusal({"-chardev", "stdoi,id=x"}).find("stdio"), std::string::npos);
   EXPECT_NE(Refusal({"-chardev", "null,id=x", "-chardev", "null,id=x"}).find("another"),

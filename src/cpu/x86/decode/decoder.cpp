@@ -250,7 +250,8 @@ class Decoder {
     const bool swap_operand = (insn_.flags & kHas66) != 0 && row.prefix != PrefixRule::k66;
     const bool w64 = w_ && is64();
     if (!is64() && row.w == Tri::kAny) {
-      insn_.rex &= static_cast<uint8_t>(~8);  // VEX.W that chooses a register size counts in 64-bit mode only
+      insn_.rex &= static_cast<uint8_t>(
+          ~8);  // VEX.W that chooses a register size counts in 64-bit mode only
     }
     switch (context_.mode) {
       case CodeMode::k16:

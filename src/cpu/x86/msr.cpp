@@ -109,8 +109,8 @@ constexpr FixedMsr kFixed[] = {
     {kBiosUpdateTrigger, 0, true},
     {kMicrocodeRevision, 0x01000065ull << 32, true},
     {kPlatformInfo, 0, false},
-    {kMiscFeatures, 0, false},
-    {kMcgCap, 0, false},  // no banks
+    {kMiscFeatures, 0, true},  // CPUID faulting: not there
+    {kMcgCap, 0, false},       // no banks
     {kMcgStatus, 0, true},
     {kLastBranchFrom, 0, false},
     {kLastBranchFrom + 1, 0, false},

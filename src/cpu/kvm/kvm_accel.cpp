@@ -78,7 +78,6 @@ Result<> KvmAccel::Init() {
   uint64_t identity_map = kIdentityMap;
   TRY(KVM_CALL(vm_.get(), KVM_SET_IDENTITY_MAP_ADDR, &identity_map));
   TRY(KVM_CALL(vm_.get(), KVM_SET_TSS_ADDR, static_cast<unsigned long>(kTss)));
-  TRY(MakeIrqchip());
   TRY(EnableMsrExits());
   if (ring_bytes() != 0) {
     uint32_t capability = Extension(vm_.get(), KVM_CAP_DIRTY_LOG_RING_ACQ_REL) > 0
@@ -92,7 +91,10 @@ Result<> KvmAccel::Init() {
     }
     TRY(Enable(vm_.get(), capability, ring_bytes(), "KVM_CAP_DIRTY_LOG_RING"));
   }
+  // Before the interrupt controllers: each of these calls waits for the readers of what it
+  // replaces, and a slot made after them waits for them all.
   config_.memory->AddListener(&memory_);
+  TRY(MakeIrqchip());
   config_.memory->AddListener(&memory_bells_);
   config_.ports->AddListener(&port_bells_);
   return {};

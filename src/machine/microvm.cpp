@@ -53,7 +53,10 @@ Result<> MicrovmBoard::TakeOptions() {
       return Fail(ErrorCode::kUnsupported,
                   std::string("not supported yet: machine option ") + name + "=on; leave it out");
   }
-  irqchip_ = TRY(ChooseIrqchip(options.kernel_irqchip, env_.accel));
+  // The kernel's controllers take it milliseconds to make, which is most of this machine's start.
+  std::string mode = options.kernel_irqchip;
+  if (mode.empty() && env_.accel == "kvm") mode = "split";
+  irqchip_ = TRY(ChooseIrqchip(mode, env_.accel));
   options_.acpi = options.acpi;
   // With ACPI a guest finds I/O APIC and local APICs there, and needs neither.
   options_.pic = options.pic == OnOffAuto::kAuto ? !options.acpi : options.pic == OnOffAuto::kOn;

@@ -296,8 +296,9 @@ void PcBoard::AssignBars() {
     uint32_t pin = pci_->ConfigRead(devfn, pci::kInterruptPin, 1);
     pci_->ConfigWrite(devfn, pci::kInterruptLine, 1, isa_bridge_->LineOf(devfn >> 3, pin));
   }
-  std::stable_sort(wanted.begin(), wanted.end(), [](const Wanted& a, const Wanted& b) {
-    return a.info.size_bytes > b.info.size_bytes;
+  std::sort(wanted.begin(), wanted.end(), [](const Wanted& a, const Wanted& b) {
+    if (a.info.size_bytes != b.info.size_bytes) return a.info.size_bytes > b.info.size_bytes;
+    return std::pair(a.devfn, a.index) < std::pair(b.devfn, b.index);
   });
   uint64_t next_io = kBarIoBegin, next_memory = std::max<uint64_t>(pci_hole_begin_, 0xe0000000);
   for (const Wanted& bar : wanted) {
@@ -347,7 +348,7 @@ AcpiTables PcBoard::Acpi() const {
 std::vector<uint8_t> PcBoard::BootOrder() const {
   std::string text;
   std::vector<BootDevice> sorted = boot_devices_;
-  std::stable_sort(sorted.begin(), sorted.end());
+  std::sort(sorted.begin(), sorted.end());
   for (const BootDevice& device : sorted) {
     uint32_t base_class = pci_->ConfigRead(device.devfn, pci::kClass + 2, 1);
     unsigned function = device.devfn & 7;

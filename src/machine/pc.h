@@ -1,6 +1,7 @@
 // The board "pc": i440FX, PIIX3 and PIIX4, as SeaBIOS and operating systems know it.
 #pragma once
 
+#include <compare>
 #include <memory>
 #include <optional>
 
@@ -70,7 +71,7 @@ class PcBoard final : public Board {
   struct BootDevice {
     uint32_t index;
     uint8_t devfn;
-    bool operator<(const BootDevice& other) const { return index < other.index; }
+    auto operator<=>(const BootDevice&) const = default;
   };
   std::vector<BootDevice> boot_devices_;
   std::unique_ptr<IrqSink> pic_output_;

@@ -45,7 +45,8 @@ void VcpuThreads::Body(Slot& slot) {
   slot.thread_id = CurrentThreadId();
   changed_.NotifyAll();
   while (true) {
-    changed_.Wait(guard, [&] { return quit_ || (run_ && slot.seen_run != run_count_); });
+    changed_.Wait(
+        guard, [&]() REQUIRES(mutex_) { return quit_ || (run_ && slot.seen_run != run_count_); });
     if (quit_) return;
     slot.seen_run = run_count_;
     slot.parked = false;

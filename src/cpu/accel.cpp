@@ -88,11 +88,10 @@ Result<KvmOptions> ParseKvmOptions(
       parsed.dirty_ring_entries = entries;
     } else {
       std::string_view nearest = NearestName(name, kKvmOptions);
-      return Fail(
-          ErrorCode::kNotFound,
-          fmt::format("-accel kvm: unknown option '{}': {}", name,
-                      nearest.empty() ? "there are kernel-irqchip and dirty-ring-size"
-                                      : fmt::format("did you mean '{}'?", nearest)));
+      return Fail(ErrorCode::kNotFound,
+                  fmt::format("-accel kvm: unknown option '{}': {}", name,
+                              nearest.empty() ? "there are kernel-irqchip and dirty-ring-size"
+                                              : fmt::format("did you mean '{}'?", nearest)));
     }
   }
   return parsed;

@@ -195,7 +195,7 @@ void KvmAccel::SetPicOutput(bool level) {
   if (vcpus_[0] != nullptr) vcpus_[0]->PicOutput(level);
 }
 
-const std::vector<uint32_t>& KvmAccel::SavedMsrs() {
+std::vector<uint32_t> KvmAccel::SavedMsrs() {
   LockGuard guard(mutex_);
   if (saved_msrs_.empty()) {
     constexpr size_t kMost = 1024;

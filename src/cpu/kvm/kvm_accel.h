@@ -59,7 +59,7 @@ class KvmAccel final : public Accel {
   size_t ring_bytes() const { return config_.kvm.dirty_ring_entries * sizeof(kvm_dirty_gfn); }
   size_t xsave_bytes() const { return xsave_bytes_; }
   // The MSRs that KVM saves; the same for every vCPU.
-  const std::vector<uint32_t>& SavedMsrs();
+  std::vector<uint32_t> SavedMsrs();
   // All rings, or the one of a vCPU that found its full.
   Result<> ReapRings();
   void Forget(KvmVcpu* vcpu);

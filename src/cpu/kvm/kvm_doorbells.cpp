@@ -38,11 +38,15 @@ bool Doorbells::Switch(const Zone& zone, bool on) {
 
 template <typename T>
 void Doorbells::Replace(std::vector<T>* active, const std::vector<T>& wanted) {
-  std::erase_if(*active, [&](const T& each) {
-    if (std::ranges::find(wanted, each) != wanted.end()) return false;
-    Switch(each, false);
-    return true;
-  });
+  std::vector<T> kept;
+  for (const T& each : *active) {
+    if (std::ranges::find(wanted, each) != wanted.end()) {
+      kept.push_back(each);
+    } else {
+      Switch(each, false);
+    }
+  }
+  *active = std::move(kept);
   for (const T& each : wanted) {
     if (std::ranges::find(*active, each) == active->end() && Switch(each, true)) {
       active->push_back(each);

@@ -36,19 +36,16 @@ std::vector<MemorySlots::Slot> MemorySlots::SlotsOf(const FlatView& view) {
 void MemorySlots::ViewChanged(const FlatView&, const FlatView& after) {
   LockGuard guard(mutex_);
   std::vector<Slot> wanted = SlotsOf(after);
-  auto is_wanted = [&](const Slot& slot) {
-    return std::ranges::any_of(wanted, [&](const Slot& each) { return each.SameAs(slot); });
-  };
-  auto is_there = [&](const Slot& slot) {
-    return std::ranges::any_of(slots_, [&](const Slot& each) { return each.SameAs(slot); });
+  auto contains = [](const std::vector<Slot>& slots, const Slot& slot) {
+    return std::ranges::any_of(slots, [&](const Slot& each) { return each.SameAs(slot); });
   };
   // Slots may not overlap: what goes, goes first. A vCPU that meets the gap leaves the guest, and
   // the bus finds the memory in the new view.
   for (uint32_t id = 0; id < slots_.size(); ++id) {
-    if (slots_[id].size != 0 && !is_wanted(slots_[id])) Remove(id);
+    if (slots_[id].size != 0 && !contains(wanted, slots_[id])) Remove(id);
   }
   for (Slot& slot : wanted) {
-    if (!is_there(slot)) Add(std::move(slot));
+    if (!contains(slots_, slot)) Add(std::move(slot));
   }
 }
 

@@ -162,7 +162,7 @@ class MsrBuffer {
 // hasn't.
 Result<> KvmVcpu::GetMsrs(X86State* state) {
   bool learn = msr_list_.empty();
-  const std::vector<uint32_t>& wanted = learn ? accel_.SavedMsrs() : msr_list_;
+  std::vector<uint32_t> wanted = learn ? accel_.SavedMsrs() : msr_list_;
   state->msrs.clear();
   MsrBuffer buffer(wanted.size());
   for (size_t at = 0; at < wanted.size();) {

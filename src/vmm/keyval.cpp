@@ -65,6 +65,14 @@ std::string NextItem(std::string_view* text) {
   return item;
 }
 
+// Options that may be given several times: the second becomes "hostfwd.1", as in JSON lists.
+std::string NameAmong(const Properties& properties, const std::string& name) {
+  if (name != "hostfwd" && name != "guestfwd" && name != "dnssearch") return name;
+  std::string numbered = name;
+  for (unsigned i = 1; properties.Find(numbered); ++i) numbered = fmt::format("{}.{}", name, i);
+  return numbered;
+}
+
 Error Bad(std::string_view name, std::string_view value, std::string_view wanted) {
   return {ErrorCode::kInvalid, fmt::format("{}={}: {}", name, value, wanted)};
 }
@@ -80,7 +88,7 @@ Result<Properties> ParseKeyval(std::string_view text, std::string_view implied) 
     if (equals == 0 || item.empty())
       return Fail(ErrorCode::kInvalid, fmt::format("'{}': a name=value is expected", item));
     if (equals != std::string::npos) {
-      properties.Set(item.substr(0, equals), item.substr(equals + 1));
+      properties.Set(NameAmong(properties, item.substr(0, equals)), item.substr(equals + 1));
     } else if (first && !implied.empty()) {
       properties.Set(std::string(implied), item);
     } else if (item != "nographic" && item.starts_with("no") && item.size() > 2) {

@@ -204,6 +204,9 @@ TEST(CommandLineTest, NetworkCards) {
   EXPECT_EQ(Property(*card, "netdev"), config.netdevs[0].id);
   EXPECT_EQ(Property(*card, "mac"), "52:54:00:00:00:01");
   EXPECT_EQ(*config.netdevs[0].properties.Find("hostfwd"), "tcp::22-:22");
+  config = Config({"-nodefaults", "-nic", "user,hostfwd=tcp::22-:22,hostfwd=udp::53-:53"});
+  EXPECT_EQ(*config.netdevs[0].properties.Find("hostfwd"), "tcp::22-:22");
+  EXPECT_EQ(*config.netdevs[0].properties.Find("hostfwd.1"), "udp::53-:53");
   EXPECT_EQ(Config({"-net", "nic", "-net", "user"}).netdevs.size(), 1u);
   EXPECT_TRUE(Config({"-nic", "none"}).netdevs.empty());
   EXPECT_TRUE(Config({"-net", "none"}).netdevs.empty());

@@ -1,5 +1,6 @@
 // What -device makes: each virtio device on each transport.
 #include <fmt/core.h>
+#include <linux/virtio_ids.h>
 
 #include "block/node.h"
 #include "device/core/backends.h"
@@ -67,6 +68,14 @@ Result<DevicePtr> CreateNet(const DeviceRequest& request, const char* driver) {
     if (backend->connected())
       return Fail(ErrorCode::kBusy,
                   fmt::format("netdev={}: another card is connected to it", config.netdev));
+  }
+  if (config.mac == MacAddress{}) {
+    // In the space for virtual machines; one number a card.
+    config.mac = {{0x52, 0x54, 0x00, 0x12, 0x34, 0x56}};
+    for (const auto& device : request.devices) {
+      const VirtioDevice* other = VirtioDeviceOf(*device);
+      if (other && other->device_id() == VIRTIO_ID_NET) ++config.mac.bytes[5];
+    }
   }
   return TRY(VirtioNet::Create(request.env, config, backend));
 }

@@ -53,8 +53,6 @@ constexpr size_t kMaxFrame = 65536 + 64;
 constexpr size_t kEthernetHeader = 14;
 constexpr size_t kMaxControlBytes = 64 << 10;
 constexpr uint8_t kBroadcast[6] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
-// In the space from 52:54:00 on, which is for virtual machines.
-constexpr MacAddress kDefaultMac{{0x52, 0x54, 0x00, 0x12, 0x34, 0x56}};
 
 bool IsQueueSize(uint16_t size) { return std::has_single_bit(size) && size >= 64 && size <= 1024; }
 
@@ -411,13 +409,14 @@ bool VirtioNet::ControlVlan(uint8_t command, std::span<const uint8_t> data) {
 // ---- reset, state
 
 void VirtioNet::DeviceReset() {
-  mac_ = config_.mac == MacAddress{} ? kDefaultMac : config_.mac;
+  mac_ = config_.mac;
   rx_mode_ = {};
   unicast_ = multicast_ = {};
   vlans_.reset();
   announce_ = loaded_ = false;
   tx_blocked_ = false;
-  if (std::exchange(rx_blocked_, false) && backend_) backend_->ReceiverReady();
+  // A backend that waits goes on when the driver has started the device again: its doorbells ring
+  // on the backend's loop, and this may be a vCPU.
 }
 
 void VirtioNet::VisitDevice(StateVisitor& v) {
@@ -447,7 +446,8 @@ void VirtioNet::VisitDevice(StateVisitor& v) {
   if (!v.loading()) return;
   for (size_t i = 0; i < vlans_.size(); ++i) vlans_[i] = vlans[i / 8] >> i % 8 & 1;
   loaded_ = true;
-  tx_blocked_ = rx_blocked_ = false;
+  tx_blocked_ = false;
+  rx_blocked_ = true;  // the backend is told at the doorbell
 }
 
 }  // namespace kvartz

@@ -49,6 +49,15 @@ Result<std::unique_ptr<NetBackend>> CreateNetBackend(const NetOptions& options, 
   return kind->create(options, loop);
 }
 
+std::string NetOptionName(const std::string& full_name) {
+  size_t dot = full_name.find('.');
+  if (dot == std::string::npos || dot + 1 == full_name.size()) return full_name;
+  std::string_view place = std::string_view(full_name).substr(dot + 1);
+  if (place.ends_with(".str")) place.remove_suffix(4);
+  bool number = std::ranges::all_of(place, [](char c) { return c >= '0' && c <= '9'; });
+  return number ? full_name.substr(0, dot) : full_name;
+}
+
 Error UnknownNetOption(const std::string& name, std::span<const std::string_view> known) {
   std::string_view nearest = NearestName(name, known);
   std::string hint;

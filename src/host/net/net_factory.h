@@ -13,7 +13,7 @@
 namespace kvartz::host {
 
 // Options of -netdev and -nic as name=value, in the user's order; some may be repeated (hostfwd,
-// dnssearch).
+// dnssearch), or be members of a list ("hostfwd.1", "hostfwd.1.str").
 using NetOptions = std::vector<std::pair<std::string, std::string>>;
 
 // `options` has "type" (user, tap) and its options; "id" and "model" are passed over. Errors:

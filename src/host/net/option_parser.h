@@ -20,12 +20,15 @@ struct NetOptionRow {
   Result<> (*take)(Config& config, const std::string& value);
 };
 
+// Without the place in a list.
+std::string NetOptionName(const std::string& full_name);
 Error UnknownNetOption(const std::string& name, std::span<const std::string_view> known);
 
 template <typename Config, size_t kRows>
 Result<> TakeNetOptions(const NetOptionRow<Config> (&rows)[kRows], const NetOptions& options,
                         Config* config) {
-  for (const auto& [name, value] : options) {
+  for (const auto& [full_name, value] : options) {
+    std::string name = NetOptionName(full_name);
     if (name == "type" || name == "id" || name == "model" || name == "mac") continue;
     const NetOptionRow<Config>* found = nullptr;
     for (const auto& row : rows) {

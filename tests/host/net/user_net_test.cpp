@@ -282,6 +282,20 @@ TEST_F(UserNetTest, ForwardedTcpPortAsksTheGuest) {
   EXPECT_EQ(syn[47] & 0x3f, 2);  // SYN
 }
 
+TEST_F(UserNetTest, SeveralForwards) {
+  UniqueFd first, second, third;
+  NetOptions options;
+  int i = 0;
+  for (UniqueFd* holder : {&first, &second, &third}) {
+    const char* names[] = {"hostfwd", "hostfwd.1", "hostfwd.2.str"};
+    options.emplace_back(names[i++],
+                         "tcp:127.0.0.1:" + std::to_string(FreePort(holder, SOCK_STREAM)) + "-:22");
+  }
+  for (UniqueFd* holder : {&first, &second, &third}) holder->Reset();
+  ASSERT_TRUE(Open(options));
+  EXPECT_NE(net_->Describe().find("forwards=3"), std::string::npos);
+}
+
 TEST_F(UserNetTest, PortTakenIsSaidInOneLine) {
   UniqueFd holder;
   std::string port = std::to_string(FreePort(&holder, SOCK_STREAM));

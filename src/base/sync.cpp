@@ -25,7 +25,7 @@ Thread::Thread(const std::string& name, std::function<void()> body) {
   VERIFY(pthread_sigmask(SIG_SETMASK, &before, nullptr) == 0);
 }
 
-Thread& Thread::operator=(Thread&& other) {
+Thread& Thread::operator=(Thread&& other) noexcept {
   if (this != &other) {
     Join();
     thread_ = std::move(other.thread_);

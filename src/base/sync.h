@@ -102,7 +102,7 @@ class Thread {
   // `name`: at most 15 characters are visible to the host.
   Thread(const std::string& name, std::function<void()> body);
   Thread(Thread&&) = default;
-  Thread& operator=(Thread&& other);
+  Thread& operator=(Thread&& other) noexcept;
   ~Thread() { Join(); }
   void Join();
   bool joinable() const { return thread_.joinable(); }

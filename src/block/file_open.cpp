@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "base/file_error.h"
 #include "block/file_lock.h"
 
 namespace kvartz::block {
@@ -32,62 +33,24 @@ int OpenFlags(const ImageOptions& options) {
   return flags;
 }
 
-// The first directory on the way to `path` that is missing or may not be entered; empty: the way is
-// free.
-std::string FirstObstacle(const std::string& path, int error) {
-  for (size_t slash = path.find('/', 1); slash != path.npos; slash = path.find('/', slash + 1)) {
-    std::string part = path.substr(0, slash);
-    int mode = error == ENOENT ? F_OK : X_OK;
-    if (faccessat(AT_FDCWD, part.c_str(), mode, AT_EACCESS) < 0 && errno == error) return part;
-  }
-  return "";
-}
-
 std::unexpected<Error> OpenError(const ImageOptions& options, int error) {
   const std::string& path = options.path;
-  std::string image = fmt::format("disk image '{}'", path);
-  std::string obstacle = FirstObstacle(path, error);
-  switch (error) {
-    case ENOENT:
-      if (!obstacle.empty()) {
-        return Fail(ErrorCode::kNotFound,
-                    fmt::format("{} doesn't exist: there is no directory '{}'", image, obstacle));
-      }
-      return Fail(
-          ErrorCode::kNotFound,
-          fmt::format("{} doesn't exist: check the path, or create it (truncate -s 10G '{}')",
-                      image, path));
-    case EACCES:
-    case EPERM:
-      if (!obstacle.empty()) {
-        return Fail(ErrorCode::kPermission,
-                    fmt::format("{} cannot be opened: uid {} may not enter the directory '{}'",
-                                image, geteuid(), obstacle));
-      }
-      if (faccessat(AT_FDCWD, path.c_str(), R_OK, AT_EACCESS) < 0) {
-        return Fail(ErrorCode::kPermission,
-                    fmt::format("{} is not readable by uid {}: give it access (chmod or chown)",
-                                image, geteuid()));
-      }
-      [[fallthrough]];
-    case EROFS:
-      return Fail(
-          ErrorCode::kPermission,
-          fmt::format(
-              "{} is not writable by uid {}: give it access, or attach the image with readonly=on",
-              image, geteuid()));
-    case EISDIR:
-      return Fail(ErrorCode::kInvalid, fmt::format("{} is a directory", image));
-    case EINVAL:
-      if (IsDirect(options.cache)) {
-        return Fail(
-            ErrorCode::kUnsupported,
-            fmt::format("{} is on a file system without direct I/O: use cache=writeback", image));
-      }
-      [[fallthrough]];
-    default:
-      return Fail(ErrnoError(error, fmt::format("cannot open {}", image)));
+  const bool readable = faccessat(AT_FDCWD, path.c_str(), R_OK, AT_EACCESS) == 0;
+  if (error == EROFS || ((error == EACCES || error == EPERM) && readable)) {
+    return Fail(ErrorCode::kPermission,
+                fmt::format("disk image '{}' is not writable by uid {}: give it access, or attach "
+                            "the image with readonly=on",
+                            path, geteuid()));
   }
+  if (error == EINVAL && IsDirect(options.cache)) {
+    return Fail(
+        ErrorCode::kUnsupported,
+        fmt::format("disk image '{}' is on a file system without direct I/O: use cache=writeback",
+                    path));
+  }
+  return Fail(
+      OpenFileError("disk image", path, error,
+                    fmt::format("check the path, or create it (truncate -s 10G '{}')", path)));
 }
 
 // The smallest unit that direct I/O takes here; found by trying, since few file systems tell.

@@ -7,11 +7,13 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "base/file_error.h"
+
 namespace kvartz::machine {
 
 Result<BootFile> BootFile::Open(const std::string& what, const std::string& path) {
   UniqueFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!fd) return Fail(ErrnoError(errno, "cannot open " + what + " '" + path + "'"));
+  if (!fd) return Fail(OpenFileError(what, path, errno));
   return FromFd(what, path, std::move(fd));
 }
 

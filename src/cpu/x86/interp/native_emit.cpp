@@ -305,9 +305,17 @@ class StubTable {
     std::unique_ptr<std::atomic<NativeStub>[]> stubs;
   };
 
+  // W makes another stub only where it changes what the instruction does: a guest must not be able to
+  // fill the arena with encodings of the same thing.
+  static bool UsesW(const Row& row) {
+    bool uses = (row.attributes & kStrLen) != 0;
+    for (unsigned i = 0; i < row.operand_count; ++i) uses |= row.operands[i].size == kSizeW;
+    return uses;
+  }
   static unsigned Variant(const Insn& insn) {
     if (insn.row->sti) return insn.modrm & 7;
-    return (insn.has_memory() ? 1u : 0u) | (insn.w() ? 2u : 0u) | unsigned{insn.vex_l} << 2;
+    const bool w = insn.w() && UsesW(*insn.row);
+    return (insn.has_memory() ? 1u : 0u) | (w ? 2u : 0u) | unsigned{insn.vex_l} << 2;
   }
   Variants* AddRow(std::atomic<Variants*>& entry, size_t immediates) {
     LockGuard guard(mutex_);

@@ -20,7 +20,8 @@ namespace kvartz::cpu {
 
 // Where the interrupt controllers live.
 enum class IrqchipMode {
-  kUser,    // PIC, PIT and IOAPIC are devices; local APICs belong to the engine (own engine: always this; KVM: split irqchip)
+  kUser,    // PIC, PIT and IOAPIC are devices; local APICs belong to the engine (own engine: always
+            // this; KVM: split irqchip)
   kKernel,  // PIC, IOAPIC, PIT and local APICs in KVM
 };
 
@@ -34,7 +35,8 @@ class AccelHost {
   virtual void BroadcastEoi(uint8_t vector) = 0;
   // The guest ran into a triple fault on CPU `index`.
   virtual void TripleFault(unsigned index) = 0;
-  // CPU `index` can't go on: an engine failure, described in one line. The machine stops with an error status.
+  // CPU `index` can't go on: an engine failure, described in one line. The machine stops with an
+  // error status.
   virtual void EngineFailed(unsigned index, const std::string& why) = 0;
 };
 
@@ -44,8 +46,7 @@ struct KvmOptions {
   uint32_t dirty_ring_entries = 0;     // dirty-ring-size=N, a power of two; 0: dirty log
 };
 // Errors: unknown name (nearest match), malformed or unsupported value.
-Result<KvmOptions> ParseKvmOptions(
-    const std::vector<std::pair<std::string, std::string>>& options);
+Result<KvmOptions> ParseKvmOptions(const std::vector<std::pair<std::string, std::string>>& options);
 
 struct AccelConfig {
   AddressSpace* memory = nullptr;
@@ -60,7 +61,8 @@ struct AccelConfig {
   KvmOptions kvm;
 };
 
-// What a debugger wants to be told of (SDM vol. 3 ch. 18). The guest's own use of the debug registers rests meanwhile.
+// What a debugger wants to be told of (SDM vol. 3 ch. 18). The guest's own use of the debug
+// registers rests meanwhile.
 struct DebugRequest {
   bool single_step = false;
   bool software_breakpoints = false;  // INT3 stops instead of raising #BP
@@ -79,7 +81,8 @@ struct DebugStop {
   uint8_t vector = 0;  // 1 #DB, 3 #BP
 };
 
-// One virtual CPU. Everything but Kick and Nmi is called on its own thread, or while that is parked.
+// One virtual CPU. Everything but Kick and Nmi is called on its own thread, or while that is
+// parked.
 class Vcpu {
  public:
   enum class Exit {
@@ -124,11 +127,13 @@ class Accel {
   // kKernel: level of a GSI (0..15 reach PIC and IOAPIC, the rest the IOAPIC).
   virtual void SetGsi(unsigned gsi, bool level) = 0;
 
-  // A signal on `event_fd` raises the MSI without a VMM thread where the engine can (KVM irqfd). Errors: not supported here.
+  // A signal on `event_fd` raises the MSI without a VMM thread where the engine can (KVM irqfd).
+  // Errors: not supported here.
   virtual Result<uint64_t> AddIrqFd(int event_fd, uint64_t msi_address, uint32_t msi_data) = 0;
   virtual void RemoveIrqFd(uint64_t id) = 0;
 
-  // Begins and ends the collection of dirty pages into the RAM blocks' DirtyBitmaps; Sync fetches what the engine holds.
+  // Begins and ends the collection of dirty pages into the RAM blocks' DirtyBitmaps; Sync fetches
+  // what the engine holds.
   virtual Result<> SetDirtyTracking(bool enabled) = 0;
   virtual Result<> SyncDirty() = 0;
 
@@ -151,8 +156,8 @@ struct KvmFitness {
 };
 const KvmFitness& ProbeKvm();
 
-// Chooses an engine by -accel's names in order of preference ("kvm", "kvartz"; "tcg" is an alias of the latter). Empty: kvm
-// where it is fit, else kvartz.
+// Chooses an engine by -accel's names in order of preference ("kvm", "kvartz"; "tcg" is an alias of
+// the latter). Empty: kvm where it is fit, else kvartz.
 struct AccelChoice {
   std::string name;    // "kvm" or "kvartz"
   std::string reason;  // one line for the user: which engine, and why

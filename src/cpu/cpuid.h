@@ -29,7 +29,8 @@ struct CpuidFeature {
   CpuidReg reg = CpuidReg::kEax;
   uint8_t bit = 0;
 };
-// By name; '_' and '.' count as '-', other spellings in use ("sse3" for "pni") are known. Null: unknown.
+// By name; '_' and '.' count as '-', other spellings in use ("sse3" for "pni") are known. Null:
+// unknown.
 const CpuidFeature* FindCpuidFeature(std::string_view name);
 std::span<const CpuidFeature> CpuidFeatures();
 
@@ -50,8 +51,8 @@ struct CpuidIdentity {
 class CpuidTable {
  public:
   explicit CpuidTable(std::vector<CpuidLeaf> leaves = {});
-  // Architected lookup: beyond the highest leaf Intel's rule (answer of the highest basic leaf) applies; absent subleaves
-  // read zero.
+  // Architected lookup: beyond the highest leaf Intel's rule (answer of the highest basic leaf)
+  // applies; absent subleaves read zero.
   CpuidLeaf Lookup(uint32_t leaf, uint32_t subleaf) const;
   const CpuidLeaf* Find(uint32_t leaf, uint32_t subleaf) const;
   // The entry of (leaf, subleaf), made if it isn't there.
@@ -60,8 +61,8 @@ class CpuidTable {
   const std::vector<CpuidLeaf>& leaves() const { return leaves_; }
   // A named feature ("avx2", "x2apic"; QEMU's spellings).
   bool Has(std::string_view feature) const;
-  // Features by name, space-separated; makes their leaves. For tables that an engine or a test writes; an unknown name is a
-  // bug.
+  // Features by name, space-separated; makes their leaves. For tables that an engine or a test
+  // writes; an unknown name is a bug.
   void Add(std::string_view features);
   void Remove(std::string_view features);
   bool Get(const CpuidFeature& feature) const;
@@ -80,8 +81,10 @@ class CpuidTable {
 struct CpuModelRequest {
   std::string model = "max";  // "host", "max", "qemu64", "Haswell-noTSX", ...
   std::vector<std::pair<std::string, bool>> features = {};
-  std::vector<std::pair<std::string, std::string>> properties = {};  // family, model, stepping, vendor, model-id, level, ...
-  bool enforce = false;  // fail if the engine lacks a feature of the model instead of leaving it out
+  std::vector<std::pair<std::string, std::string>> properties =
+      {};  // family, model, stepping, vendor, model-id, level, ...
+  bool enforce =
+      false;  // fail if the engine lacks a feature of the model instead of leaving it out
 
   // The value of a property, or null.
   const std::string* Property(std::string_view name) const;
@@ -97,14 +100,17 @@ std::string DescribeCpuModels();
 // The CPUID of the host's CPU, as the instruction answers.
 CpuidTable HostCpuid();
 
-// The guest's table for CPU `index`: the model, restricted to what the engine `supported`s, with topology and APIC ids.
-// Dropped features are appended to `dropped` by name. Errors: unknown model or feature (nearest match), enforce.
+// The guest's table for CPU `index`: the model, restricted to what the engine `supported`s, with
+// topology and APIC ids. Dropped features are appended to `dropped` by name. Errors: unknown model
+// or feature (nearest match), enforce.
 //
-// A vendor in leaf 0 of `supported` holds for every model (the guest's SYSCALL runs on such a CPU); with an empty one the
-// model's own holds. "max" is all that is supported, "host" the same under the identity of the host's CPU. Leaves 0x400000xx
-// of `supported` pass through (their features by name); the engine adds its signature. Bits that follow the guest's state
-// (OSXSAVE, OSPKE, APIC off, size of the XSAVE area) are the engine's to keep.
-Result<CpuidTable> BuildCpuid(const CpuModelRequest& request, const CpuidTable& supported, unsigned index,
-                              unsigned cpu_count, const CpuTopology& topology, std::vector<std::string>* dropped);
+// A vendor in leaf 0 of `supported` holds for every model (the guest's SYSCALL runs on such a CPU);
+// with an empty one the model's own holds. "max" is all that is supported, "host" the same under
+// the identity of the host's CPU. Leaves 0x400000xx of `supported` pass through (their features by
+// name); the engine adds its signature. Bits that follow the guest's state (OSXSAVE, OSPKE, APIC
+// off, size of the XSAVE area) are the engine's to keep.
+Result<CpuidTable> BuildCpuid(const CpuModelRequest& request, const CpuidTable& supported,
+                              unsigned index, unsigned cpu_count, const CpuTopology& topology,
+                              std::vector<std::string>* dropped);
 
 }  // namespace kvartz::cpu

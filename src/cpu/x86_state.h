@@ -1,5 +1,5 @@
-// The architectural state of one x86-64 CPU, the same for every engine: what is saved, migrated, shown and compared.
-// Intel SDM vol. 3 ch. 2; AMD APM vol. 2.
+// The architectural state of one x86-64 CPU, the same for every engine: what is saved, migrated,
+// shown and compared. Intel SDM vol. 3 ch. 2; AMD APM vol. 2.
 #pragma once
 
 #include <array>
@@ -11,18 +11,36 @@
 
 namespace kvartz::cpu {
 
-enum Gpr : uint8_t { kRax, kRcx, kRdx, kRbx, kRsp, kRbp, kRsi, kRdi, kR8, kR9, kR10, kR11, kR12, kR13, kR14, kR15 };
+enum Gpr : uint8_t {
+  kRax,
+  kRcx,
+  kRdx,
+  kRbx,
+  kRsp,
+  kRbp,
+  kRsi,
+  kRdi,
+  kR8,
+  kR9,
+  kR10,
+  kR11,
+  kR12,
+  kR13,
+  kR14,
+  kR15
+};
 enum SegReg : uint8_t { kEs, kCs, kSs, kDs, kFs, kGs, kSegCount };
 
-// Descriptor cache. `attributes` in VMX order: type(0-3) s(4) dpl(5-6) p(7) avl(12) l(13) db(14) g(15) unusable(16).
+// Descriptor cache. `attributes` in VMX order: type(0-3) s(4) dpl(5-6) p(7) avl(12) l(13) db(14)
+// g(15) unusable(16).
 struct Segment {
   uint64_t base = 0;
   uint32_t limit = 0;  // in bytes, granularity applied
   uint32_t attributes = 0;
   uint16_t selector = 0;
 
-  static constexpr uint32_t kTypeMask = 0xf, kS = 1 << 4, kP = 1 << 7, kAvl = 1 << 12, kL = 1 << 13, kDb = 1 << 14,
-                            kG = 1 << 15, kUnusable = 1 << 16;
+  static constexpr uint32_t kTypeMask = 0xf, kS = 1 << 4, kP = 1 << 7, kAvl = 1 << 12, kL = 1 << 13,
+                            kDb = 1 << 14, kG = 1 << 15, kUnusable = 1 << 16;
   unsigned type() const { return attributes & kTypeMask; }
   unsigned dpl() const { return (attributes >> 5) & 3; }
 };
@@ -68,9 +86,10 @@ struct X86State {
   void VisitState(StateVisitor& visitor);
 };
 
-// The state after RESET (SDM vol. 3 table 10-1) for CPU `index`; index 0 is the bootstrap processor, whose LINT0 is set up for
-// the 8259 (virtual wire, MP specification 3.6.2.2), since direct boot has no firmware that would do it. `signature`: EAX of
-// CPUID leaf 1, found in EDX. The XSAVE area has the legacy region and header only; an engine extends it with zeros.
+// The state after RESET (SDM vol. 3 table 10-1) for CPU `index`; index 0 is the bootstrap
+// processor, whose LINT0 is set up for the 8259 (virtual wire, MP specification 3.6.2.2), since
+// direct boot has no firmware that would do it. `signature`: EAX of CPUID leaf 1, found in EDX. The
+// XSAVE area has the legacy region and header only; an engine extends it with zeros.
 X86State ResetState(unsigned index, uint32_t apic_id, uint32_t signature);
 X86State ResetState(unsigned index);
 

@@ -127,7 +127,8 @@ TEST_P(BoardKinds, BadInputIsNamed) {
     return text.find(part) != std::string::npos;
   };
   std::string text = error([](MachineConfig& c) { c.boot.kernel = "/nonexistent/vmlinuz"; });
-  EXPECT_TRUE(has(text, "/nonexistent/vmlinuz") && has(text, "no directory '/nonexistent'")) << text;
+  EXPECT_TRUE(has(text, "/nonexistent/vmlinuz") && has(text, "no directory '/nonexistent'"))
+      << text;
   text = error([](MachineConfig& c) { c.boot.initrd = "/nonexistent/initrd"; });
   EXPECT_TRUE(has(text, "/nonexistent/initrd")) << text;
   text = error([](MachineConfig& c) { c.ram_bytes = 1 << 20; });

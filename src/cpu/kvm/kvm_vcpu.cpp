@@ -22,7 +22,7 @@ namespace {
 // Wakes a vCPU thread out of the guest. Its handler does nothing: the interruption is the message.
 int KickSignal() {
   static const int signal = [] {
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_handler = [](int) {};
     sigaction(SIGRTMIN, &action, nullptr);
     return SIGRTMIN;

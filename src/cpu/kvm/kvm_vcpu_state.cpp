@@ -16,13 +16,13 @@ constexpr uint32_t kMsrTsc = 0x10;
 constexpr uint32_t kMsrTscDeadline = 0x6e0;
 
 // KVM's registers in the order of Gpr.
-constexpr __u64 kvm_regs::*kGprs[16] = {
+constexpr __u64 kvm_regs::* kGprs[16] = {
     &kvm_regs::rax, &kvm_regs::rcx, &kvm_regs::rdx, &kvm_regs::rbx, &kvm_regs::rsp, &kvm_regs::rbp,
     &kvm_regs::rsi, &kvm_regs::rdi, &kvm_regs::r8,  &kvm_regs::r9,  &kvm_regs::r10, &kvm_regs::r11,
     &kvm_regs::r12, &kvm_regs::r13, &kvm_regs::r14, &kvm_regs::r15};
-constexpr kvm_segment kvm_sregs2::*kSegments[kSegCount] = {&kvm_sregs2::es, &kvm_sregs2::cs,
-                                                           &kvm_sregs2::ss, &kvm_sregs2::ds,
-                                                           &kvm_sregs2::fs, &kvm_sregs2::gs};
+constexpr kvm_segment kvm_sregs2::* kSegments[kSegCount] = {&kvm_sregs2::es, &kvm_sregs2::cs,
+                                                            &kvm_sregs2::ss, &kvm_sregs2::ds,
+                                                            &kvm_sregs2::fs, &kvm_sregs2::gs};
 
 Segment FromKvm(const kvm_segment& from) {
   Segment to{.base = from.base, .limit = from.limit, .selector = from.selector};
@@ -147,7 +147,7 @@ class MsrBuffer {
  public:
   explicit MsrBuffer(size_t count)
       : bytes_(sizeof(kvm_msrs) + count * sizeof(kvm_msr_entry)),
-        header_(new (bytes_.data()) kvm_msrs{}) {}
+        header_(new(bytes_.data()) kvm_msrs{}) {}
   kvm_msrs* operator->() { return header_; }
   kvm_msrs* get() { return header_; }
 

@@ -1,8 +1,9 @@
-// The payloads. Registers: a handler keeps all of them. Vectors from 0x30 to 0x3f come through the 8259 pair, others from
-// 0x20 up through the local APIC; vectors below are exceptions: they are logged, and the program goes on at the address
-// that it left at SHARED, in ring 0.
+// The payloads. Registers: a handler keeps all of them. Vectors from 0x30 to 0x3f come through the
+// 8259 pair, others from 0x20 up through the local APIC; vectors below are exceptions: they are
+// logged, and the program goes on at the address that it left at SHARED, in ring 0.
 //
-// Shared words (from 0x9000): +0 resume address, +8 x2APIC in use, +0x10 entries of the log, +0x20.. parameters.
+// Shared words (from 0x9000): +0 resume address, +8 x2APIC in use, +0x10 entries of the log,
+// +0x20.. parameters.
 #include "cpu/kvm/payloads.h"
 
 // clang-format off

@@ -18,7 +18,8 @@ std::string Firmware() {
   char path[] = "/tmp/kvartz-qmp-fuzz-bios-XXXXXX";
   int fd = mkstemp(path);
   std::string image(65536, '\xf4');
-  if (fd < 0 || write(fd, image.data(), image.size()) != static_cast<ssize_t>(image.size())) abort();
+  if (fd < 0 || write(fd, image.data(), image.size()) != static_cast<ssize_t>(image.size()))
+    abort();
   close(fd);
   return path;
 }

@@ -305,8 +305,8 @@ class StubTable {
     std::unique_ptr<std::atomic<NativeStub>[]> stubs;
   };
 
-  // W makes another stub only where it changes what the instruction does: a guest must not be able to
-  // fill the arena with encodings of the same thing.
+  // W makes another stub only where it changes what the instruction does: a guest must not be able
+  // to fill the arena with encodings of the same thing.
   static bool UsesW(const Row& row) {
     bool uses = (row.attributes & kStrLen) != 0;
     for (unsigned i = 0; i < row.operand_count; ++i) uses |= row.operands[i].size == kSizeW;

@@ -101,7 +101,8 @@ void ExecX87(Cpu& cpu, const Insn& insn, const VectorPlan& plan) {
   frame.flags = cpu.rflags & rflags::kStatus;
   XsaveArea& fpu = cpu.fpu;
   const uint32_t mxcsr_mask = fpu.mxcsr_mask;
-  // With CR0.NE clear a pending error is ignored (as with IGNNE#): masked, or the host would raise it.
+  // With CR0.NE clear a pending error is ignored (as with IGNNE#): masked, or the host would raise
+  // it.
   const auto pending = static_cast<uint16_t>(fpu.fsw & ~fpu.fcw & 0x3f);
   const auto control = static_cast<uint16_t>(fpu.fcw | pending);
   if (pending) {

@@ -48,6 +48,12 @@ struct KvmOptions {
 // Errors: unknown name (nearest match), malformed or unsupported value.
 Result<KvmOptions> ParseKvmOptions(const std::vector<std::pair<std::string, std::string>>& options);
 
+// -accel kvartz,NAME=VALUE,...
+struct SoftOptions {
+  bool jit = true;                     // translate guest code; off: interpret it
+  uint64_t code_bytes = 64ull << 20;  // for translated code, all CPUs together
+};
+
 struct AccelConfig {
   AddressSpace* memory = nullptr;
   AddressSpace* ports = nullptr;
@@ -59,6 +65,7 @@ struct AccelConfig {
   CpuTopology topology;
   CpuModelRequest model;
   KvmOptions kvm;
+  SoftOptions soft;
 };
 
 // What a debugger wants to be told of (SDM vol. 3 ch. 18). The guest's own use of the debug

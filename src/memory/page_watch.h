@@ -2,6 +2,7 @@
 // since.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace kvartz {
@@ -18,6 +19,15 @@ class PageWatch {
   PageWatch(const PageWatch&) = delete;
   PageWatch& operator=(const PageWatch&) = delete;
 
+  // Told when the generation of a watched page changes; on the writer's thread.
+  class Listener {
+   public:
+    virtual ~Listener() = default;
+    virtual void CodeWritten() = 0;
+  };
+  // There is one; it outlives the watch's use.
+  void SetListener(Listener* listener) { listener_.store(listener, std::memory_order_release); }
+
   uint32_t* word(uint64_t offset) { return &words_[offset / 4096]; }
 
   // The bytes of [offset, offset + length) were or are about to be changed.
@@ -26,11 +36,12 @@ class PageWatch {
       if (__atomic_load_n(&words_[page], __ATOMIC_SEQ_CST) & kWatched) Bump(&words_[page]);
     }
   }
-  static void Bump(uint32_t* word);
+  void Bump(uint32_t* word);
 
  private:
   uint32_t* words_;
   uint64_t size_bytes_;
+  std::atomic<Listener*> listener_{nullptr};
 };
 
 }  // namespace kvartz

@@ -1,4 +1,4 @@
-// The own engine: Accel and Vcpu on the interpreter.
+// The own engine: Accel and Vcpu on translated code, and the interpreter where that doesn't reach.
 #pragma once
 
 #include <csetjmp>
@@ -18,6 +18,10 @@ namespace kvartz::cpu::x86 {
 
 class BlockCache;
 class SoftAccel;
+namespace jit {
+class Engine;
+struct State;
+}  // namespace jit
 
 // One CPU of the own engine. Owned by its vCPU thread; Kick, Nmi and what the LAPICs call come from
 // any thread.
@@ -55,7 +59,14 @@ class SoftVcpu final : public Vcpu, public LapicBus {
   void RequestStartup(uint8_t vector);
   void SetPicOutput(bool level);
 
-  Cpu cpu;
+  // How translated code does; null: there is none (jit=off).
+  const jit::Engine* jit() const { return jit_.get(); }
+
+ private:
+  std::unique_ptr<jit::State, void (*)(jit::State*)> state_;
+
+ public:
+  Cpu& cpu;
 
  private:
   friend class SoftAccel;
@@ -82,6 +93,7 @@ class SoftVcpu final : public Vcpu, public LapicBus {
   Tlb tlb_;
   ViewCache ports_;
   std::unique_ptr<BlockCache> blocks_;
+  std::unique_ptr<jit::Engine> jit_;
   Mutex sleep_mutex_;
   CondVar sleep_cond_;
   std::atomic<bool> sleeping_{false};
@@ -96,7 +108,10 @@ class SoftVcpu final : public Vcpu, public LapicBus {
 };
 
 // Any thread; CreateVcpu before any of them runs.
-class SoftAccel final : public Accel, public World, public AddressSpace::Listener {
+class SoftAccel final : public Accel,
+                        public World,
+                        public AddressSpace::Listener,
+                        public PageWatch::Listener {
  public:
   static Result<std::unique_ptr<Accel>> Create(const AccelConfig& config);
   ~SoftAccel() override;
@@ -136,6 +151,9 @@ class SoftAccel final : public Accel, public World, public AddressSpace::Listene
   void EnterGuest();
   void LeaveGuest();
   void Safepoint();
+
+  // ---- PageWatch::Listener
+  void CodeWritten() override { RequestAll(request::kCodeWritten); }
 
   // ---- AddressSpace::Listener
   void ViewChanged(const FlatView& before, const FlatView& after) override;

@@ -48,18 +48,26 @@ void CheckDataBreakpoints(Cpu& cpu, uint64_t linear, unsigned size, Access acces
   }
 }
 
+uint64_t RamOffset(const FlatRange& range, uint64_t physical) {
+  return range.region->ram_offset + range.region_offset + ((physical & kPageMask) - range.base);
+}
+
+bool IsWatched(const FlatRange& range, uint64_t physical) {
+  const uint32_t* word = range.region->ram->dirty().Watch().word(RamOffset(range, physical));
+  return (__atomic_load_n(word, __ATOMIC_SEQ_CST) & PageWatch::kWatched) != 0;
+}
+
 // Tells code watchers and dirty tracking of a write that is about to happen; true if further writes
 // to the page need not come here (the TLB may hold them).
 bool PrepareWrite(Cpu& cpu, const FlatRange& range, uint64_t physical) {
   DirtyBitmap& dirty = range.region->ram->dirty();
-  uint64_t offset =
-      range.region->ram_offset + range.region_offset + ((physical & kPageMask) - range.base);
+  uint64_t offset = RamOffset(range, physical);
   uint32_t* word = dirty.Watch().word(offset);
   uint32_t before = __atomic_load_n(word, __ATOMIC_SEQ_CST);
   if (!(before & PageWatch::kWritable))
     before = __atomic_fetch_or(word, PageWatch::kWritable, __ATOMIC_SEQ_CST);
   if (before & PageWatch::kWatched) {
-    PageWatch::Bump(word);
+    dirty.Watch().Bump(word);
     SetRequest(cpu, request::kCodeWritten);
   }
   if (!dirty.enabled()) return true;
@@ -200,6 +208,27 @@ Pieces Prepare(Cpu& cpu, SegReg seg, uint64_t linear, unsigned size, Access acce
 
 namespace mmu {
 
+bool TryMap(Cpu& cpu, uint64_t linear, Access access) {
+  Tlb& tlb = *cpu.tlb;
+  tlb.View();
+  const Tlb::Class cls = tlb.data_class();
+  if (cls == Tlb::kNever || !Canonical(cpu, linear)) return false;
+  Mapping mapping;
+  uint32_t error = 0;
+  if (!Walk(cpu, cls, linear, access, kSetAccessed, &mapping, &error)) return false;
+  if (IsLocalApic(tlb, mapping.physical)) return false;
+  const FlatRange* range = tlb.Find(mapping.physical);
+  if (!range || range->region->kind == RegionKind::kIo) return false;
+  bool write_ok = false;
+  if (access == Access::kWrite) {
+    if (range->region->kind != RegionKind::kRam || IsWatched(*range, mapping.physical)) return false;
+    write_ok = PrepareWrite(cpu, *range, mapping.physical);
+  }
+  if (!WholePage(*range, mapping.physical)) return false;
+  Fill(cpu, cls, linear, mapping, *range, access, write_ok);
+  return true;
+}
+
 bool Canonical(const Cpu& cpu, uint64_t linear) {
   if (!cpu.long_mode()) return true;
   unsigned unused = cpu.cr4 & cr4::kLa57 ? 7 : 16;
@@ -339,6 +368,7 @@ CodeWatch WatchCode(Cpu& cpu, const uint8_t* host) {
     if (range.region->kind == RegionKind::kIo) continue;
     RamBlock& ram = *range.region->ram;
     if (page < ram.host() || page >= ram.host() + ram.size()) continue;
+    ram.dirty().Watch().SetListener(tlb.code_listener);
     word = ram.dirty().Watch().word(static_cast<uint64_t>(page - ram.host()));
     break;
   }

@@ -1,6 +1,7 @@
 // Memory as the guest's instructions see it: the software TLB, with the hit paths inline.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <vector>
 
@@ -37,7 +38,16 @@ struct TlbEntry {
 // spaces (PCIDs) share the tables and are told apart by the id in the tags: a CR3 load is a new id,
 // not a flush. Large pages fill 4 KiB entries.
 class Tlb {
+  // The tables of the present mode, and the id in their tags. Comes first: translated code reads
+  // it.
+  struct Present {
+    TlbEntry* data = nullptr;
+    TlbEntry* code = nullptr;
+    uint64_t asid = 1;
+  } now_;
+
  public:
+  static constexpr int kDataOffset = offsetof(Present, data), kAsidOffset = offsetof(Present, asid);
   static constexpr unsigned kIndexBits = 10, kEntries = 1 << kIndexBits;
   // kNoSmap: supervisor with AC set. kNever stays empty: every access takes the slow path
   // (alignment checks).
@@ -45,20 +55,24 @@ class Tlb {
 
   explicit Tlb(const AddressSpace& memory);
 
-  TlbEntry& data(uint64_t linear) const { return data_[(linear >> 12) % kEntries]; }
-  TlbEntry& code(uint64_t linear) const { return code_[(linear >> 12) % kEntries]; }
+  TlbEntry& data(uint64_t linear) const { return now_.data[(linear >> 12) % kEntries]; }
+  TlbEntry& code(uint64_t linear) const { return now_.code[(linear >> 12) % kEntries]; }
   TlbEntry& entry(Class cls, uint64_t linear) {
     return tables_[cls * kEntries + (linear >> 12) % kEntries];
   }
-  uint64_t Tag(uint64_t linear) const { return (linear & ~0xfffull) | asid_; }
+  uint64_t Tag(uint64_t linear) const { return (linear & ~0xfffull) | now_.asid; }
 
   // The classes of data accesses and of instruction fetches in the present mode.
   void SetClasses(Class data_class, Class code_class) {
     data_class_ = data_class;
-    data_ = &tables_[data_class * kEntries];
-    code_ = &tables_[code_class * kEntries];
+    now_.data = &tables_[data_class * kEntries];
+    now_.code = &tables_[code_class * kEntries];
   }
   Class data_class() const { return data_class_; }
+
+  // Grows whenever entries are dropped other than by their own tags: who keeps translations of his
+  // own follows.
+  uint64_t changes() const { return changes_; }
 
   // CR3 was loaded. `keep`: entries of that PCID stay (bit 63 of the source).
   void SwitchTo(unsigned pcid, bool keep);
@@ -78,6 +92,7 @@ class Tlb {
 
   // Set by the engine.
   World* world = nullptr;
+  PageWatch::Listener* code_listener = nullptr;  // of the RAM whose code is watched
   IoHandler* local_apic = nullptr;
   uint64_t local_apic_page = ~0ull;  // physical; ~0: not memory-mapped now
   unsigned physical_bits = 40;
@@ -90,9 +105,7 @@ class Tlb {
     uint32_t epoch = 0;
     uint16_t asid = 0;
   };
-  TlbEntry* data_ = nullptr;
-  TlbEntry* code_ = nullptr;
-  uint64_t asid_ = 1;
+  uint64_t changes_ = 0;
   Class data_class_ = kSupervisor;
   std::unique_ptr<TlbEntry[], void (*)(void*)> tables_;
   ViewCache view_;
@@ -127,6 +140,10 @@ void LoadCr3(Cpu& cpu, uint64_t value);
 // PAE: the four PDPTEs at `cr3` have no reserved bit set.
 bool PdptesValid(Cpu& cpu, uint64_t cr3);
 bool Canonical(const Cpu& cpu, uint64_t linear);
+// Brings the translation of the byte at `linear` into the TLB, if an access of the present mode may
+// go straight to memory there. Raises nothing; false: let the access itself show. Writes to watched
+// code are left to the access, too.
+bool TryMap(Cpu& cpu, uint64_t linear, Access access);
 // The physical address behind `linear` for debuggers; no side effects. False if unmapped.
 bool Probe(Cpu& cpu, uint64_t linear, uint64_t* physical);
 

@@ -12,8 +12,8 @@ Tlb::Tlb(const AddressSpace& memory)
       pcids_(std::make_unique<Pcid[]>(4096)) {
   VERIFY(tables_);
   SetClasses(kSupervisor, kSupervisor);
-  asid_ = NewAsid();
-  pcids_[0] = {epoch_, static_cast<uint16_t>(asid_)};
+  now_.asid = NewAsid();
+  pcids_[0] = {epoch_, static_cast<uint16_t>(now_.asid)};
 }
 
 uint16_t Tlb::NewAsid() {
@@ -29,12 +29,13 @@ uint16_t Tlb::NewAsid() {
 
 void Tlb::SwitchTo(unsigned pcid, bool keep) {
   pcid_ = pcid;
+  changes_++;
   if (keep && pcids_[pcid].epoch == epoch_) {
-    asid_ = pcids_[pcid].asid;
+    now_.asid = pcids_[pcid].asid;
     return;
   }
-  asid_ = NewAsid();
-  pcids_[pcid] = {epoch_, static_cast<uint16_t>(asid_)};
+  now_.asid = NewAsid();
+  pcids_[pcid] = {epoch_, static_cast<uint16_t>(now_.asid)};
 }
 
 void Tlb::FlushAll() {
@@ -61,6 +62,7 @@ void Tlb::NoteLargePage(uint64_t linear, unsigned shift) {
 }
 
 void Tlb::FlushPage(uint64_t linear) {
+  changes_++;
   unsigned shift = 12;
   if (large_2m_[(linear >> 27) % 64] >> ((linear >> 21) % 64) & 1) shift = 22;  // at least
   if (large_1g_[(linear >> 36) % 16] >> ((linear >> 30) % 64) & 1) shift = 30;
@@ -76,6 +78,7 @@ void Tlb::FlushPage(uint64_t linear) {
 }
 
 void Tlb::DropWritable(const uint8_t* host_page) {
+  changes_++;
   for (unsigned i = 0; i < kNever * kEntries; i++) {
     TlbEntry& e = tables_[i];
     if (e.write && (e.write & ~0xfffull) + e.addend == reinterpret_cast<uintptr_t>(host_page))
@@ -84,6 +87,7 @@ void Tlb::DropWritable(const uint8_t* host_page) {
 }
 
 void Tlb::DropAllWritable() {
+  changes_++;
   for (unsigned i = 0; i < kNever * kEntries; i++) tables_[i].write = 0;
 }
 

@@ -1,5 +1,6 @@
 // One CPU of the own engine: the outer loop.
 #include <fmt/core.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -9,7 +10,9 @@
 #include "base/log.h"
 #include "cpu/x86/engine.h"
 #include "cpu/x86/fault.h"
+#include "cpu/x86/host_trap.h"
 #include "cpu/x86/interp/block_cache.h"
+#include "cpu/x86/jit/engine.h"
 #include "cpu/x86/segment.h"
 
 namespace kvartz::cpu::x86 {
@@ -66,8 +69,22 @@ void LogUndefined(Cpu& cpu, unsigned index) {
 
 }  // namespace
 
+// What is never touched costs no memory.
+jit::State* NewState() {
+  void* map = mmap(nullptr, sizeof(jit::State), PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  VERIFY(map != MAP_FAILED);
+  return new (map) jit::State;
+}
+void FreeState(jit::State* state) {
+  state->~State();
+  munmap(state, sizeof(jit::State));
+}
+
 SoftVcpu::SoftVcpu(SoftAccel& accel, unsigned index)
-    : accel_(accel),
+    : state_(NewState(), FreeState),
+      cpu(state_->cpu),
+      accel_(accel),
       index_(index),
       cpuid_(accel.cpuid(index)),
       limits_(CpuLimits::FromCpuid(cpuid_)),
@@ -79,6 +96,7 @@ SoftVcpu::SoftVcpu(SoftAccel& accel, unsigned index)
   cpu.tlb = &tlb_;
   cpu.blocks = blocks_.get();
   tlb_.local_apic = &lapic_;
+  tlb_.code_listener = &accel;
   tlb_.physical_bits = limits_.physical_bits;
   tlb_.gigabyte_pages = cpuid_.Has("pdpe1gb");
   if (accel.config().cpu_count > 1) tlb_.world = &accel;
@@ -91,6 +109,11 @@ Result<std::unique_ptr<SoftVcpu>> SoftVcpu::Create(SoftAccel& accel, unsigned in
   action.sa_flags = SA_RESTART;
   if (sigaction(TimerSignal(), &action, nullptr) != 0)
     return Fail(ErrnoError(errno, "cannot set up the vCPU timer signal"));
+  const SoftOptions& options = accel.config().soft;
+  if (options.jit) {
+    vcpu->jit_ = TRY(jit::Engine::Create(*vcpu->state_, FeatureSet::FromCpuid(vcpu->cpuid_),
+                                         options.code_bytes / accel.config().cpu_count));
+  }
   TRY(vcpu->Reset());
   return vcpu;
 }
@@ -196,6 +219,7 @@ Vcpu::Exit SoftVcpu::Run() {
     accel_.config().host->EngineFailed(index_, "the host refuses a timer for the vCPU thread");
     return Exit::kFailed;
   }
+  if (jit_) jit_->AttachThread();
   accel_.EnterGuest();
   cpu.fault_exit = &fault_exit_;
   Next next = Next::kGo;
@@ -214,12 +238,15 @@ Vcpu::Exit SoftVcpu::Run() {
   while (next == Next::kGo) {
     if (__atomic_load_n(&cpu.requests, __ATOMIC_RELAXED)) {
       next = HandleRequests();
+    } else if (jit_ && jit::Engine::Supports(cpu)) {
+      jit_->Run();
     } else {
       RunBlocks(cpu);
     }
   }
   accel_.LeaveGuest();
   timer_target = nullptr;
+  SetTrapEngine(nullptr);
   if (next == Next::kLeave) return Exit::kKicked;
   accel_.config().host->TripleFault(index_);
   return Exit::kTripleFault;
@@ -275,9 +302,13 @@ SoftVcpu::Next SoftVcpu::HandleWorld(uint32_t requests) {
     tlb_.View();
     tlb_.FlushAll();
     FlushBlocks(cpu);
+    if (jit_) jit_->Flush();
     tlb_.DropRetiredViews();
   }
-  if (requests & request::kCodeWritten) ClearRequest(cpu, request::kCodeWritten);
+  if (requests & request::kCodeWritten) {
+    ClearRequest(cpu, request::kCodeWritten);
+    if (jit_) jit_->CheckPages();
+  }
   if (requests & request::kTimer) {
     ClearRequest(cpu, request::kTimer);
     timer_armed_for_ = INT64_MAX;

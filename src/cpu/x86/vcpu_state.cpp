@@ -1,6 +1,7 @@
 // The architectural state of the own engine's CPU, in and out.
 #include "cpu/x86/engine.h"
 #include "cpu/x86/interp/block_cache.h"
+#include "cpu/x86/jit/engine.h"
 #include "cpu/x86/segment.h"
 
 namespace kvartz::cpu::x86 {
@@ -90,6 +91,7 @@ Result<> SoftVcpu::SetState(const X86State& state) {
   SetRequest(cpu, look);
   UpdateMode(cpu);
   FlushBlocks(cpu);
+  if (jit_) jit_->Flush();
   return {};
 }
 

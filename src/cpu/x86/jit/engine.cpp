@@ -1,0 +1,397 @@
+#include "cpu/x86/jit/engine.h"
+
+#include <asm/prctl.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "cpu/x86/host_trap.h"
+#include "cpu/x86/interp/block_cache.h"
+#include "cpu/x86/mmu.h"
+
+namespace kvartz::cpu::x86::jit {
+namespace {
+
+// A unit's code at most: 48 instructions of some 150 bytes with their cold paths and thunks.
+constexpr size_t kUnitRoom = 32 << 10;
+constexpr uint64_t kPageMask = ~0xfffull;
+constexpr uint16_t kSingleAfter = 32;
+constexpr uint64_t kNoPage = 1;  // State::code_pages
+
+Engine& EngineOf(void* state) {
+  return *static_cast<Engine*>(static_cast<State*>(state)->engine);
+}
+
+size_t JumpIndex(uint64_t target) { return ((target >> 12) ^ target) % kJumpEntries; }
+
+}  // namespace
+
+Engine::Engine(State& state, const FeatureSet& features) : state_(state), features_(features) {
+  state_.self = &state_;
+  state_.engine = this;
+}
+
+Result<std::unique_ptr<Engine>> Engine::Create(State& state, const FeatureSet& features,
+                                               size_t code_bytes) {
+  std::unique_ptr<Engine> engine(new Engine(state, features));
+  TRY(engine->memory_.Map(code_bytes));
+  InstallTrapHandlers();
+  Assembler as = engine->memory_.At(0);
+  const StubTargets targets = {.fill = OnFill,
+                               .execute = OnExecute,
+                               .execute_end = OnExecuteEnd,
+                               .interpret = OnInterpret,
+                               .dispatch = OnDispatch,
+                               .link = OnLink,
+                               .avx = __builtin_cpu_supports("avx") != 0};
+  engine->stubs_ = EmitStubs(as, targets);
+  engine->stubs_end_ = engine->memory_.OffsetOf(as.here());
+  engine->Flush();
+  engine->counters_ = {};
+  return engine;
+}
+
+Engine::~Engine() = default;
+
+bool Engine::Supports(const Cpu& cpu) {
+  return cpu.code_mode == CodeMode::k64 && (cpu.cpl == 0 || cpu.cpl == 3) &&
+         cpu.tlb->data_class() < kClassCount;
+}
+
+uint16_t Engine::Mode() const {
+  const Cpu& cpu = state_.cpu;
+  const bool busy = (cpu.cr0 & cr0::kTs) != 0;
+  const bool sse = !busy && !(cpu.cr0 & cr0::kEm) && (cpu.cr4 & cr4::kOsfxsr);
+  const bool avx = !busy && (cpu.cr4 & cr4::kOsxsave) && (cpu.xcr0 & 6) == 6;
+  return static_cast<uint16_t>((cpu.cpl == 3 ? 1 : 0) | cpu.tlb->data_class() << 1 |
+                               (sse ? 8 : 0) | (avx ? 16 : 0));
+}
+
+void Engine::AttachThread() {
+  syscall(SYS_arch_prctl, ARCH_SET_GS, &state_);
+  SetTrapEngine(this);
+}
+
+// ---- flags
+
+void Engine::TakeFlags() {
+  const unsigned saved = state_.saved_flags;
+  const uint64_t status = (saved >> 8 & 0xd5) | ((saved & 1) != 0 ? rflags::kOf : 0);
+  cpu().rflags = (cpu().rflags & ~rflags::kStatus) | status;
+}
+
+void Engine::GiveFlags() {
+  const uint64_t flags = cpu().rflags;
+  state_.saved_flags =
+      static_cast<uint16_t>((flags & 0xd5) << 8 | 0x200 | ((flags & rflags::kOf) != 0 ? 1 : 0));
+}
+
+// ---- running
+
+void Engine::Run() {
+  Block* block = Locate();
+  if (block == nullptr) return;
+  GiveFlags();
+  state_.vector_live = 0;
+  stubs_.enter(&state_, block->code.body);
+}
+
+Engine::Block* Engine::Locate() {
+  Cpu& c = cpu();
+  for (;;) {
+    if (Requested(c) || !Supports(c)) return nullptr;
+    Sync();
+    c.insn_rip = c.rip;
+    const uint8_t* host = FetchCode(c, c.rip);
+    if (host != nullptr) {
+      Sync();
+      const uint16_t mode = Mode();
+      Block* block = Find(host, mode);
+      if (block == nullptr) block = Translate(host, mode);
+      if (block != nullptr) {
+        const unsigned cls = c.tlb->data_class();
+        if (jump_modes_[cls] != mode) {
+          jump_modes_[cls] = mode;
+          std::fill_n(state_.jumps[cls], kJumpEntries, Go(stubs_.dispatch));
+        }
+        state_.page = c.rip & kPageMask;
+        uint64_t& entered = state_.code_pages[block->page->slot];
+        if (entered == kNoPage) entered_.push_back(block->page->slot);
+        entered = state_.page;
+        state_.jumps[cls][JumpIndex(c.rip)] = Go(block->code.checked);
+        return block;
+      }
+    }
+    ++counters_.steps;
+    StepInstruction(c);
+  }
+}
+
+uint64_t Engine::Dispatch() {
+  ++counters_.dispatches;
+  Block* block = Locate();
+  if (block == nullptr) return Go(stubs_.exit);
+  GiveFlags();
+  return Go(block->code.body);
+}
+
+uint64_t Engine::OnDispatch(void* state, uint64_t target, uint64_t) {
+  Engine& engine = EngineOf(state);
+  engine.TakeFlags();
+  engine.cpu().rip = target;
+  return engine.Dispatch();
+}
+
+uint64_t Engine::OnLink(void* state, uint64_t target, uint64_t exit) {
+  Engine& engine = EngineOf(state);
+  engine.TakeFlags();
+  engine.cpu().rip = target;
+  return engine.Link(static_cast<uint32_t>(exit));
+}
+
+uint64_t Engine::Link(uint32_t number) {
+  const uint64_t flushes = counters_.flushes, steps = counters_.steps;
+  Block* from = exits_[number].from;
+  Block* block = Locate();
+  if (block == nullptr) return Go(stubs_.exit);
+  GiveFlags();
+  if (counters_.flushes == flushes && counters_.steps == steps && from->page != nullptr) {
+    ++counters_.links;
+    Exit& exit = exits_[number];
+    const uint8_t* target = !exit.site.same_page           ? block->code.checked
+                            : block->offset > from->offset ? block->code.body
+                                                           : block->code.polled;
+    memory_.At(0).Patch(exit.site.distance, target);
+    block->incoming.push_back(number);
+  }
+  return Go(block->code.body);
+}
+
+// ---- slow paths
+
+uint64_t Engine::OnFill(void* state, uint64_t address, uint64_t site) {
+  return EngineOf(state).Fill(address, Site::Unpack(site));
+}
+
+uint64_t Engine::Fill(uint64_t address, Site site) {
+  Cpu& c = cpu();
+  const Access access = site.write ? Access::kWrite : Access::kRead;
+  if ((address & 0xfff) + site.span <= 4096 && mmu::TryMap(c, address, access)) {
+    Tlb& tlb = *c.tlb;
+    const TlbEntry& entry = tlb.data(address);
+    if (tlb.changes() == seen_changes_ &&
+        (site.write ? entry.write : entry.read) == tlb.Tag(address)) {
+      ++counters_.fills;
+      (&state_.slots[0][0])[site.slot] = {address & kPageMask, entry.addend};
+      return 0;
+    }
+  }
+  ++counters_.fill_failures;
+  if ((address & 0xfff) + site.span > 4096 && site.count > 1) {
+    // Check the unit's accesses one by one if this goes on.
+    const uint8_t* host = FetchCode(c, state_.page + site.offset);
+    (void)host;
+  }
+  return Interpret(site);
+}
+
+uint64_t Engine::OnInterpret(void* state, uint64_t, uint64_t site) {
+  return EngineOf(state).Interpret(Site::Unpack(site));
+}
+
+uint64_t Engine::Interpret(Site site) {
+  Cpu& c = cpu();
+  TakeFlags();
+  c.rip = state_.page + site.offset;
+  for (unsigned i = 0; i < site.count; ++i) {
+    const uint64_t before = c.rip;
+    ++counters_.steps;
+    StepInstruction(c);
+    if (Requested(c)) return Go(stubs_.exit);
+    if (c.rip - before - 1 > 14 || !Supports(c)) break;
+  }
+  return Dispatch();
+}
+
+uint64_t Engine::OnExecute(void* state, uint64_t s0, uint64_t insn) {
+  return EngineOf(state).Execute(s0, *reinterpret_cast<const Insn*>(insn), false);
+}
+
+uint64_t Engine::OnExecuteEnd(void* state, uint64_t s0, uint64_t insn) {
+  return EngineOf(state).Execute(s0, *reinterpret_cast<const Insn*>(insn), true);
+}
+
+uint64_t Engine::Execute(uint64_t s0, const Insn& insn, bool ends) {
+  ++counters_.executes;
+  Cpu& c = cpu();
+  TakeFlags();
+  c.insn_rip = state_.page + (s0 & 0xfff);
+  const uint64_t next = c.insn_rip + insn.length;
+  c.rip = next;
+  insn.exec(c, insn);
+  if (ends || Requested(c) || c.rip != next || c.tlb->changes() != seen_changes_) return Dispatch();
+  GiveFlags();
+  return 0;
+}
+
+// ---- units
+
+Engine::Block* Engine::Find(const uint8_t* host, uint16_t mode) {
+  const auto it = blocks_.find(Key(host, mode));
+  return it == blocks_.end() ? nullptr : it->second.get();
+}
+
+Engine::Page* Engine::PageOf(const uint8_t* host, uint16_t mode) {
+  const auto* base =
+      reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(host) & kPageMask);
+  std::unique_ptr<Page>& page = pages_[Key(base, mode)];
+  if (page == nullptr) {
+    page = std::make_unique<Page>();
+    page->host = base;
+    page->mode = mode;
+    page->watch = WatchCode(cpu(), base);
+    page->slot = free_code_slots_.back();
+    free_code_slots_.pop_back();
+  }
+  return page.get();
+}
+
+Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
+  if (free_code_slots_.empty() || memory_.At(used_).room() < kUnitRoom) Flush();
+  const auto offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(host) & 0xfff);
+  Page* page = PageOf(host, mode);
+  // The watch may have been taken by somebody else's write since.
+  if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value) {
+    KillPage(page);
+    page = PageOf(host, mode);
+  }
+  Sync();  // watching the page may have taken write permissions away
+  const DecodeContext context{.mode = CodeMode::k64,
+                              .protected_mode = true,
+                              .cpl = static_cast<uint8_t>((mode & 1) != 0 ? 3 : 0),
+                              .features = features_};
+  const uint64_t key = Key(host, mode);
+  const Grouping grouping = single_.contains(key) ? Grouping::kSingle : Grouping::kShared;
+  const VectorUse vectors{.sse = (mode & 8) != 0, .avx = (mode & 16) != 0};
+  if (!unit_.Build(context, vectors, page->host, offset, grouping)) return nullptr;
+  const unsigned cls = mode >> 1 & 3;
+  Assembler as = memory_.At(used_);
+  const TranslationContext where = {.stubs = &stubs_,
+                                    .data_class = cls,
+                                    .first_slot = next_slot_[cls],
+                                    .code_slot = page->slot,
+                                    .first_exit = static_cast<uint32_t>(exits_.size())};
+  next_slot_[cls] = (next_slot_[cls] + unit_.group_count()) % kSlots;
+  auto block = std::make_unique<Block>();
+  block->host = host;
+  block->mode = mode;
+  block->offset = static_cast<uint16_t>(offset);
+  block->code = Translator(unit_, as, where).Run();
+  block->end = as.run();
+  block->page = page;
+  block->first_exit = where.first_exit;
+  for (const ExitSite& exit : block->code.exits) exits_.push_back({exit, block.get()});
+  used_ = (memory_.OffsetOf(as.here()) + 15) & ~size_t{15};
+  page->blocks.push_back(block.get());
+  by_code_[block->code.checked] = block.get();
+  ++counters_.units;
+  counters_.unit_insns += unit_.count();
+  Block* result = block.get();
+  blocks_[key] = std::move(block);
+  return result;
+}
+
+void Engine::Kill(Block* block) {
+  ++counters_.killed_units;
+  Assembler as = memory_.At(memory_.OffsetOf(block->code.body_write));
+  as.Jmp(block->code.leave);
+  for (const uint32_t number : block->incoming) {
+    as.Patch(exits_[number].site.distance, exits_[number].site.thunk);
+  }
+  block->incoming.clear();
+  block->page = nullptr;
+  const auto it = blocks_.find(Key(block->host, block->mode));
+  dead_.push_back(std::move(it->second));  // its exits and marks may be asked for until the flush
+  blocks_.erase(it);
+}
+
+void Engine::KillPage(Page* page) {
+  for (Block* block : page->blocks) Kill(block);
+  state_.code_pages[page->slot] = kNoPage;
+  free_code_slots_.push_back(page->slot);
+  pages_.erase(Key(page->host, page->mode));
+}
+
+void Engine::CheckPages() {
+  std::vector<Page*> changed;
+  for (const auto& [key, page] : pages_) {
+    if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value)
+      changed.push_back(page.get());
+  }
+  for (Page* page : changed) KillPage(page);
+}
+
+void Engine::Flush() {
+  ++counters_.flushes;
+  blocks_.clear();
+  dead_.clear();
+  pages_.clear();
+  by_code_.clear();
+  exits_.clear();
+  entered_.clear();
+  free_code_slots_.clear();
+  for (unsigned i = kCodeSlots; i-- > 0;) free_code_slots_.push_back(i);
+  std::fill_n(state_.code_pages, kCodeSlots, kNoPage);
+  for (auto& table : state_.jumps) std::fill_n(table, kJumpEntries, Go(stubs_.dispatch));
+  used_ = (stubs_end_ + 63) & ~size_t{63};
+  memory_.Discard(used_);
+  seen_changes_ = ~0ull;
+}
+
+// Slots and entered pages mirror the TLB: they go when it drops something.
+void Engine::Sync() {
+  const uint64_t changes = cpu().tlb->changes();
+  if (changes == seen_changes_) return;
+  seen_changes_ = changes;
+  std::memset(static_cast<void*>(state_.slots), kSlotClear, sizeof(state_.slots));
+  for (const unsigned slot : entered_) state_.code_pages[slot] = kNoPage;
+  entered_.clear();
+}
+
+// ---- host exceptions
+
+Engine::Block* Engine::BlockAt(const uint8_t* run) {
+  auto it = by_code_.upper_bound(run);
+  if (it == by_code_.begin()) return nullptr;
+  Block* block = (--it)->second;
+  return run < block->end ? block : nullptr;
+}
+
+bool Engine::OnTrap(void* context) {
+  auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+  const auto* rip = reinterpret_cast<const uint8_t*>(registers[REG_RIP]);
+  if (!memory_.Contains(rip)) return false;
+  const Block* block = BlockAt(rip);
+  if (block == nullptr) return false;
+  const auto at = static_cast<uint32_t>(rip - block->code.checked);
+  const InsnMark* mark = nullptr;
+  for (const InsnMark& candidate : block->code.marks) {
+    if (candidate.begin > at) break;
+    mark = &candidate;
+  }
+  if (mark == nullptr) return false;
+  ++counters_.traps;
+  if (mark->flags_in_host) {
+    const auto flags = static_cast<uint64_t>(registers[REG_EFL]);
+    state_.saved_flags =
+        static_cast<uint16_t>((flags & 0xd5) << 8 | 0x200 | ((flags & rflags::kOf) != 0 ? 1 : 0));
+  }
+  registers[REG_R11] = static_cast<greg_t>(Site{.offset = mark->offset, .count = 1}.Pack());
+  registers[REG_RIP] = reinterpret_cast<greg_t>(stubs_.interpret);
+  return true;
+}
+
+}  // namespace kvartz::cpu::x86::jit

@@ -1,0 +1,138 @@
+// The translator's outside: translated units of one vCPU, where they are found, and how control
+// gets from one to the next.
+//
+// Units are kept by the physical page that their code lies in (its host address) and the mode, and
+// know their RIP only as an offset from State::page. So a page that is mapped elsewhere, or into
+// another address space, needs no new translation. What may be wrong after a change of mapping is
+// asked at each entry from another page (State::code_pages).
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "base/result.h"
+#include "cpu/x86/cpu.h"
+#include "cpu/x86/jit/code_memory.h"
+#include "cpu/x86/jit/state.h"
+#include "cpu/x86/jit/stubs.h"
+#include "cpu/x86/jit/translator.h"
+#include "cpu/x86/jit/unit.h"
+
+namespace kvartz::cpu::x86::jit {
+
+// What happened, for -d and the curious.
+struct Counters {
+  uint64_t units = 0, unit_insns = 0;      // translated
+  uint64_t dispatches = 0, links = 0;      // asked where to go on; direct branches tied
+  uint64_t fills = 0, fill_failures = 0;   // slots filled after a look at the page tables; interpreted instead
+  uint64_t executes = 0;                   // instructions given to the interpreter's functions
+  uint64_t steps = 0;                      // instructions interpreted outside of a unit
+  uint64_t killed_units = 0, flushes = 0;  // code changed; code memory was full
+  uint64_t traps = 0;                      // host exceptions that were the guest's
+};
+
+// Owned by the vCPU's thread.
+class Engine {
+ public:
+  // Errors: no executable memory.
+  static Result<std::unique_ptr<Engine>> Create(State& state, const FeatureSet& features,
+                                                size_t code_bytes);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // The mode can be translated.
+  static bool Supports(const Cpu& cpu);
+  // Runs until something is requested or the mode isn't supported. As RunBlocks.
+  void Run();
+  // Code on a watched page was written: units whose page changed are dropped.
+  void CheckPages();
+  // Drops everything (the memory map changed).
+  void Flush();
+  // The thread that will call Run.
+  void AttachThread();
+
+  const Counters& counters() const { return counters_; }
+  // A signal came while translated code ran: continues in the interpreter. False: not of this code.
+  bool OnTrap(void* ucontext);
+
+ private:
+  struct Page;
+  struct Block {
+    const uint8_t* host = nullptr;
+    uint16_t mode = 0;
+    uint16_t offset = 0;
+    Translation code;
+    uint8_t* end = nullptr;  // behind its code, as it runs
+    Page* page = nullptr;
+    uint32_t first_exit = 0;
+    std::vector<uint32_t> incoming;
+    uint16_t failures = 0;  // accesses of a group that didn't lie in one page
+  };
+  struct Page {
+    const uint8_t* host = nullptr;
+    uint16_t mode = 0;
+    CodeWatch watch{};
+    unsigned slot = 0;
+    std::vector<Block*> blocks;
+  };
+  struct Exit {
+    ExitSite site;
+    Block* from = nullptr;
+  };
+
+  Engine(State& state, const FeatureSet& features);
+
+  static uint64_t OnFill(void* state, uint64_t address, uint64_t site);
+  static uint64_t OnExecute(void* state, uint64_t s0, uint64_t insn);
+  static uint64_t OnExecuteEnd(void* state, uint64_t s0, uint64_t insn);
+  static uint64_t OnInterpret(void* state, uint64_t, uint64_t site);
+  static uint64_t OnDispatch(void* state, uint64_t target, uint64_t);
+  static uint64_t OnLink(void* state, uint64_t target, uint64_t exit);
+
+  Cpu& cpu() { return state_.cpu; }
+  void TakeFlags();  // State::saved_flags -> Cpu::rflags
+  void GiveFlags();
+  uint64_t Go(const uint8_t* target) { return reinterpret_cast<uint64_t>(target); }
+  uint64_t Fill(uint64_t address, Site site);
+  uint64_t Execute(uint64_t s0, const Insn& insn, bool ends);
+  uint64_t Interpret(Site site);
+  uint64_t Dispatch();
+  uint64_t Link(uint32_t exit);
+  Block* Locate();  // the unit at Cpu::rip, or null: leave
+  Block* Find(const uint8_t* host, uint16_t mode);
+  Block* Translate(const uint8_t* host, uint16_t mode);
+  Page* PageOf(const uint8_t* host, uint16_t mode);
+  void Kill(Block* block);
+  void KillPage(Page* page);
+  void Sync();  // follows what the TLB dropped
+  uint16_t Mode() const;
+  Block* BlockAt(const uint8_t* run);
+  static uint64_t Key(const uint8_t* host, uint16_t mode) {
+    return reinterpret_cast<uint64_t>(host) * 64 + mode;
+  }
+
+  State& state_;
+  const FeatureSet features_;
+  CodeMemory memory_;
+  Stubs stubs_;
+  size_t stubs_end_ = 0, used_ = 0;  // of memory_
+  std::unordered_map<uint64_t, std::unique_ptr<Block>> blocks_;
+  std::vector<std::unique_ptr<Block>> dead_;
+  std::unordered_map<uint64_t, std::unique_ptr<Page>> pages_;
+  std::map<const uint8_t*, Block*> by_code_;  // first byte, as it runs
+  std::unordered_map<uint64_t, bool> single_;  // blocks whose accesses are checked one by one
+  std::vector<Exit> exits_;
+  std::vector<unsigned> entered_;  // code_pages in use
+  std::vector<unsigned> free_code_slots_;
+  uint16_t jump_modes_[kClassCount] = {};
+  unsigned next_slot_[kClassCount] = {};
+  uint64_t seen_changes_ = ~0ull;
+  Unit unit_;
+  Counters counters_;
+};
+
+}  // namespace kvartz::cpu::x86::jit

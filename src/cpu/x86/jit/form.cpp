@@ -1,0 +1,113 @@
+#include "cpu/x86/jit/form.h"
+
+#include <algorithm>
+#include <string_view>
+#include <vector>
+
+#include "cpu/x86/interp/vector_plan.h"
+
+namespace kvartz::cpu::x86::jit {
+namespace {
+
+// General instructions that the host runs as they are. Condition codes (SETcc, CMOVcc) apart.
+constexpr std::string_view kCopied[] = {
+    "ADD",   "OR",    "ADC",   "SBB",       "AND",        "SUB",   "XOR",  "CMP",   "TEST",
+    "INC",   "DEC",   "NOT",   "NEG",       "MUL",        "IMUL",  "DIV",  "IDIV",  "ADCX",
+    "ADOX",  "ROL",   "ROR",   "RCL",       "RCR",        "SHL",   "SHR",  "SAR",   "SHLD",
+    "SHRD",  "MOV",   "MOVZX", "MOVSX",     "MOVSXD",     "MOVBE", "MOVNTI", "XCHG", "BSWAP",
+    "CMPXCHG", "XADD", "CMPXCHG8B", "CMPXCHG16B", "CBW",  "CWD",   "BT",   "BTS",   "BTR",
+    "BTC",   "BSF",   "BSR",   "TZCNT",     "LZCNT",      "POPCNT", "CRC32", "ANDN", "BLSR",
+    "BLSMSK", "BLSI", "BEXTR", "BZHI",      "MULX",       "PDEP",  "PEXT", "RORX",  "SARX",
+    "SHLX",  "SHRX",  "CLC",   "STC",       "CMC",        "LAHF",  "SAHF", "FENCE", "VZEROUPPER",
+    "VZEROALL"};
+constexpr std::string_view kPureWrites[] = {"MOV",   "MOVZX",  "MOVSX", "MOVSXD", "MOVBE",
+                                            "MOVNTI", "ANDN",  "BLSR",  "BLSMSK", "BLSI",
+                                            "BEXTR", "BZHI",   "MULX",  "PDEP",   "PEXT",
+                                            "RORX",  "SARX",   "SHLX",  "SHRX",   "POPCNT",
+                                            "TZCNT", "LZCNT"};
+constexpr std::string_view kReadOnly[] = {"CMP", "TEST", "BT", "MUL", "DIV", "IDIV"};
+constexpr std::string_view kVariableCount[] = {"ROL", "ROR", "RCL",  "RCR", "SHL",
+                                               "SHR", "SAR", "SHLD", "SHRD"};
+
+template <size_t N>
+bool In(const std::string_view (&list)[N], std::string_view name) {
+  return std::find(std::begin(list), std::end(list), name) != std::end(list);
+}
+
+bool HasOperand(const Row& row, OperandKind kind) {
+  return std::any_of(row.operands, row.operands + row.operand_count,
+                     [kind](const Operand& operand) { return operand.kind == kind; });
+}
+
+Form FormOf(const Row& row) {
+  const std::string_view name = row.mnemonic;
+  if ((row.attributes & kNo64) != 0) return Form::kInterpret;
+  if ((row.attributes & kNative) != 0) {
+    const VectorPlan& plan = VectorPlan::Of(row);
+    return plan.x87 || plan.mmx ? Form::kInterpret : Form::kCopy;
+  }
+  if ((row.attributes & kSystem) != 0) return Form::kInterpret;
+  if (HasOperand(row, OperandKind::kMoffs)) return Form::kInterpret;
+  if (name == "NOP") return Form::kNothing;
+  if (name == "LEA") return Form::kLea;
+  if (name == "PUSH") return Form::kPush;
+  if (name == "POP") return Form::kPop;
+  if (name == "LEAVE") return Form::kLeave;
+  if (name == "CALL") return Form::kCall;
+  if (name == "RET") return Form::kReturn;
+  if (name == "JMP") return Form::kJump;
+  if (name == "JCXZ") return Form::kJcxz;
+  if (name.front() == 'J') return Form::kJcc;
+  if (name.starts_with("SET") || name.starts_with("CMOV")) return Form::kCopy;
+  return In(kCopied, name) ? Form::kCopy : Form::kInterpret;
+}
+
+}  // namespace
+
+RowForm::RowForm(const Row& row) : form(FormOf(row)) {
+  const std::string_view name = row.mnemonic;
+  const bool native = (row.attributes & kNative) != 0;
+  vector = native || name == "VZEROUPPER" || name == "VZEROALL";
+  may_trap = name == "DIV" || name == "IDIV" || (row.attributes & (kAlign | kFp)) != 0;
+  for (int i = 0; i < row.operand_count; ++i) {
+    switch (row.operands[i].kind) {
+      case OperandKind::kRm:
+      case OperandKind::kMem:
+      case OperandKind::kXmmRm:
+      case OperandKind::kYmmRm:
+        memory_operand = static_cast<int8_t>(i);
+        rm_is_gpr = row.operands[i].kind == OperandKind::kRm;
+        break;
+      case OperandKind::kRmReg:
+        rm_is_gpr = name != "FENCE";
+        break;
+      case OperandKind::kReg:
+        reg_is_gpr = true;
+        break;
+      case OperandKind::kVvvv:
+        vvvv_is_gpr = true;
+        break;
+      default:
+        break;
+    }
+  }
+  if (native) {
+    writes_first = (row.attributes & kNoWrite) == 0;
+    reads_first = row.operands[0].kind != OperandKind::kReg &&
+                  row.operands[0].kind != OperandKind::kRm &&
+                  row.operands[0].kind != OperandKind::kRmReg;
+  } else {
+    const bool one_operand = row.operand_count == 1;
+    writes_first = !In(kReadOnly, name) && !(name == "IMUL" && one_operand);
+    reads_first = !In(kPureWrites, name) && !name.starts_with("SET");
+    writes_second = name == "XCHG" || name == "XADD" || name == "MULX";
+    keeps_flags_sometimes = In(kVariableCount, name);
+  }
+}
+
+const RowForm& RowForm::Of(const Row& row) {
+  static const std::vector<RowForm> forms(InsnRows().begin(), InsnRows().end());
+  return forms[static_cast<size_t>(&row - InsnRows().data())];
+}
+
+}  // namespace kvartz::cpu::x86::jit

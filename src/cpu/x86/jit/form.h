@@ -1,0 +1,43 @@
+// How the rows of the instruction tables are translated: a digest of each, made once.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/x86/decode/insn.h"
+
+namespace kvartz::cpu::x86::jit {
+
+enum class Form : uint8_t {
+  kInterpret,  // a call of the row's Exec function; kEndsBlock and kBranch rows end the unit with it
+  kNothing,    // NOP and its like
+  kCopy,       // the same instruction, with registers renamed and memory operands rewritten
+  kLea,
+  kPush,
+  kPop,
+  kLeave,
+  kCall,
+  kReturn,
+  kJump,
+  kJcc,
+  kJcxz,
+};
+
+// Immutable.
+struct RowForm {
+  RowForm() = default;  // interpreted
+  explicit RowForm(const Row& row);
+  static const RowForm& Of(const Row& row);
+
+  Form form = Form::kInterpret;
+  bool vector = false;       // uses vector registers or MXCSR
+  bool may_trap = false;     // the host may raise #DE, #GP (alignment) or #XM for it
+  bool writes_first = false; // the first operand is written
+  bool reads_first = true;   // ... and read
+  bool writes_second = false;
+  bool keeps_flags_sometimes = false;  // a count of 0 leaves the flags alone
+  int8_t memory_operand = -1;          // index of the operand that may be memory
+  // Which ModRM fields name general registers.
+  bool reg_is_gpr = false, rm_is_gpr = false, vvvv_is_gpr = false;
+};
+
+}  // namespace kvartz::cpu::x86::jit

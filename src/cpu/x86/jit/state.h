@@ -1,0 +1,55 @@
+// What translated code keeps beside the CPU: one block of memory a vCPU, found through the GS base.
+//
+// Translated code runs with the guest's registers in the host's: RAX, RCX, RDX, RBX, RBP, RSI, RDI,
+// R8, R9, R12, R13, R14 are themselves, the guest's RSP is the host's R15; the guest's R10, R11 and
+// R15 stay in Cpu::gpr. The host's R10 and R11 are free for the translator, RSP is the host's own
+// stack. Host status flags are the guest's unless the translator put them aside (saved_flags).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/x86/cpu.h"
+
+namespace kvartz::cpu::x86::jit {
+
+// A translation that one place in the code used last: the linear page, and host address - linear
+// address. Cleared ones hold 0x8080... twice: no canonical address matches, and where a
+// non-canonical one does, the sum is no address of the host's either, so the host faults and the
+// guest gets its #GP.
+struct Slot {
+  uint64_t page, addend;
+};
+constexpr uint8_t kSlotClear = 0x80;
+
+// Data classes as in Tlb::Class: user, supervisor, supervisor with AC set. Code of each has slots
+// and a jump table of its own, so that CPL changes invalidate nothing.
+constexpr unsigned kClassCount = 3;
+constexpr unsigned kSlots = 512;          // a class
+constexpr unsigned kCodeSlots = 8192;     // pages of translated code
+constexpr unsigned kJumpEntries = 4096;   // a class
+constexpr unsigned kJumpShift = 32 - 12;  // of the CRC-32C of the target
+
+// Owned by the vCPU's thread.
+struct State {
+  Cpu cpu;
+
+  uint64_t page = 0;         // linear address of the page that runs; RIP is that and an offset
+  uint16_t saved_flags = 0;  // low byte: OF as 0 or 1; high byte: as LAHF
+  uint8_t vector_live = 0;   // the guest's vector registers and MXCSR are in the host's
+  uint64_t jump_to = 0, host_rsp = 0;
+  uint64_t site = 0;  // what a slow path needs to know of its site (Site in runtime.h)
+  uint64_t spare = 0;  // a branch target across a push
+  uint32_t host_mxcsr = 0x1f80;
+  State* self = nullptr;
+  void* engine = nullptr;  // Engine
+
+  Slot slots[kClassCount][kSlots];
+  // The linear page under which a page of code was last entered, 1 if none: it need not be checked
+  // again until the address space changes.
+  uint64_t code_pages[kCodeSlots];
+  // Where translated code for a target starts, or the stub that asks.
+  uint64_t jumps[kClassCount][kJumpEntries];
+};
+
+}  // namespace kvartz::cpu::x86::jit

@@ -1,0 +1,234 @@
+#include "cpu/x86/jit/stubs.h"
+
+#include <cstddef>
+
+#include "cpu/x86/jit/assembler.h"
+#include "cpu/x86/jit/state.h"
+#include "cpu/x86/jit/translator.h"
+#include "cpu/x86/mmu.h"
+
+namespace kvartz::cpu::x86::jit {
+namespace {
+
+constexpr HostReg kHostSaved[] = {kRegBx, kRegBp, kReg12, kReg13, kReg14, kReg15};
+
+HostMem Gs(size_t offset) { return HostMem::Gs(offset); }
+
+// The code of the stubs, one after the other.
+class StubEmitter {
+ public:
+  StubEmitter(Assembler& as, const StubTargets& targets) : as_(as), targets_(targets) {}
+
+  Stubs Run() {
+    Stubs stubs;
+    save_vectors_ = as_.run();
+    SaveVectors();
+    stubs.load_vectors = load_vectors_ = as_.run();
+    LoadVectors();
+    stubs.enter = reinterpret_cast<Stubs::Enter>(as_.run());
+    Enter();
+    stubs.exit = as_.run();
+    Exit();
+    stubs.fill = as_.run();
+    Fill();
+    stubs.execute = as_.run();
+    Called(targets_.execute);
+    stubs.execute_end = as_.run();
+    Jumped(targets_.execute_end);
+    stubs.interpret = as_.run();
+    Jumped(targets_.interpret);
+    stubs.dispatch = as_.run();
+    Jumped(targets_.dispatch);
+    stubs.link = as_.run();
+    Jumped(targets_.link);
+    return stubs;
+  }
+
+ private:
+  static bool InHost(unsigned guest) { return HostOf(guest) != kNoReg; }
+  void StoreGprs() {
+    for (unsigned guest = 0; guest < 16; ++guest) {
+      if (InHost(guest)) as_.Store(GprAt(guest), HostOf(guest));
+    }
+  }
+  void LoadGprs() {
+    for (unsigned guest = 0; guest < 16; ++guest) {
+      if (InHost(guest)) as_.Load(HostOf(guest), GprAt(guest));
+    }
+  }
+  // From State::saved_flags; spoils nothing else.
+  void LoadFlags() {
+    as_.Mov(kS1, kRegAx);
+    as_.LoadAx(Gs(offsetof(State, saved_flags)));
+    as_.AxToFlags();
+    as_.Mov(kRegAx, kS1);
+  }
+
+  static size_t Fpu(size_t offset) { return offsetof(State, cpu) + offsetof(Cpu, fpu) + offset; }
+  // (V)MOVUPS of the low half, VEXTRACTF128/VINSERTF128 of the high one.
+  void MoveLow(unsigned opcode, unsigned reg) {
+    as_.RegMem(Assembler::k32, 0x0f | opcode << 8, reg, Gs(Fpu(offsetof(XsaveArea, xmm) + reg * 16)));
+  }
+  void MoveHigh(unsigned opcode, unsigned reg) {
+    const HostMem mem = Gs(Fpu(offsetof(XsaveArea, ymm_high) + reg * 16));
+    const bool load = opcode == 0x18;
+    as_.Byte(0x65);
+    as_.Byte(0xc4);
+    as_.Byte((reg < 8 ? 0x80u : 0u) | 0x40 | 0x20 | 3);
+    as_.Byte((load ? (~reg & 15) << 3 : 0x78u) | 4 | 1);
+    as_.Byte(opcode);
+    as_.ModRmMem(reg & 7, mem);
+    as_.Byte(1);
+  }
+  void Mxcsr(unsigned digit, size_t offset) { as_.RegMem(Assembler::k32, 0xae0f, digit, Gs(offset)); }
+
+  void SaveVectors() {
+    for (unsigned reg = 0; reg < 16; ++reg) MoveLow(0x11, reg);
+    if (targets_.avx) {
+      for (unsigned reg = 0; reg < 16; ++reg) MoveHigh(0x19, reg);
+      as_.Byte(0xc5), as_.Byte(0xf8), as_.Byte(0x77);  // vzeroupper
+    }
+    Mxcsr(3, Fpu(offsetof(XsaveArea, mxcsr)));
+    Mxcsr(2, offsetof(State, host_mxcsr));
+    as_.StoreByte(Gs(offsetof(State, vector_live)), 0);
+    as_.Ret();
+  }
+  void LoadVectors() {
+    for (unsigned reg = 0; reg < 16; ++reg) MoveLow(0x10, reg);
+    if (targets_.avx) {
+      for (unsigned reg = 0; reg < 16; ++reg) MoveHigh(0x18, reg);
+    }
+    Mxcsr(2, Fpu(offsetof(XsaveArea, mxcsr)));
+    as_.StoreByte(Gs(offsetof(State, vector_live)), 1);
+    as_.Ret();
+  }
+
+  void Enter() {  // (rdi: State*, rsi: target)
+    for (HostReg reg : kHostSaved) as_.Rex(Assembler::k32, 0, 0, reg), as_.Byte(0x50 | (reg & 7));
+    as_.Lea(kRegSp, {.base = kRegSp, .disp = -8});
+    as_.Store(Gs(offsetof(State, host_rsp)), kRegSp);
+    as_.Store(Gs(offsetof(State, jump_to)), kRegSi);
+    LoadFlags();
+    LoadGprs();
+    as_.JmpMem(Gs(offsetof(State, jump_to)));
+  }
+  void Exit() {
+    as_.Load(kRegSp, Gs(offsetof(State, host_rsp)));
+    as_.Lea(kRegSp, {.base = kRegSp, .disp = 8});
+    for (unsigned i = std::size(kHostSaved); i-- > 0;) {
+      as_.Rex(Assembler::k32, 0, 0, kHostSaved[i]);
+      as_.Byte(0x58 | (kHostSaved[i] & 7));
+    }
+    as_.Ret();
+  }
+
+  // The guest's registers to memory, the call; then the flags are those of TEST RAX,RAX.
+  void CallHelper(Helper helper, int32_t align) {
+    StoreGprs();
+    as_.Mov(kRegSi, kS0);
+    as_.Mov(kRegDx, kS1);
+    as_.CmpByte(Gs(offsetof(State, vector_live)), 0);
+    uint8_t* none = as_.Jcc(kCcE, as_.run());
+    as_.Call(save_vectors_);
+    as_.PatchHere(none);
+    as_.Load(kRegDi, Gs(offsetof(State, self)));
+    if (align) as_.Lea(kRegSp, {.base = kRegSp, .disp = -align});
+    as_.MovImm64(kRegAx, reinterpret_cast<uint64_t>(helper));
+    as_.RegReg(Assembler::k32, 0xff, 2, kRegAx);  // call rax
+    if (align) as_.Lea(kRegSp, {.base = kRegSp, .disp = align});
+    as_.RegReg(Assembler::k64, 0x85, kRegAx, kRegAx);
+  }
+  void GoTo() {  // RAX
+    as_.Store(Gs(offsetof(State, jump_to)), kRegAx);
+    LoadFlags();
+    LoadGprs();
+    as_.JmpMem(Gs(offsetof(State, jump_to)));
+  }
+  void Jumped(Helper helper) {
+    CallHelper(helper, 0);
+    GoTo();
+  }
+  // Returns to the unit if the helper says 0. S0 bit 18: with its vector registers loaded.
+  void Called(Helper helper) {
+    as_.Store(Gs(offsetof(State, site)), helper == targets_.execute ? kS0 : kS1);
+    CallHelper(helper, 8);
+    uint8_t* elsewhere = as_.Jcc(kCcNe, as_.run());
+    as_.RegMem(Assembler::k32, 0xf7, 0, Gs(offsetof(State, site)));  // test dword
+    as_.Dword(1u << Site::kVectorsBit);
+    uint8_t* none = as_.Jcc(kCcE, as_.run());
+    as_.Call(load_vectors_);
+    as_.PatchHere(none);
+    LoadGprs();
+    as_.Ret();
+    as_.PatchHere(elsewhere);
+    as_.Lea(kRegSp, {.base = kRegSp, .disp = 8});  // not back to the unit
+    GoTo();
+  }
+
+  // Asks the TLB first.
+  void Fill() {
+    constexpr HostReg kSaved[] = {kRegAx, kRegCx, kRegDx};
+    for (HostReg reg : kSaved) as_.Byte(0x50 | reg);
+    as_.Load(kRegAx, Gs(offsetof(State, cpu) + offsetof(Cpu, tlb)));
+    as_.Mov(kRegCx, kS0);  // the entry: page number modulo their number
+    ShiftRight(kRegCx, 12);
+    as_.RegReg(Assembler::k32, 0x81, 4, kRegCx);
+    as_.Dword(Tlb::kEntries - 1);
+    ShiftLeft(kRegCx, 5);
+    static_assert(sizeof(TlbEntry) == 32);
+    as_.Add(kRegCx, {.base = kRegAx, .disp = Tlb::kDataOffset});
+    as_.Mov(kRegDx, kS1);  // the tag that the last byte's page must have
+    ShiftRight(kRegDx, Site::kSpanShift);
+    as_.RegReg(Assembler::k32, 0x81, 4, kRegDx);
+    as_.Dword(0xfff);
+    as_.Lea(kRegDx, {.base = kRegDx, .index = kS0, .disp = -1});
+    as_.RegReg(Assembler::k64, 0x81, 4, kRegDx);
+    as_.Dword(0xfffff000);
+    as_.RegMem(Assembler::k64, 0x0b, kRegDx, {.base = kRegAx, .disp = Tlb::kAsidOffset});
+    as_.RegReg(Assembler::k32, 0xf7, 0, kS1);  // test: a write?
+    as_.Dword(1u << Site::kWriteBit);
+    uint8_t* write = as_.Jcc(kCcNe, as_.run());
+    as_.Cmp(kRegDx, {.base = kRegCx, .disp = offsetof(TlbEntry, read)});
+    uint8_t* miss1 = as_.Jcc(kCcNe, as_.run());
+    uint8_t* hit = as_.Jmp(as_.run());
+    as_.PatchHere(write);
+    as_.Cmp(kRegDx, {.base = kRegCx, .disp = offsetof(TlbEntry, write)});
+    uint8_t* miss2 = as_.Jcc(kCcNe, as_.run());
+    as_.PatchHere(hit);
+    as_.RegReg(Assembler::k64, 0x81, 4, kS0);  // the page
+    as_.Dword(0xfffff000);
+    ShiftRight(kS1, Site::kSlotShift);
+    ShiftLeft(kS1, 4);
+    static_assert(sizeof(Slot) == 16);
+    as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, page), .gs = true}, kS0);
+    as_.Load(kRegAx, {.base = kRegCx, .disp = offsetof(TlbEntry, addend)});
+    as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, addend), .gs = true}, kRegAx);
+    for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
+    as_.Ret();
+    as_.PatchHere(miss1);
+    as_.PatchHere(miss2);
+    for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
+    Called(targets_.fill);
+  }
+  void ShiftRight(HostReg reg, unsigned count) {
+    as_.RegReg(Assembler::k64, 0xc1, 5, reg);
+    as_.Byte(count);
+  }
+  void ShiftLeft(HostReg reg, unsigned count) {
+    as_.RegReg(Assembler::k64, 0xc1, 4, reg);
+    as_.Byte(count);
+  }
+
+  Assembler& as_;
+  const StubTargets& targets_;
+  const uint8_t* save_vectors_ = nullptr;
+  const uint8_t* load_vectors_ = nullptr;
+};
+
+}  // namespace
+
+Stubs EmitStubs(Assembler& assembler, const StubTargets& targets) {
+  return StubEmitter(assembler, targets).Run();
+}
+
+}  // namespace kvartz::cpu::x86::jit

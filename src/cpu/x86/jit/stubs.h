@@ -1,0 +1,35 @@
+// The fixed pieces of host code around translated units.
+#pragma once
+
+#include <cstdint>
+
+namespace kvartz::cpu::x86::jit {
+
+class Assembler;
+
+// Addresses as they run. S0, S1: scratch registers. But for `enter` they expect the guest's
+// registers in place and status flags, where live, in State::saved_flags.
+struct Stubs {
+  using Enter = void (*)(void* state, const uint8_t* target);
+  Enter enter = nullptr;              // from C++: loads registers and goes to the target
+  const uint8_t* exit = nullptr;      // back to C++; everything is in Cpu
+  const uint8_t* fill = nullptr;      // call. S0: linear address; S1: Site. Fills the slot, or goes elsewhere
+  const uint8_t* execute = nullptr;   // call. S0: offset, and bit 18 as in Site; S1: Insn*
+  const uint8_t* execute_end = nullptr;  // jump. The same, and the unit ends
+  const uint8_t* interpret = nullptr; // jump. S1: Site
+  const uint8_t* dispatch = nullptr;  // jump. S0: the target
+  const uint8_t* link = nullptr;      // jump. S0: the target; S1: number of the exit
+  const uint8_t* load_vectors = nullptr;  // call
+};
+
+// Emits them. Aborts only on a bug: `assembler` must have 4 KiB of room.
+Stubs EmitStubs(Assembler& assembler, const struct StubTargets& targets);
+
+// C++ that the stubs call: (State*, S0, S1), the result is where to go on; 0: back to the unit.
+using Helper = uint64_t (*)(void* state, uint64_t s0, uint64_t s1);
+struct StubTargets {
+  Helper fill, execute, execute_end, interpret, dispatch, link;
+  bool avx;
+};
+
+}  // namespace kvartz::cpu::x86::jit

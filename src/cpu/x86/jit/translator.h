@@ -1,0 +1,150 @@
+// A unit becomes host code.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/x86/jit/assembler.h"
+#include "cpu/x86/jit/state.h"
+#include "cpu/x86/jit/stubs.h"
+#include "cpu/x86/jit/unit.h"
+
+namespace kvartz::cpu::x86::jit {
+
+inline HostMem GprAt(unsigned guest) {
+  return HostMem::Gs(offsetof(State, cpu) + offsetof(Cpu, gpr) + guest * 8);
+}
+
+// What a slow path is told of its site.
+struct Site {
+  uint16_t offset = 0;      // of the instruction to begin with, in its page
+  uint8_t count = 0;        // instructions to interpret if the access can't be mapped
+  bool vectors = false;     // vector registers are in use
+  bool write = false;
+  uint16_t span = 0, slot = 0;  // slot: index in State::slots, all classes
+  uint64_t Pack() const {
+    return offset | uint64_t{count} << 12 | uint64_t{vectors} << kVectorsBit |
+           uint64_t{write} << kWriteBit | uint64_t{span} << kSpanShift | uint64_t{slot} << kSlotShift;
+  }
+  static Site Unpack(uint64_t bits) {
+    return {.offset = static_cast<uint16_t>(bits & 0xfff),
+            .count = static_cast<uint8_t>(bits >> 12 & 0x3f),
+            .vectors = (bits >> kVectorsBit & 1) != 0,
+            .write = (bits >> kWriteBit & 1) != 0,
+            .span = static_cast<uint16_t>(bits >> kSpanShift & 0xfff),
+            .slot = static_cast<uint16_t>(bits >> kSlotShift)};
+  }
+  static constexpr unsigned kVectorsBit = 18, kWriteBit = 19, kSpanShift = 20, kSlotShift = 32;
+};
+
+// Where an instruction's code begins: for host exceptions, which are the guest's.
+struct InsnMark {
+  uint16_t begin;  // from the unit's first byte of code
+  uint16_t offset : 12;
+  uint16_t flags_in_host : 1;
+};
+
+// A direct branch out of a unit. Until it is linked it goes to its thunk.
+struct ExitSite {
+  uint8_t* distance;  // where the branch's distance is written
+  uint8_t* thunk;     // as it runs
+  bool same_page;     // goes to a body; else to a checked entry, with the target in S0
+  uint16_t offset;    // same page: the target's
+};
+
+struct Translation {
+  uint8_t* checked = nullptr;  // S0: the target; compares it with the page that was entered last
+  uint8_t* polled = nullptr;   // asks for requests; same page
+  uint8_t* body = nullptr;     // same page, host flags valid if live
+  uint8_t* body_write = nullptr;
+  uint8_t* leave = nullptr;    // goes to the dispatcher with the unit's own address, from its body
+  std::vector<ExitSite> exits;
+  std::vector<InsnMark> marks;
+};
+
+struct TranslationContext {
+  const Stubs* stubs = nullptr;
+  unsigned data_class = 0;   // Tlb::Class
+  unsigned first_slot = 0;   // of State::slots, all classes; wraps within the class
+  unsigned code_slot = 0;    // of State::code_pages
+  uint32_t first_exit = 0;   // number of the unit's first exit
+};
+
+class Translator {
+ public:
+  Translator(Unit& unit, Assembler& assembler, const TranslationContext& context);
+  Translation Run();
+
+ private:
+  struct Cold {
+    enum Kind : uint8_t { kFill, kVectors, kPollLoop } kind;
+    uint8_t* from;        // distance to patch
+    uint8_t* back;        // as it runs
+    uint64_t site;
+    uint16_t offset;      // kPollLoop: leaves to it
+    uint8_t* target;
+  };
+  struct Fixup {
+    uint8_t* distance;
+    unsigned insn;
+  };
+
+  struct FarExit {
+    size_t exit;
+    int64_t target;  // from the page's start
+    bool saved;      // flags
+  };
+
+  void Mark(const UnitInsn& u);
+  void Entries();
+  void Label(unsigned i);
+  void Checks(unsigned i);
+  void Check(const AccessGroup& group, unsigned at);
+  void Instruction(unsigned i);
+  void Interpret(const UnitInsn& u);
+  void Copy(const UnitInsn& u);
+  void CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg, HostReg rm, HostReg vvvv);
+  void Lea(const UnitInsn& u);
+  void Push(const UnitInsn& u);
+  void Pop(const UnitInsn& u);
+  void Leave(const UnitInsn& u);
+  void Call(const UnitInsn& u);
+  void Return(const UnitInsn& u);
+  void Jump(const UnitInsn& u);
+  void Conditional(const UnitInsn& u);
+  void ColdPaths();
+  void Thunks();
+
+  // Flags.
+  void SaveFlags();
+  void RestoreFlags();
+  void SpoilFlags(uint16_t live);
+  void NeedFlags() {
+    if (!host_flags_) RestoreFlags();
+  }
+
+  HostMem Map(const UnitInsn& u, const MemoryAccess& access);
+  HostMem StackAt(const MemoryAccess& access, HostReg base, int32_t disp);
+  void LoadTarget(const UnitInsn& u);
+  void NeedVectors(const UnitInsn& u);
+  void LeaveTo(uint8_t* branch, int64_t page_offset);
+  void CrossPage(int64_t page_offset);
+  void Indirect();
+  void Internal(uint8_t* distance, unsigned insn);
+  void PageAddress(HostReg to, int64_t page_offset);
+  void PushReturn(const UnitInsn& u);
+
+  Unit& unit_;
+  Assembler& as_;
+  const TranslationContext& context_;
+  Translation out_;
+  uint8_t* start_ = nullptr;
+  std::vector<Cold> cold_;
+  std::vector<Fixup> fixups_;
+  std::vector<FarExit> far_;
+  uint8_t* labels_[kMaxUnitInsns] = {};
+  bool host_flags_ = true, saved_flags_ = false;
+  bool vectors_checked_ = false;
+};
+
+}  // namespace kvartz::cpu::x86::jit

@@ -1,0 +1,402 @@
+#include "cpu/x86/jit/unit.h"
+
+#include <algorithm>
+#include <string_view>
+
+namespace kvartz::cpu::x86::jit {
+namespace {
+
+constexpr auto kAllFlags = static_cast<uint16_t>(rflags::kStatus);
+constexpr unsigned kPeekInsns = 6;
+
+bool Ends(const UnitInsn& u) {
+  if (u.form->form == Form::kInterpret) return (u.insn.row->attributes & (kBranch | kEndsBlock)) != 0;
+  return u.form->form == Form::kCall || u.form->form == Form::kReturn ||
+         u.form->form == Form::kJump;
+}
+
+uint16_t Tested(const UnitInsn& u) {
+  // What the interpreter runs takes all flags with it, and may fault.
+  if (u.form->form == Form::kInterpret) return kAllFlags;
+  return u.insn.row->flags.tested & kAllFlags;
+}
+uint16_t Killed(const UnitInsn& u) {
+  return KeepsFlags(u) ? 0 : u.insn.row->flags.written() & kAllFlags;
+}
+
+bool Is(const UnitInsn& u, std::string_view name) { return name == u.insn.row->mnemonic; }
+
+bool InMemory(unsigned reg) { return reg == kR10 || reg == kR11 || reg == kR15; }
+
+// A byte register as AH..BH can't be named where a REX prefix is needed.
+bool HighByteFits(const Insn& insn, const RowForm& form) {
+  if (insn.has_memory() || insn.w()) return false;
+  const auto plain = [&](bool is_gpr, unsigned reg, unsigned operand) {
+    if (!is_gpr || reg >= kHighByte) return true;
+    return reg < 4 || (reg < 8 && reg != kRsp && OperandSize(insn, insn.row->operands[operand]) > 1);
+  };
+  const bool rm_first = form.memory_operand == 0;
+  return plain(form.reg_is_gpr, insn.reg, rm_first ? 1 : 0) &&
+         plain(form.rm_is_gpr, insn.rm, rm_first ? 0 : 1) && !form.vvvv_is_gpr;
+}
+
+// The row's form, or the interpreter's for the few shapes that it doesn't cover.
+const RowForm* FormFor(const Insn& insn, VectorUse vectors) {
+  static const RowForm kInterpreted;
+  const RowForm& form = RowForm::Of(*insn.row);
+  if (form.form == Form::kInterpret || form.form == Form::kNothing) return &form;
+  if ((insn.flags & kHas67) != 0) return &kInterpreted;
+  if (form.vector && !(insn.row->vex ? vectors.avx : vectors.sse)) return &kInterpreted;
+  const bool memory = insn.has_memory();
+  switch (form.form) {
+    case Form::kPop:
+      if (memory || insn.operand_size != 8 ||
+          (form.memory_operand >= 0 ? insn.rm : insn.reg) == kRsp)
+        return &kInterpreted;
+      return &form;
+    case Form::kPush:
+    case Form::kLeave:
+      return insn.operand_size == 8 ? &form : &kInterpreted;
+    case Form::kLea:
+      return insn.operand_size >= 4 ? &form : &kInterpreted;
+    case Form::kCopy:
+      break;
+    default:
+      return &form;
+  }
+  const std::string_view name = insn.row->mnemonic;
+  if (memory && insn.row->operand_count == 2 && name.starts_with("BT") &&
+      insn.row->operands[1].kind == OperandKind::kReg)
+    return &kInterpreted;  // the bit may be anywhere
+  const bool high = (form.reg_is_gpr && insn.reg >= kHighByte) ||
+                    (form.rm_is_gpr && !memory && insn.rm >= kHighByte);
+  if (high) return HighByteFits(insn, form) ? &form : &kInterpreted;
+  unsigned used = 0;
+  if (form.reg_is_gpr && InMemory(insn.reg)) used |= 1u << insn.reg;
+  if (form.rm_is_gpr && !memory && InMemory(insn.rm)) used |= 1u << insn.rm;
+  if (form.vvvv_is_gpr && InMemory(insn.vvvv)) used |= 1u << insn.vvvv;
+  return __builtin_popcount(used) <= (memory ? 1 : 2) ? &form : &kInterpreted;
+}
+
+}  // namespace
+
+bool KeepsFlags(const UnitInsn& u) {
+  if (!u.form->keeps_flags_sometimes) return false;
+  const Row& row = *u.insn.row;
+  if (row.operands[row.operand_count - 1].kind == OperandKind::kOne) return false;
+  return row.imm[0] == ImmKind::kNone ||
+         (u.insn.imm & (u.insn.operand_size == 8 ? 0x3f : 0x1f)) == 0 || u.insn.operand_size < 4;
+}
+
+int64_t Unit::TargetInPage(const UnitInsn& u) {
+  const int64_t target = int64_t{u.offset} + u.insn.length + u.insn.imm;
+  return target >= 0 && target < 4096 ? target : -1;
+}
+
+bool Unit::Build(const DecodeContext& context, VectorUse vectors, const uint8_t* page,
+                 unsigned offset, Grouping grouping) {
+  context_ = context;
+  vector_use_ = vectors;
+  page_ = page;
+  grouping_ = grouping;
+  count_ = 0;
+  vectors_ = false;
+  while (count_ < kMaxUnitInsns && offset < 4096) {
+    UnitInsn& u = insns_[count_];
+    u = UnitInsn{};
+    const size_t room = std::min<size_t>(4096 - offset, 15);
+    if (Decode(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
+    u.form = FormFor(u.insn, vector_use_);
+    u.offset = static_cast<uint16_t>(offset);
+    vectors_ |= u.form->vector && u.form->form == Form::kCopy;
+    offset += u.insn.length;
+    ++count_;
+    if (Ends(u)) break;
+  }
+  end_ = offset;
+  if (count_ == 0) return false;
+  FindLabels();
+  Liveness();
+  Accesses();
+  PlaceChecks();
+  return true;
+}
+
+void Unit::FindLabels() {
+  for (unsigned i = 0; i < count_; ++i) {
+    UnitInsn& u = insns_[i];
+    const bool direct = u.form->form == Form::kJcc || u.form->form == Form::kJcxz ||
+                        (u.form->form == Form::kJump && u.form->memory_operand < 0);
+    if (!direct) continue;
+    const int64_t target = TargetInPage(u);
+    for (unsigned j = 0; j < count_; ++j) {
+      if (insns_[j].offset != target) continue;
+      u.jump_to = static_cast<int8_t>(j);
+      insns_[j].label = true;
+      insns_[j].loop |= j <= i;
+      break;
+    }
+  }
+}
+
+// Looks a few instructions ahead; what it can't see counts as live.
+uint16_t Unit::LiveAt(unsigned offset) const {
+  uint16_t live = 0, open = kAllFlags;
+  UnitInsn u;
+  for (unsigned n = 0; n < kPeekInsns && offset < 4096; ++n) {
+    const size_t room = std::min<size_t>(4096 - offset, 15);
+    if (Decode(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
+    u.form = FormFor(u.insn, vector_use_);
+    live |= static_cast<uint16_t>(open & Tested(u));
+    open &= static_cast<uint16_t>(~Killed(u));
+    if (open == 0 || live == kAllFlags) return live;
+    if (Ends(u) || u.form->form == Form::kJcc || u.form->form == Form::kJcxz) break;
+    offset += u.insn.length;
+  }
+  return live | open;
+}
+
+void Unit::Liveness() {
+  uint16_t exits[kMaxUnitInsns] = {};
+  for (unsigned i = 0; i < count_; ++i) {
+    const UnitInsn& u = insns_[i];
+    const Form form = u.form->form;
+    if (u.jump_to >= 0) continue;
+    if (form == Form::kJcc || form == Form::kJcxz || (form == Form::kJump && !u.insn.has_memory() &&
+                                                      u.form->memory_operand < 0)) {
+      const int64_t target = TargetInPage(u);
+      exits[i] = target < 0 ? kAllFlags : LiveAt(static_cast<unsigned>(target));
+    } else if (Ends(u)) {
+      exits[i] = kAllFlags;
+    }
+  }
+  const UnitInsn& last = insns_[count_ - 1];
+  const uint16_t behind = Ends(last) ? 0 : end_ < 4096 ? LiveAt(end_) : kAllFlags;
+  for (bool again = true; again;) {
+    again = false;
+    uint16_t live = behind;
+    for (unsigned i = count_; i-- > 0;) {
+      UnitInsn& u = insns_[i];
+      if (Ends(u)) live = 0;
+      live |= u.jump_to >= 0 ? insns_[static_cast<unsigned>(u.jump_to)].live_before : exits[i];
+      u.live_after = live;
+      live = static_cast<uint16_t>((live & ~Killed(u)) | Tested(u));
+      again |= live != u.live_before;
+      u.live_before = live;
+    }
+  }
+}
+
+void Unit::FreshAll() {
+  for (unsigned reg = 0; reg < 16; ++reg) Fresh(reg);
+}
+
+void Unit::Accesses() {
+  next_symbol_ = 1;
+  group_count_ = first_open_ = 0;
+  FreshAll();
+  for (unsigned i = 0; i < count_; ++i) {
+    UnitInsn& u = insns_[i];
+    if (u.label) {
+      FreshAll();
+      first_open_ = group_count_;
+    }
+    symbols_[i] = now_;
+    if (u.form->form != Form::kInterpret && u.form->form != Form::kNothing) {
+      if (u.form->form != Form::kLea && u.insn.has_memory()) Address(u);
+      Stack(u);
+      if (u.operand.present) Group(u.operand, i);
+      if (u.stack.present) Group(u.stack, i);
+    }
+    Update(u);
+    // A write behind a side exit must not be asked for before it: perhaps it never comes.
+    if (u.form->form == Form::kJcc || u.form->form == Form::kJcxz) {
+      for (unsigned g = first_open_; g < group_count_; ++g) {
+        if (!groups_[g].write) groups_[g].last |= 0x80;  // closed for writes
+      }
+    }
+  }
+  for (unsigned g = 0; g < group_count_; ++g) groups_[g].last &= 0x7f;
+}
+
+void Unit::Address(UnitInsn& u) {
+  const Insn& insn = u.insn;
+  MemoryAccess& access = u.operand;
+  access.present = true;
+  const int operand = u.form->memory_operand;
+  access.size = static_cast<uint16_t>(
+      operand < 0 ? 0 : OperandSize(insn, insn.row->operands[operand]));
+  const bool first = operand == 0;
+  access.write = first && u.form->writes_first && u.form->form == Form::kCopy;
+  if (u.form->form == Form::kPop) access.write = true;
+  access.offset = insn.disp;
+  if (insn.segment >= kFs) access.key.segment = insn.segment;
+  if (insn.base == kBaseRip) {
+    access.key.rip = true;
+    access.offset += u.offset + insn.length;
+  } else if (insn.base != kNoRegister) {
+    access.key.base = now_[insn.base].id;
+    access.offset += now_[insn.base].offset;
+  }
+  if (insn.index != kNoRegister) {
+    access.key.index = now_[insn.index].id;
+    access.key.scale = insn.scale;
+    access.offset += now_[insn.index].offset << insn.scale;
+  }
+}
+
+void Unit::Stack(UnitInsn& u) {
+  const auto at = [&](unsigned reg, int64_t offset, bool write) {
+    u.stack = {.present = true,
+               .write = write,
+               .size = 8,
+               .offset = now_[reg].offset + offset,
+               .key = {.base = now_[reg].id}};
+  };
+  switch (u.form->form) {
+    case Form::kPush:
+    case Form::kCall:
+      at(kRsp, -8, true);
+      break;
+    case Form::kPop:
+    case Form::kReturn:
+      at(kRsp, 0, false);
+      break;
+    case Form::kLeave:
+      at(kRbp, 0, false);
+      break;
+    default:
+      break;
+  }
+}
+
+// What the instruction leaves in the registers, symbolically.
+void Unit::Update(const UnitInsn& u) {
+  const Insn& insn = u.insn;
+  const RowForm& form = *u.form;
+  switch (form.form) {
+    case Form::kPush:
+      now_[kRsp].offset -= 8;
+      return;
+    case Form::kPop:
+      now_[kRsp].offset += 8;
+      if (!insn.has_memory()) Fresh(form.memory_operand >= 0 ? insn.rm : insn.reg);
+      return;
+    case Form::kLeave:
+      now_[kRsp] = {now_[kRbp].id, now_[kRbp].offset + 8};
+      Fresh(kRbp);
+      return;
+    case Form::kLea:
+      if (insn.operand_size == 8 && insn.base < 16 && insn.index == kNoRegister) {
+        now_[insn.reg] = {now_[insn.base].id, now_[insn.base].offset + insn.disp};
+      } else {
+        Fresh(insn.reg);
+      }
+      return;
+    case Form::kInterpret:
+      FreshAll();
+      return;
+    case Form::kCopy:
+      break;
+    default:
+      return;
+  }
+  const Row& row = *insn.row;
+  const bool wide = insn.operand_size == 8 && !insn.has_memory();
+  if (wide && row.operands[0].kind == OperandKind::kRm && row.operand_count == 2 &&
+      (Is(u, "ADD") || Is(u, "SUB")) && row.operands[1].kind == OperandKind::kImm) {
+    now_[insn.rm].offset += Is(u, "ADD") ? insn.imm : -insn.imm;
+    return;
+  }
+  if (wide && (Is(u, "INC") || Is(u, "DEC"))) {
+    now_[insn.rm].offset += Is(u, "INC") ? 1 : -1;
+    return;
+  }
+  if (wide && Is(u, "MOV") && form.reg_is_gpr && form.rm_is_gpr) {
+    const bool to_rm = row.operands[0].kind == OperandKind::kRm;
+    now_[to_rm ? insn.rm : insn.reg] = now_[to_rm ? insn.reg : insn.rm];
+    return;
+  }
+  for (unsigned i = 0; i < row.operand_count; ++i) {
+    const bool written = (i == 0 && form.writes_first) || (i == 1 && form.writes_second);
+    switch (row.operands[i].kind) {
+      case OperandKind::kReg:
+        if (written) Fresh(insn.reg >= kHighByte ? insn.reg & 3 : insn.reg);
+        break;
+      case OperandKind::kRm:
+      case OperandKind::kRmReg:
+        if (written && !insn.has_memory()) Fresh(insn.rm >= kHighByte ? insn.rm & 3 : insn.rm);
+        break;
+      case OperandKind::kVvvv:
+        if (written) Fresh(insn.vvvv);
+        break;
+      case OperandKind::kFixedReg:
+        Fresh(row.operands[i].fixed);
+        break;
+      default:
+        break;
+    }
+  }
+  // Implicit results: MUL, DIV, CWD, CMPXCHG, LAHF..., PCMPxSTRI.
+  static constexpr std::string_view kAxDx[] = {"MUL",     "IMUL",      "DIV",        "IDIV", "CBW",
+                                               "CWD",     "CMPXCHG",   "CMPXCHG8B",  "LAHF",
+                                               "CMPXCHG16B"};
+  if (std::find(std::begin(kAxDx), std::end(kAxDx), row.mnemonic) != std::end(kAxDx)) {
+    Fresh(kRax);
+    Fresh(kRdx);
+  }
+  if ((row.attributes & kStrIndex) != 0) Fresh(kRcx);
+}
+
+void Unit::Group(MemoryAccess& access, unsigned at) {
+  if (access.size == 0) access.size = 1;
+  const int64_t low = access.offset, high = low + access.size;
+  if (grouping_ == Grouping::kShared) {
+    for (unsigned g = first_open_; g < group_count_; ++g) {
+      AccessGroup& group = groups_[g];
+      if (!(group.key == access.key)) continue;
+      if (access.write && !group.write && (group.last & 0x80) != 0) continue;
+      const int64_t from = std::min(group.low, low), to = std::max(group.high, high);
+      if (to - from > kMaxGroupSpan) continue;
+      group.low = from;
+      group.high = to;
+      group.write |= access.write;
+      group.last = static_cast<uint8_t>((group.last & 0x80) | at);
+      access.group = static_cast<int8_t>(g);
+      return;
+    }
+  }
+  access.group = static_cast<int8_t>(group_count_);
+  groups_[group_count_++] = {.key = access.key,
+                             .low = low,
+                             .high = high,
+                             .write = access.write,
+                             .first = static_cast<uint8_t>(at),
+                             .last = static_cast<uint8_t>(at),
+                             .check_at = static_cast<uint8_t>(at)};
+}
+
+bool Unit::CanCheckAt(const AccessGroup& group, unsigned at) const {
+  const auto has = [&](uint32_t id) {
+    return id == 0 || std::any_of(symbols_[at].begin(), symbols_[at].end(),
+                                  [id](const Symbol& s) { return s.id == id; });
+  };
+  return has(group.key.base) && has(group.key.index);
+}
+
+// A check spoils the flags: it is made where they are dead if such a place is near.
+void Unit::PlaceChecks() {
+  for (unsigned g = 0; g < group_count_; ++g) {
+    AccessGroup& group = groups_[g];
+    for (unsigned at = group.first;; --at) {
+      if (!CanCheckAt(group, at)) break;
+      if (insns_[at].live_before == 0) {
+        group.check_at = static_cast<uint8_t>(at);
+        break;
+      }
+      if (at == 0 || insns_[at].label || group.first - at > 12) break;
+    }
+  }
+}
+
+}  // namespace kvartz::cpu::x86::jit

@@ -1,0 +1,121 @@
+// A unit of translation: instructions that follow each other within a page, with side exits and
+// jumps among themselves, and what the translator must know of them: which flags are live, which
+// memory accesses can share a check, and where it is best made.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "cpu/x86/decode/insn.h"
+#include "cpu/x86/jit/form.h"
+
+namespace kvartz::cpu::x86::jit {
+
+constexpr unsigned kMaxUnitInsns = 48;
+constexpr unsigned kMaxGroupSpan = 1024;
+
+// The value of a register as far as it is known: that of symbol `id`, plus an offset.
+struct Symbol {
+  uint32_t id = 0;
+  int64_t offset = 0;
+};
+
+// What an address is made of, apart from its constant part.
+struct AddressKey {
+  uint32_t base = 0, index = 0;  // symbols; 0: none
+  uint8_t scale = 0;
+  uint8_t segment = 0;  // kFs or kGs; else 0
+  bool rip = false;
+  bool operator==(const AddressKey&) const = default;
+};
+
+struct MemoryAccess {
+  bool present = false, write = false;
+  uint16_t size = 0;
+  int64_t offset = 0;  // from the key's value
+  AddressKey key;
+  int8_t group = -1;
+};
+
+// Accesses of one key that one check covers: `[low, high)` from the key's value.
+struct AccessGroup {
+  AddressKey key;
+  int64_t low = 0, high = 0;
+  bool write = false;
+  uint8_t first = 0, last = 0;  // instructions
+  uint8_t check_at = 0;         // the check is made before this one
+  uint16_t slot = 0;
+};
+
+struct UnitInsn {
+  Insn insn;
+  const RowForm* form = nullptr;
+  uint16_t offset = 0;        // of its first byte within the page
+  MemoryAccess operand;       // ModRM's
+  MemoryAccess stack;         // of PUSH, POP, CALL, RET, LEAVE
+  uint16_t live_before = 0;   // status flags that are read before they are written
+  uint16_t live_after = 0;
+  int8_t jump_to = -1;        // a branch to an instruction of the unit: which
+  bool label = false;         // ... and the target of one
+  bool loop = false;          // ... from further down
+};
+
+// Its count is or may be 0: then the flags stay.
+bool KeepsFlags(const UnitInsn& insn);
+
+// Vector instructions that the mode allows; others are left to the interpreter, which raises what is
+// due.
+struct VectorUse {
+  bool sse = true, avx = true;
+};
+
+enum class Grouping : uint8_t { kShared, kSingle };  // kSingle: a check for each access
+
+class Unit {
+ public:
+  // Decodes from `offset` of the page at `page`. False if the first instruction can't be translated
+  // with a unit (it crosses the page's end, or is undefined).
+  bool Build(const DecodeContext& context, VectorUse vectors, const uint8_t* page,
+             unsigned offset, Grouping grouping);
+
+  unsigned count() const { return count_; }
+  UnitInsn& operator[](unsigned i) { return insns_[i]; }
+  const UnitInsn& operator[](unsigned i) const { return insns_[i]; }
+  unsigned end_offset() const { return end_; }  // behind the last instruction, up to 4096
+  bool uses_vectors() const { return vectors_; }
+  unsigned group_count() const { return group_count_; }
+  AccessGroup& group(unsigned i) { return groups_[i]; }
+  // Registers before instruction `i`.
+  const std::array<Symbol, 16>& symbols(unsigned i) const { return symbols_[i]; }
+  // Live flags at the target of a direct branch to `offset` of the same page.
+  uint16_t LiveAt(unsigned offset) const;
+  // Same page: the target's offset; else -1.
+  static int64_t TargetInPage(const UnitInsn& insn);
+
+ private:
+  void FindLabels();
+  void Liveness();
+  void Accesses();
+  void Address(UnitInsn& insn);
+  void Stack(UnitInsn& insn);
+  void Update(const UnitInsn& insn);
+  void Fresh(unsigned reg) { now_[reg & 15] = {next_symbol_++, 0}; }
+  void FreshAll();
+  void Group(MemoryAccess& access, unsigned at);
+  void PlaceChecks();
+  bool CanCheckAt(const AccessGroup& group, unsigned at) const;
+
+  DecodeContext context_;
+  VectorUse vector_use_;
+  const uint8_t* page_ = nullptr;
+  Grouping grouping_ = Grouping::kShared;
+  unsigned count_ = 0, end_ = 0, group_count_ = 0, first_open_ = 0;
+  bool vectors_ = false;
+  uint32_t next_symbol_ = 1;
+  std::array<Symbol, 16> now_;
+  std::array<std::array<Symbol, 16>, kMaxUnitInsns> symbols_;
+  std::array<UnitInsn, kMaxUnitInsns> insns_;
+  std::array<AccessGroup, 2 * kMaxUnitInsns> groups_;
+};
+
+}  // namespace kvartz::cpu::x86::jit

@@ -306,13 +306,14 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
 
 void Engine::Kill(Block* block) {
   ++counters_.killed_units;
+  block->page = nullptr;
   Assembler as = memory_.At(memory_.OffsetOf(block->code.body_write));
   as.Jmp(block->code.leave);
   for (const uint32_t number : block->incoming) {
+    if (exits_[number].from->page == nullptr) continue;  // killed: its code isn't what it was
     as.Patch(exits_[number].site.distance, exits_[number].site.thunk);
   }
   block->incoming.clear();
-  block->page = nullptr;
   const auto it = blocks_.find(Key(block->host, block->mode));
   dead_.push_back(std::move(it->second));  // its exits and marks may be asked for until the flush
   blocks_.erase(it);

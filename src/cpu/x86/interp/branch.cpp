@@ -119,24 +119,9 @@ ExecFn Pick_LOOP(const Insn& insn) { return PickLoop<LoopWhile::kAlways>(insn); 
 ExecFn Pick_LOOPE(const Insn& insn) { return PickLoop<LoopWhile::kZero>(insn); }
 ExecFn Pick_LOOPNE(const Insn& insn) { return PickLoop<LoopWhile::kNotZero>(insn); }
 
-#define CONDITION(cc, code) \
-  ExecFn Pick_J##cc(const Insn& insn) { return PickJcc<code>(insn); }
-CONDITION(O, 0)
-CONDITION(NO, 1)
-CONDITION(B, 2)
-CONDITION(AE, 3)
-CONDITION(Z, 4)
-CONDITION(NZ, 5)
-CONDITION(BE, 6)
-CONDITION(A, 7)
-CONDITION(S, 8)
-CONDITION(NS, 9)
-CONDITION(P, 10)
-CONDITION(NP, 11)
-CONDITION(L, 12)
-CONDITION(GE, 13)
-CONDITION(LE, 14)
-CONDITION(G, 15)
+#define CONDITION(cc, digit, tested) \
+  ExecFn Pick_J##cc(const Insn& insn) { return PickJcc<0x##digit>(insn); }
+#include "cpu/x86/decode/conditions.def"
 #undef CONDITION
 
 }  // namespace kvartz::cpu::x86

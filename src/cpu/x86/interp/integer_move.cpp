@@ -297,25 +297,10 @@ ExecFn Pick_CWD(const Insn& insn) {
                     [](auto type) -> ExecFn { return ExecExtendToRdx<decltype(type)>; });
 }
 
-#define CONDITION(cc, code)                                             \
-  ExecFn Pick_SET##cc(const Insn& insn) { return PickSet<code>(insn); } \
-  ExecFn Pick_CMOV##cc(const Insn& insn) { return PickCmov<code>(insn); }
-CONDITION(O, 0)
-CONDITION(NO, 1)
-CONDITION(B, 2)
-CONDITION(AE, 3)
-CONDITION(Z, 4)
-CONDITION(NZ, 5)
-CONDITION(BE, 6)
-CONDITION(A, 7)
-CONDITION(S, 8)
-CONDITION(NS, 9)
-CONDITION(P, 10)
-CONDITION(NP, 11)
-CONDITION(L, 12)
-CONDITION(GE, 13)
-CONDITION(LE, 14)
-CONDITION(G, 15)
+#define CONDITION(cc, digit, tested)                                         \
+  ExecFn Pick_SET##cc(const Insn& insn) { return PickSet<0x##digit>(insn); } \
+  ExecFn Pick_CMOV##cc(const Insn& insn) { return PickCmov<0x##digit>(insn); }
+#include "cpu/x86/decode/conditions.def"
 #undef CONDITION
 
 namespace {

@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "cpu/x86/interp/native.h"
 
 namespace kvartz::cpu {
 
@@ -46,6 +47,7 @@ void AddEngineLeaves(CpuidTable* table) {
 }  // namespace
 
 Result<std::unique_ptr<Accel>> SoftAccel::Create(const AccelConfig& config) {
+  TRY(PrepareStubs());
   std::unique_ptr<SoftAccel> accel(new SoftAccel(config));
   CpuidTable supported = SoftCpuid(config.model);
   std::vector<std::string> dropped;

@@ -70,7 +70,7 @@ class SoftVcpu final : public Vcpu, public LapicBus {
 
  private:
   friend class SoftAccel;
-  SoftVcpu(SoftAccel& accel, unsigned index);
+  SoftVcpu(SoftAccel& accel, unsigned index, std::unique_ptr<BlockCache> blocks);
   enum class Next { kGo, kLeave, kShutdown };
   Next HandleRequests();
   Next HandleWorld(uint32_t requests);

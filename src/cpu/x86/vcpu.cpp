@@ -81,7 +81,7 @@ void FreeState(jit::State* state) {
   munmap(state, sizeof(jit::State));
 }
 
-SoftVcpu::SoftVcpu(SoftAccel& accel, unsigned index)
+SoftVcpu::SoftVcpu(SoftAccel& accel, unsigned index, std::unique_ptr<BlockCache> blocks)
     : state_(NewState(), FreeState),
       cpu(state_->cpu),
       accel_(accel),
@@ -90,7 +90,7 @@ SoftVcpu::SoftVcpu(SoftAccel& accel, unsigned index)
       limits_(CpuLimits::FromCpuid(cpuid_)),
       tlb_(*accel.config().memory),
       ports_(*accel.config().ports),
-      blocks_(std::make_unique<BlockCache>(FeatureSet::FromCpuid(cpuid_))),
+      blocks_(std::move(blocks)),
       lapic_(cpu, *this, ApicIdOf(index, accel.config().topology), index == 0) {
   cpu.vcpu = this;
   cpu.tlb = &tlb_;
@@ -103,7 +103,8 @@ SoftVcpu::SoftVcpu(SoftAccel& accel, unsigned index)
 }
 
 Result<std::unique_ptr<SoftVcpu>> SoftVcpu::Create(SoftAccel& accel, unsigned index) {
-  std::unique_ptr<SoftVcpu> vcpu(new SoftVcpu(accel, index));
+  auto blocks = TRY(BlockCache::Create(FeatureSet::FromCpuid(accel.cpuid(index))));
+  std::unique_ptr<SoftVcpu> vcpu(new SoftVcpu(accel, index, std::move(blocks)));
   struct sigaction action = {};
   action.sa_handler = OnTimer;
   action.sa_flags = SA_RESTART;

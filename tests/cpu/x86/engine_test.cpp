@@ -2,6 +2,8 @@
 // the first stopped.
 #include "cpu/x86/engine.h"
 
+#include <sys/resource.h>
+
 #include "cpu/x86/guest_case.h"
 
 namespace kvartz::cpu::x86 {
@@ -27,6 +29,19 @@ GUEST_CODE(eng_count, R"(
   dec %ecx
   jnz 2b
   out %al, $0xf4)")
+
+TEST(Engine, NoExecutableMemoryIsAnError) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");  // a process that has no such memory yet
+  EXPECT_EXIT(
+      {
+        rlimit none = {};
+        setrlimit(RLIMIT_NOFILE, &none);
+        auto accel = CreateSoftEngine({});
+        if (!accel) fprintf(stderr, "%s\n", accel.error().what.c_str());
+        _exit(accel ? 1 : 0);
+      },
+      testing::ExitedWithCode(0), "executable memory.*Too many open files");
+}
 
 TEST(Engine, KickEndsRun) {
   for (auto code : {CODE_OF(eng_spin), CODE_OF(eng_sleep)}) {

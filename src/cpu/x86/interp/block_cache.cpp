@@ -3,8 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-
-#include "base/check.h"
+#include <cerrno>
 
 namespace kvartz::cpu::x86 {
 namespace {
@@ -35,13 +34,15 @@ size_t RoomInSegment(const Cpu& cpu) {
 
 }  // namespace
 
-BlockCache::BlockCache(const FeatureSet& features)
-    : features_(features), buckets_(new Block*[1 << kBucketBits]()) {
+Result<std::unique_ptr<BlockCache>> BlockCache::Create(const FeatureSet& features) {
   void* map = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  VERIFY(map != MAP_FAILED);
-  arena_ = static_cast<uint8_t*>(map);
+  if (map == MAP_FAILED) return Fail(ErrnoError(errno, "cannot map memory for decoded code"));
+  return std::unique_ptr<BlockCache>(new BlockCache(features, static_cast<uint8_t*>(map)));
 }
+
+BlockCache::BlockCache(const FeatureSet& features, uint8_t* arena)
+    : features_(features), arena_(arena), buckets_(new Block*[1 << kBucketBits]()) {}
 
 BlockCache::~BlockCache() { munmap(arena_, kArenaBytes); }
 

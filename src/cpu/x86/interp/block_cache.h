@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "base/result.h"
 #include "cpu/x86/cpu.h"
 #include "cpu/x86/decode/insn.h"
 
@@ -45,8 +46,9 @@ struct alignas(64) Block {
 // go at once.
 class BlockCache {
  public:
-  // `features`: those of the guest's CPUID table; instructions of others raise #UD.
-  explicit BlockCache(const FeatureSet& features);
+  // `features`: those of the guest's CPUID table; instructions of others raise #UD. Errors: no
+  // memory.
+  static Result<std::unique_ptr<BlockCache>> Create(const FeatureSet& features);
   ~BlockCache();
   BlockCache(const BlockCache&) = delete;
   BlockCache& operator=(const BlockCache&) = delete;
@@ -72,6 +74,7 @@ class BlockCache {
 
  private:
   static constexpr unsigned kBucketBits = 14;
+  BlockCache(const FeatureSet& features, uint8_t* arena);
   Block*& Bucket(const uint8_t* host, uint16_t mode) {
     const uint64_t hash = (reinterpret_cast<uintptr_t>(host) + mode) * 0x9e3779b97f4a7c15;
     return buckets_[hash >> (64 - kBucketBits)];
@@ -83,7 +86,7 @@ class BlockCache {
   DecodeContext Context(const Cpu& cpu) const;
 
   FeatureSet features_;
-  uint8_t* arena_ = nullptr;
+  uint8_t* const arena_;
   size_t used_ = 0;
   std::unique_ptr<Block*[]> buckets_;
   uint64_t decoded_blocks_ = 0;

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "base/result.h"
 #include "cpu/x86/decode/insn.h"
 
 namespace kvartz::cpu::x86 {
@@ -30,8 +31,10 @@ struct alignas(64) NativeFrame {
 
 using NativeStub = void (*)(NativeFrame* frame, XsaveArea* fpu);
 
-// The stub of an instruction whose row is NATIVE. Built at first use. Null: no executable memory to
-// be had.
+// Gets the memory that stubs are built in. Errors: the host gives no executable memory.
+Result<> PrepareStubs();
+// The stub of an instruction whose row is NATIVE. Built at first use; PrepareStubs succeeded
+// before.
 NativeStub FindStub(const Insn& insn);
 
 // Which control bits decide whether an instruction may run (SDM vol. 3 tables 2-3, 13-1).

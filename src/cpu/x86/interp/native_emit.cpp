@@ -1,11 +1,13 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <cerrno>
 #include <cstddef>
 #include <memory>
 #include <span>
 #include <vector>
 
+#include "base/check.h"
 #include "base/fd.h"
 #include "base/sync.h"
 #include "cpu/x86/interp/native.h"
@@ -16,18 +18,13 @@ namespace {
 // Executable memory, mapped twice: written here, run there. Never both in one mapping.
 class StubArena {
  public:
-  StubArena() {
-    auto fd = CreateMemFd("kvartz-stubs", kSize);
-    if (!fd) return;
-    void* write = mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_SHARED, fd->get(), 0);
-    void* exec = mmap(nullptr, kSize, PROT_READ | PROT_EXEC, MAP_SHARED, fd->get(), 0);
-    if (write == MAP_FAILED || exec == MAP_FAILED) return;
-    write_ = static_cast<uint8_t*>(write);
-    exec_ = static_cast<uint8_t*>(exec);
-  }
+  StubArena() { status_ = Map(); }
 
+  const Result<>& status() const { return status_; }
+
+  // All the stubs that there can be fit.
   NativeStub Add(std::span<const uint8_t> code) {
-    if (!exec_ || used_ + code.size() > kSize) return nullptr;
+    VERIFY(exec_ != nullptr && used_ + code.size() <= kSize);
     std::memcpy(write_ + used_, code.data(), code.size());
     auto* stub = reinterpret_cast<NativeStub>(exec_ + used_);
     used_ += (code.size() + 15) & ~size_t{15};
@@ -37,6 +34,21 @@ class StubArena {
  private:
   // Rows x forms x immediates at about 100 bytes; touched as far as used.
   static constexpr size_t kSize = 16 << 20;
+
+  Result<> Map() {
+    UniqueFd fd = TRY(CreateMemFd("kvartz-stubs", kSize));
+    write_ = TRY(MapOnce(fd, PROT_WRITE, "writable"));
+    exec_ = TRY(MapOnce(fd, PROT_EXEC, "executable"));
+    return {};
+  }
+  static Result<uint8_t*> MapOnce(const UniqueFd& fd, int access, const char* what) {
+    void* map = mmap(nullptr, kSize, PROT_READ | access, MAP_SHARED, fd.get(), 0);
+    if (map == MAP_FAILED)
+      return Fail(ErrnoError(errno, std::string("cannot map ") + what + " memory"));
+    return static_cast<uint8_t*>(map);
+  }
+
+  Result<> status_;
   uint8_t* write_ = nullptr;
   uint8_t* exec_ = nullptr;
   size_t used_ = 0;
@@ -287,6 +299,7 @@ class Emitter {
 // lock; published stubs are read without it.
 class StubTable {
  public:
+  const Result<>& status() const { return arena_.status(); }
   NativeStub Find(const Insn& insn) {
     const size_t row = static_cast<size_t>(insn.row - InsnRows().data());
     std::atomic<Variants*>& entry = rows_[row];
@@ -341,12 +354,24 @@ class StubTable {
   std::vector<std::unique_ptr<Variants>> owned_;
 };
 
+// Shared by every CPU of the process: code for the host, no guest state.
+StubTable& Table() {
+  static StubTable table;
+  return table;
+}
+
 }  // namespace
 
-NativeStub FindStub(const Insn& insn) {
-  // Shared by every CPU of the process: code for the host, no guest state.
-  static StubTable table;
-  return table.Find(insn);
+Result<> PrepareStubs() {
+  if (const Result<>& status = Table().status(); !status) {
+    return Fail(
+        Error(status.error())
+            .In("the own engine runs vector and x87 instructions from executable memory, which "
+                "this host refuses (a limit or a security policy of the process?)"));
+  }
+  return {};
 }
+
+NativeStub FindStub(const Insn& insn) { return Table().Find(insn); }
 
 }  // namespace kvartz::cpu::x86

@@ -109,7 +109,7 @@ void ExecX87(Cpu& cpu, const Insn& insn, const VectorPlan& plan) {
     fpu.fcw = control;
     fpu.fsw = static_cast<uint16_t>(fpu.fsw & ~0x8080);
   }
-  plan.Stub(insn)(&frame, &fpu);
+  FindStub(insn)(&frame, &fpu);
   if (pending && fpu.fcw == control) {
     fpu.fcw = static_cast<uint16_t>(fpu.fcw & ~pending);
     if (fpu.fsw & ~fpu.fcw & 0x3f) fpu.fsw |= 0x8080;
@@ -169,9 +169,9 @@ void ExecNative(Cpu& cpu, const Insn& insn) {
   bool completed = true;
   if (plan.fp) {
     frame.mxcsr = cpu.fpu.mxcsr & ~0x3fu;
-    completed = CallWithMxcsr(plan.Stub(insn), frame, cpu.fpu);
+    completed = CallWithMxcsr(FindStub(insn), frame, cpu.fpu);
   } else {
-    plan.Stub(insn)(&frame, &cpu.fpu);
+    FindStub(insn)(&frame, &cpu.fpu);
   }
   if (mmx && !plan.memory_written) EnterMmx(cpu.fpu);  // before a SIMD exception is reported
   if (plan.fp) cpu.fpu.mxcsr |= frame.mxcsr & 0x3f;

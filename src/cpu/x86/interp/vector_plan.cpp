@@ -2,8 +2,6 @@
 
 #include <vector>
 
-#include "base/check.h"
-
 namespace kvartz::cpu::x86 {
 
 VectorPlan::VectorPlan(const Row& row) {
@@ -89,12 +87,6 @@ VectorPlan::VectorPlan(const Row& row) {
 const VectorPlan& VectorPlan::Of(const Row& row) {
   static const std::vector<VectorPlan> plans(InsnRows().begin(), InsnRows().end());
   return plans[static_cast<size_t>(&row - InsnRows().data())];
-}
-
-NativeStub VectorPlan::Stub(const Insn& insn) const {
-  NativeStub stub = FindStub(insn);
-  VERIFY(stub != nullptr);
-  return stub;
 }
 
 }  // namespace kvartz::cpu::x86

@@ -33,7 +33,6 @@ struct VectorPlan {
 
   explicit VectorPlan(const Row& row);
   static const VectorPlan& Of(const Row& row);
-  NativeStub Stub(const Insn& insn) const;
   unsigned MemorySize(const Insn& insn) const {
     switch (memory_size) {
       case kSizeW:

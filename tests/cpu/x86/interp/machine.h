@@ -35,7 +35,7 @@ class TestMachine {
     region.ram = ram_;
     memory_.Add(region);
     tlb_ = std::make_unique<Tlb>(memory_);
-    blocks_ = std::make_unique<BlockCache>(FeatureSet::All());
+    blocks_ = *BlockCache::Create(FeatureSet::All());
     cpu.tlb = tlb_.get();
     cpu.blocks = blocks_.get();
     SetMode(mode);

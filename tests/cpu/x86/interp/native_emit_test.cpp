@@ -7,6 +7,7 @@ namespace {
 
 // A guest that runs every form of every NATIVE instruction gets a stub for each.
 TEST(NativeStubs, EveryFormFitsIntoTheArena) {
+  ASSERT_TRUE(PrepareStubs());
   size_t stubs = 0;
   for (const Row& row : InsnRows()) {
     if (!(row.attributes & kNative)) continue;

@@ -331,7 +331,10 @@ Result<> Device(CommandLine& line, std::string_view argument) {
   std::string driver = Take(&properties, "driver");
   if (driver == "help" || driver == "?") {
     static constexpr std::pair<DeviceBus, const char*> kBuses[] = {
-        {DeviceBus::kPci, "PCI"}, {DeviceBus::kIsa, "ISA"}, {DeviceBus::kVirtioMmio, "virtio-bus"}};
+        {DeviceBus::kPci, "PCI"},
+        {DeviceBus::kIsa, "ISA"},
+        {DeviceBus::kVirtioMmio, "virtio-bus"},
+        {DeviceBus::kVirtioSerial, "virtio-serial-bus"}};
     for (const DeviceType& type : DeviceTypes()) {
       const char* bus = "";
       for (const auto& [kind, name] : kBuses) bus = kind == type.bus ? name : bus;
@@ -342,8 +345,11 @@ Result<> Device(CommandLine& line, std::string_view argument) {
   }
   if (driver.empty())
     return Fail(ErrorCode::kInvalid, "driver= is missing; -device help lists the drivers");
-  TRY(FindDeviceType(driver));
-  if (AsksForHelp(properties)) return Refuse("a list of a device's properties");
+  const DeviceType* type = TRY(FindDeviceType(driver));
+  if (AsksForHelp(properties)) {
+    line.information = DescribeDevice(*type);
+    return {};
+  }
   std::string id = Take(&properties, "id");
   for (const DeviceSpec& other : line.config.machine.devices) {
     if (!id.empty() && other.id == id)

@@ -119,3 +119,13 @@ def help_and_version_are_answered(context):
         vm.expect_exit(0, seconds=30)
         if not re.search(needle, vm.output):
             raise Failure(f"{option} does not show {needle}; {vm.tail()}")
+
+
+@test(seconds=60)
+def devices_list_their_properties(context):
+    vm = context.start_bare("-device", "virtio-rng-pci,help")
+    vm.expect_exit(0, seconds=30)
+    for line in (r"virtio-rng-pci options:", r"  addr=<int32> .*\(default: -1\)", r"  max-bytes=<uint64> .*\(default: \d+\)"):
+        if not re.search(f"^{line}$", vm.output, re.MULTILINE):
+            raise Failure(f"no line '{line}'; {vm.tail()}")
+    expect_our_refusal(context, ["-device", "virtio-rgn-pci,help"], r"virtio-rgn-pci.*'virtio-rng-pci'")

@@ -98,6 +98,8 @@ TEST(CommandLineTest, RefusalsNameOptionAndArgument) {
   EXPECT_NE(Refusal({"-smp", "4000"}).find("4000"), std::string::npos);
   EXPECT_NE(Refusal({"-append", "x"}).find("-kernel"), std::string::npos);
   EXPECT_NE(Refusal({"-initrd", "x"}).find("-kernel"), std::string::npos);
+  EXPECT_NE(Refusal({"-device", "virtio-blk-cpi,help"}).find("'virtio-blk-pci'"),
+            std::string::npos);
   EXPECT_NE(Refusal({"-M", "pcc"}).find("pc"), std::string::npos);
   EXPECT_NE(Refusal({"-uuid", "1234"}).find("UUID"), std::string::npos);
   EXPECT_NE(Refusal({"-mon", "chardev=nope"}).find("nope"), std::string::npos);
@@ -267,6 +269,8 @@ TEST(CommandLineTest, ListsAreInformation) {
                                              {"-M", "help"},
                                              {"-cpu", "help"},
                                              {"-device", "help"},
+                                             {"-device", "virtio-rng-pci,help"},
+                                             {"-device", "driver=virtconsole,help"},
                                              {"-netdev", "help"},
                                              {"-chardev", "help"},
                                              {"-object", "help"},

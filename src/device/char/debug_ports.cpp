@@ -56,6 +56,10 @@ Result<> CheckPorts(const char* driver, uint32_t base, uint32_t count) {
 }
 }  // namespace
 
+std::vector<std::string> DescribeIsaDebugcon() {
+  return DescribeProperties<DebugconConfig>(kDebugconProperties);
+}
+
 Result<std::unique_ptr<Device>> MakeIsaDebugcon(DeviceRequest& request) {
   DebugconConfig config;
   TRY(ApplyProperties(kDebugconProperties, request.properties, "isa-debugcon", &config));
@@ -72,6 +76,10 @@ Result<std::unique_ptr<Device>> MakeIsaDebugcon(DeviceRequest& request) {
   }
   request.ports.push_back({static_cast<uint16_t>(config.iobase), 1});
   return device;
+}
+
+std::vector<std::string> DescribeIsaDebugExit() {
+  return DescribeProperties<DebugExitConfig>(kDebugExitProperties);
 }
 
 Result<std::unique_ptr<Device>> MakeIsaDebugExit(DeviceRequest& request) {

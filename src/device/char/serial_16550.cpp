@@ -391,6 +391,10 @@ void Serial16550::VisitState(StateVisitor& v) {
   UpdateIrq();
 }
 
+std::vector<std::string> DescribeIsaSerial() {
+  return DescribeProperties<IsaSerialConfig>(kIsaSerialProperties);
+}
+
 Result<std::unique_ptr<Device>> MakeIsaSerial(DeviceRequest& request) {
   IsaSerialConfig config;
   TRY(ApplyProperties(kIsaSerialProperties, request.properties, "isa-serial", &config));

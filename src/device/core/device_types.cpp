@@ -1,15 +1,19 @@
 #include "device/core/device_types.h"
 
+#include <algorithm>
+
 namespace kvartz {
 
-#define DEVICE(name, factory, bus, description) \
-  Result<std::unique_ptr<Device>> factory(DeviceRequest& request);
+#define DEVICE(name, factory, properties, bus, description)        \
+  Result<std::unique_ptr<Device>> factory(DeviceRequest& request); \
+  std::vector<std::string> properties();
 #include "device/devices.def"
 #undef DEVICE
 
 namespace {
 constexpr DeviceType kTypes[] = {
-#define DEVICE(name, factory, bus, description) {name, factory, DeviceBus::bus, description},
+#define DEVICE(name, factory, properties, bus, description) \
+  {name, factory, properties, DeviceBus::bus, description},
 #include "device/devices.def"
 #undef DEVICE
 };
@@ -28,6 +32,20 @@ Result<const DeviceType*> FindDeviceType(const std::string& name) {
               "device '" + name + "' is not known" +
                   (nearest.empty() ? "; see -device help"
                                    : ", did you mean '" + std::string(nearest) + "'?"));
+}
+
+std::string DescribeDevice(const DeviceType& type) {
+  std::vector<std::string> lines = type.properties();
+  if (type.bus == DeviceBus::kPci) {
+    lines.push_back(DescribeProperty("addr", "int32",
+                                     "slot, or slot and function: 06 or 06.0 (hexadecimal)", "-1"));
+    lines.push_back(
+        DescribeProperty("bootindex", "int32", "place in the firmware's boot order", ""));
+  }
+  std::ranges::sort(lines);
+  std::string text = std::string(type.name) + " options:\n";
+  for (const std::string& line : lines) text += line + "\n";
+  return text;
 }
 
 }  // namespace kvartz

@@ -46,9 +46,13 @@ struct DeviceRequest {
 
 using DeviceFactory = Result<std::unique_ptr<Device>> (*)(DeviceRequest& request);
 
+// The lines of the device's properties (DescribeProperties), in any order.
+using DeviceProperties = std::vector<std::string> (*)();
+
 struct DeviceType {
   const char* name;
   DeviceFactory make;
+  DeviceProperties properties;
   DeviceBus bus;
   const char* description;
 };
@@ -57,5 +61,7 @@ struct DeviceType {
 std::span<const DeviceType> DeviceTypes();
 // Errors: unknown; says the nearest name.
 Result<const DeviceType*> FindDeviceType(const std::string& name);
+// What "-device NAME,help" prints: its own properties and those of its place, sorted by name.
+std::string DescribeDevice(const DeviceType& type);
 
 }  // namespace kvartz

@@ -15,20 +15,22 @@ constexpr std::string_view kPlacement[] = {"addr",   "bootindex", "bus",
 
 struct TypeName {
   PropertyType type;
-  const char* name;
+  const char* name;    // as QEMU's lists have it
+  const char* values;  // as an error says what is expected
 };
 constexpr TypeName kTypeNames[] = {
-    {PropertyType::kBool, "bool"},     {PropertyType::kOnOffAuto, "on|off|auto"},
-    {PropertyType::kUint16, "uint16"}, {PropertyType::kUint32, "uint32"},
-    {PropertyType::kUint64, "uint64"}, {PropertyType::kInt32, "int32"},
-    {PropertyType::kString, "str"},    {PropertyType::kMac, "mac"},
+    {PropertyType::kBool, "bool", "on|off"},
+    {PropertyType::kOnOffAuto, "OnOffAuto", "on|off|auto"},
+    {PropertyType::kUint16, "uint16", "a number from 0 to 65535"},
+    {PropertyType::kUint32, "uint32", "a number of 32 bits"},
+    {PropertyType::kUint64, "uint64", "a number of 64 bits"},
+    {PropertyType::kInt32, "int32", "a signed number of 32 bits"},
+    {PropertyType::kString, "str", "text"},
+    {PropertyType::kMac, "str", "an address such as 52:54:00:12:34:56"},
 };
 
-const char* NameOf(PropertyType type) {
-  for (const TypeName& row : kTypeNames) {
-    if (row.type == type) return row.name;
-  }
-  return "?";
+const TypeName& NamesOf(PropertyType type) {
+  return *std::ranges::find(kTypeNames, type, &TypeName::type);
 }
 
 std::optional<bool> ParseBool(std::string_view text) {
@@ -123,13 +125,16 @@ bool StoreText(const PropertySpec& spec, const std::string& text, void* config) 
   return false;
 }
 
-std::string TextOf(const PropertySpec& spec, const void* config) {
+// As JSON; empty: none.
+std::string DefaultOf(const PropertySpec& spec, const void* config) {
   switch (spec.type) {
     case PropertyType::kBool:
-      return Load<bool>(config, spec.offset) ? "on" : "off";
+      return Load<bool>(config, spec.offset) ? "true" : "false";
     case PropertyType::kOnOffAuto: {
       OnOffAuto value = Load<OnOffAuto>(config, spec.offset);
-      return value == OnOffAuto::kAuto ? "auto" : value == OnOffAuto::kOn ? "on" : "off";
+      return value == OnOffAuto::kAuto ? "\"auto\""
+             : value == OnOffAuto::kOn ? "\"on\""
+                                       : "\"off\"";
     }
     case PropertyType::kUint16:
       return fmt::format("{}", Load<uint16_t>(config, spec.offset));
@@ -139,11 +144,13 @@ std::string TextOf(const PropertySpec& spec, const void* config) {
       return fmt::format("{}", Load<uint64_t>(config, spec.offset));
     case PropertyType::kInt32:
       return fmt::format("{}", Load<int32_t>(config, spec.offset));
-    case PropertyType::kString:
-      return Load<std::string>(config, spec.offset);
+    case PropertyType::kString: {
+      const auto& text = Load<std::string>(config, spec.offset);
+      return text.empty() ? "" : fmt::format("\"{}\"", text);
+    }
     case PropertyType::kMac: {
-      const MacAddress& mac = Load<MacAddress>(config, spec.offset);
-      return mac == MacAddress{} ? "" : FormatMac(mac);
+      const auto& mac = Load<MacAddress>(config, spec.offset);
+      return mac == MacAddress{} ? "" : fmt::format("\"{}\"", FormatMac(mac));
     }
   }
   return "";
@@ -189,24 +196,27 @@ Result<> ApplyProperties(std::span<const PropertySpec> table, const Properties& 
     if (!StoreText(*spec, value, config)) {
       return Fail(ErrorCode::kInvalid,
                   fmt::format("device {}: '{}' is not a value for {} (expected {})", driver, value,
-                              name, NameOf(spec->type)));
+                              name, NamesOf(spec->type).values));
     }
   }
   return {};
 }
 
-std::string DescribeProperties(std::span<const PropertySpec> table, const void* defaults) {
-  std::vector<PropertySpec> rows(table.begin(), table.end());
-  std::ranges::sort(rows, {}, [](const PropertySpec& row) { return std::string_view(row.name); });
-  std::string text;
-  for (const PropertySpec& row : rows) {
-    std::string start = fmt::format("  {}=<{}>", row.name, NameOf(row.type));
-    std::string value = TextOf(row, defaults);
-    text += fmt::format("{:<32} - {}", start, row.description);
-    if (!value.empty()) text += fmt::format(" (default: {})", value);
-    text += '\n';
+std::string DescribeProperty(std::string_view name, std::string_view type,
+                             std::string_view description, std::string_view fallback) {
+  std::string line = fmt::format("{:<24} - {}", fmt::format("  {}=<{}>", name, type), description);
+  if (!fallback.empty()) line += fmt::format(" (default: {})", fallback);
+  return line;
+}
+
+std::vector<std::string> DescribeProperties(std::span<const PropertySpec> table,
+                                            const void* defaults) {
+  std::vector<std::string> lines;
+  for (const PropertySpec& row : table) {
+    lines.push_back(DescribeProperty(row.name, NamesOf(row.type).name, row.description,
+                                     DefaultOf(row, defaults)));
   }
-  return text;
+  return lines;
 }
 
 Result<MacAddress> ParseMac(std::string_view text) {

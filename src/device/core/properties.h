@@ -104,9 +104,18 @@ bool IsPlacementProperty(std::string_view name);
 Result<> ApplyProperties(std::span<const PropertySpec> table, const Properties& properties,
                          std::string_view driver, void* config);
 
-// For "-device X,help": one line a property, "  name=<type>  - description (default: x)", sorted by
-// name. `defaults` points at a fresh config struct.
-std::string DescribeProperties(std::span<const PropertySpec> table, const void* defaults);
+// One line of "-device X,help" in QEMU's form, "  name=<type> - description (default: json)",
+// without its newline. `fallback` empty: no default.
+std::string DescribeProperty(std::string_view name, std::string_view type,
+                             std::string_view description, std::string_view fallback);
+// One line a property, in the table's order. `defaults` points at a fresh config struct.
+std::vector<std::string> DescribeProperties(std::span<const PropertySpec> table,
+                                            const void* defaults);
+template <typename Config>
+std::vector<std::string> DescribeProperties(std::span<const PropertySpec> table) {
+  const Config fresh{};
+  return DescribeProperties(table, &fresh);
+}
 
 // "52:54:00:12:34:56" (also with dashes). Errors: malformed.
 Result<MacAddress> ParseMac(std::string_view text);

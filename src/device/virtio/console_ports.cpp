@@ -67,6 +67,9 @@ Result<std::unique_ptr<Device>> MakePort(DeviceRequest& request, const char* dri
 
 }  // namespace
 
+std::vector<std::string> DescribeConsolePort() {
+  return DescribeProperties<ConsolePortConfig>(kProperties);
+}
 Result<std::unique_ptr<Device>> MakeVirtconsole(DeviceRequest& request) {
   return MakePort(request, "virtconsole", true);
 }

@@ -135,8 +135,9 @@ Result<std::unique_ptr<Device>> MakeOnMmio(DeviceRequest& request, const char* d
 
 }  // namespace
 
-// The factories of devices.def's rows for one kind of device.
-#define VIRTIO_FACTORIES(Name, name)                                                             \
+// What devices.def's rows name of one kind of device.
+#define VIRTIO_FACTORIES(Name, name, Config, table)                                              \
+  std::vector<std::string> DescribeVirtio##Name() { return DescribeProperties<Config>(table); }  \
   Result<std::unique_ptr<Device>> MakeVirtio##Name##Mmio(DeviceRequest& request) {               \
     return MakeOnMmio<Create##Name>(request, "virtio-" name "-device");                          \
   }                                                                                              \
@@ -152,10 +153,10 @@ Result<std::unique_ptr<Device>> MakeOnMmio(DeviceRequest& request, const char* d
         request, "virtio-" name "-pci-non-transitional");                                        \
   }
 
-VIRTIO_FACTORIES(Balloon, "balloon")
-VIRTIO_FACTORIES(Blk, "blk")
-VIRTIO_FACTORIES(Net, "net")
-VIRTIO_FACTORIES(Rng, "rng")
-VIRTIO_FACTORIES(Serial, "serial")
+VIRTIO_FACTORIES(Balloon, "balloon", BalloonConfig, kBalloonProperties)
+VIRTIO_FACTORIES(Blk, "blk", BlkConfig, kBlkProperties)
+VIRTIO_FACTORIES(Net, "net", NetConfig, kNetProperties)
+VIRTIO_FACTORIES(Rng, "rng", RngConfig, kRngProperties)
+VIRTIO_FACTORIES(Serial, "serial", ConsoleConfig, kConsoleProperties)
 
 }  // namespace kvartz

@@ -69,10 +69,17 @@ TEST(Properties, MalformedValuesAreRefused) {
 }
 
 TEST(Properties, HelpListsNameTypeDefault) {
-  Config config;
-  std::string text = DescribeProperties(kTable, &config);
-  EXPECT_NE(text.find("  num-queues=<uint16>"), std::string::npos);
-  EXPECT_NE(text.find("(default: 512)"), std::string::npos);
+  EXPECT_EQ(DescribeProperties<Config>(kTable),
+            (std::vector<std::string>{
+                "  flag=<bool>            - a flag (default: false)",
+                "  mode=<OnOffAuto>       - a mode (default: \"auto\")",
+                "  num-queues=<uint16>    - queues (default: 1)",
+                "  block=<uint32>         - bytes (default: 512)",
+                "  size=<uint64>          - bytes (default: 7)",
+                "  index=<int32>          - a number (default: -1)",
+                "  serial=<str>           - text",
+                "  mac=<str>              - address",
+            }));
 }
 
 TEST(Properties, LaterValueWins) {

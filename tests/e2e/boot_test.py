@@ -3,7 +3,7 @@
 import re
 import socket
 
-from harness import Failure, expect_equal, test
+from harness import Failure, drawn, expect_equal, test
 
 DISK = "file={},format=raw,if=virtio"
 
@@ -62,6 +62,25 @@ def firmware_and_grub_boot_a_disk_to_a_login(context):
     vm.send("uname -s; grep -c vda1 /proc/mounts; poweroff\r")
     vm.expect(r"Linux\n1\n")
     expect_power_off(vm)
+
+
+@test(seconds=120)
+def grub_takes_commands_on_the_firmwares_console(context):
+    # Debian's rescue image knows of no serial port: it asks the firmware for its screen and its keyboard.
+    vm = context.start("-nographic", "-m", "128", "-nic", "none", "-drive",
+                       DISK.format(context.bootable_disk(image="rescue.img")))
+    vm.expect(drawn("GNU GRUB  version 2."))
+    vm.expect(drawn("`c' for a command-line."))
+    vm.send("c")
+    vm.expect(drawn("grub> "))
+    vm.type_on_screen("echo at $grub_cpu-$grub_platform")
+    vm.expect(drawn("at i386-pc"))
+    vm.expect(drawn("grub> "))
+    vm.type_on_screen("ls")
+    vm.expect(drawn("(hd0) "))
+    vm.expect(drawn("grub> "))
+    vm.type_on_screen("halt")
+    vm.expect_exit(0)
 
 
 @test()

@@ -56,9 +56,9 @@ class Context:
             file.truncate(megabytes << 20)
         return self.path(name)
 
-    def bootable_disk(self, name="boot.img"):
-        """A private copy of the disk that boots."""
-        return shutil.copyfile(os.path.join(self.guest, "disk.img"), self.path(name))
+    def bootable_disk(self, name="boot.img", image="disk.img"):
+        """A private copy of a disk that boots."""
+        return shutil.copyfile(os.path.join(self.guest, image), self.path(name))
 
     def bare_metal(self, source):
         """Builds a guest program of tests/guest; returns the ELF file that -kernel takes."""
@@ -139,6 +139,13 @@ class Vm:
     def send(self, text):
         self._process.stdin.write(text.encode())
         self._process.stdin.flush()
+
+    def type_on_screen(self, text):
+        """Sends `text` and a return as fast as it shows: a BIOS buffers 15 keys, and drops what comes after."""
+        for part in [text[i:i + 8] for i in range(0, len(text), 8)]:
+            self.send(part)
+            self.expect(drawn(part))
+        self.send("\r")
 
     def runs_until(self, deadline):
         """Waits for the end or for `deadline`; True if it still runs then."""
@@ -233,6 +240,11 @@ class Qmp:
             if "event" not in message:
                 raise Failure(f"QMP: an answer to nothing: {message}")
             self.events.append(message)
+
+
+def drawn(text):
+    """A pattern for text that a program draws on a terminal: the cursor may be moved between any two characters."""
+    return r"(?:\x1b\[[\d;]*[A-Za-z])*".join(re.escape(character) for character in text)
 
 
 def expect_equal(actual, expected, what):

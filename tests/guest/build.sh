@@ -20,6 +20,7 @@ Assembles the test guests and prints the directory that they are in:
                it prints "kvartz: userspace" as soon as it runs
   disk.img     64 MiB: MBR, GRUB (serial), ext4 with that kernel, and a busybox userland that asks for a login on
                ttyS0 (root, no password); to be used as a virtio disk, on a copy
+  rescue.img   GRUB's rescue image as Debian makes it (of grub-rescue-pc), on the firmware's console; to be used likewise
 
 The directory is $KVARTZ_CACHE/guests/<key> (KVARTZ_CACHE: ~/.cache/kvartz unless set); $KVARTZ_CACHE/guests/current
 always leads to the newest. The key changes with the packages' versions and with this script. What is there is not made
@@ -76,7 +77,7 @@ kernel_package() {  # the name of the newest cloud kernel's package
 
 kernel_name=$(kernel_package)
 debs=()
-fetch "$kernel_name" busybox-static grub-pc-bin grub-common libdevmapper1.02.1
+fetch "$kernel_name" busybox-static grub-pc-bin grub-common libdevmapper1.02.1 grub-rescue-pc
 key=$( (printf '%s\n' "${debs[@]##*/}"; cd "$here"; cat build.sh; find initramfs disk -type f | sort | xargs cat) |
   sha256sum | cut -c 1-16)
 out=$cache/$key
@@ -95,6 +96,7 @@ busybox=$work/deb/bin/busybox
 rm -rf "$out"
 mkdir -p "$out"
 cp "$work/deb/boot/vmlinuz-$kernel_version" "$out/vmlinuz"
+cp "$work/deb/usr/lib/grub-rescue/grub-rescue-cdrom.iso" "$out/rescue.img"  # bootable as a disk, too
 
 # u32 FILE OFFSET: a little-endian number.
 u32() { od -An -t u4 -j "$2" -N 4 "$1" | tr -d ' '; }

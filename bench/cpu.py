@@ -4,8 +4,9 @@
   ./dev bench cpu                                  everything: 5 rounds, real programs too (as root)
   ./dev bench cpu --rounds 1 --secs 0.2 --only integer,syscall,mt_*      a quick look at groups, names or patterns
 
-With --only the tables go to build/bench/quick instead of the results' directory. Exits with 1 when Kvartz failed a workload,
-computed something else than the host or its guest's clock drifted; a missed target is no failure."""
+With --only the tables go to build/bench/quick instead of the results' directory. build/bench/runs.json has each run.
+Exits with 1 when Kvartz failed a workload, computed something else than the host or its guest's clock drifted; a missed
+target is no failure."""
 
 import argparse
 import datetime
@@ -14,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -55,27 +57,27 @@ def runs_of_a_round(names):
     return runs + ([(programs, 1, True)] if programs else [])
 
 
-def run_rounds(arguments, names):
-    records = []
-    for number in range(1, arguments.rounds + 1):
-        for workloads, cpus, programs in runs_of_a_round(names):
-            for machine in (NATIVE, TCG, OURS):
-                if machine == NATIVE and not workloads:
-                    continue
-                record = runner.run(machine, arguments.vmm, workloads, arguments.secs, cpus, programs)
-                records.append(record | {"round": number})
-                print(f"round {number}: {machine}, {cpus} CPU, {len(record['results'])} of {len(workloads)} "
-                      f"{'programs' if programs else 'workloads'}, {record['wall_seconds']:.0f} s"
-                      + "".join(f"; FAILED: {failure}" for failure in record["failures"]), file=sys.stderr, flush=True)
-    return records
+def run_one(arguments, number, machine, workloads, cpus, programs):
+    record = runner.run(machine, arguments.vmm, workloads, arguments.secs, cpus, programs)
+    kind = "programs" if programs else "workloads"
+    print(f"round {number}: {machine}, {cpus} CPU, {len(record['results'])} of {len(workloads)} {kind}, "
+          f"{record['wall_seconds']:.0f} s", *(f"FAILED: {failure}" for failure in record["failures"]), sep="; ",
+          file=sys.stderr, flush=True)
+    return record | {"round": number}
 
 
-def measure_idle_memory(vmm):
+def run_round(arguments, number, names):
+    return [run_one(arguments, number, machine, workloads, cpus, programs)
+            for workloads, cpus, programs in runs_of_a_round(names) for machine in (NATIVE, TCG, OURS)
+            if workloads or machine != NATIVE]
+
+
+def median_memory(samples):
+    """samples: [{machine: (resident KiB, guest RAM's KiB)}]"""
     rows = []
-    for machine in (TCG, OURS):
-        resident, guest = runner.idle_memory(machine, vmm)
-        rows.append({"machine": machine, "resident_mib": resident / 1024, "guest_mib": guest / 1024,
-                     "own_mib": (resident - guest) / 1024})
+    for machine in samples[0] if samples else ():
+        resident, guest = (statistics.median(sample[machine][i] for sample in samples) / 1024 for i in (0, 1))
+        rows.append({"machine": machine, "resident_mib": resident, "guest_mib": guest, "own_mib": resident - guest})
     return rows
 
 
@@ -99,8 +101,9 @@ def host(load, records):
     with open("/proc/cpuinfo", encoding="utf-8") as info:
         cpu = re.search(r"model name\s*: (.*)", info.read())[1]
     seconds = sum(record["wall_seconds"] for record in records) or 1
-    return {"cpu": cpu, "cpus": os.cpu_count(), "kernel": platform.release(), "load": load} | {
-        part: sum(record[f"host_{part}"] * record["wall_seconds"] for record in records) / seconds for part in ("idle", "steal")}
+    shares = {part: sum(record[f"host_{part}"] * record["wall_seconds"] for record in records) / seconds
+              for part in ("idle", "steal")}
+    return {"cpu": cpu, "cpus": os.cpu_count(), "kernel": platform.release(), "load": load, **shares}
 
 
 def write(directory, result, text):
@@ -120,14 +123,18 @@ def main():
     names = chosen_names(arguments)
     programs = any(name in suite.PROGRAMS for name in names)
     subprocess.run([os.path.join(HERE, "cpu/build.sh"), *(["programs"] if programs else [])], check=True)
-    load = os.getloadavg()[0]
-    records = run_rounds(arguments, names)
-    memory = measure_idle_memory(arguments.vmm) if suite.IDLE_MEMORY in names else []
+    load, records, memory = os.getloadavg()[0], [], []
+    for number in range(1, arguments.rounds + 1):
+        records += run_round(arguments, number, names)
+        if suite.IDLE_MEMORY in names:
+            memory.append({machine: runner.idle_memory(machine, arguments.vmm) for machine in (TCG, OURS)})
     result = {"date": datetime.date.today().isoformat(), "rounds": arguments.rounds, "secs": arguments.secs,
               "host": host(load, records), "versions": versions(arguments.vmm, records), **report.evaluate(records, names),
-              "idle_memory": memory, "runs": records}
+              "idle_memory": median_memory(memory)}
     text = report.markdown(result)
     write(runner.built("quick") if arguments.only else arguments.results, result, text)
+    with open(runner.built("runs.json"), "w", encoding="utf-8") as file:
+        json.dump(records, file, indent=1)
     print(text)
     return 1 if OURS in result["failures"] else 0
 

@@ -41,11 +41,12 @@ def ratio(numerator, denominator):
     if not ratios:
         return None
     middle, cut = statistics.median(ratios), len(ratios) // 4
-    return {"ratio": middle, "spread_percent": 50 * (ratios[-1 - cut] - ratios[cut]) / middle}
+    spread = 50 * (ratios[-1 - cut] - ratios[cut]) / middle if len(ratios) > 1 else None
+    return {"ratio": middle, "spread_percent": spread}
 
 
 def median(values):
-    return statistics.median(value for value, _ in values.values()) if values else None
+    return statistics.median(values) if values else None
 
 
 def geomean(values):
@@ -63,20 +64,21 @@ def unit_of(records, name):
 def row(records, group, name):
     cpus = 2 if name.startswith("mt_") else 1
     native, tcg, ours = (speeds(records, machine, name, cpus) for machine in (NATIVE, TCG, OURS))
-    versus = ratio(ours, tcg)
-    of_native, tcg_of_native = ratio(ours, native), ratio(tcg, native)
-    return {"group": group.name, "name": name, "unit": unit_of(records, name), "native": median(native), "tcg": median(tcg),
-            "kvartz": median(ours), "versus_tcg": versus and versus["ratio"],
-            "spread_percent": versus and versus["spread_percent"], "of_native": of_native and of_native["ratio"],
-            "tcg_of_native": tcg_of_native and tcg_of_native["ratio"], "target": group.members[name],
+    versus, of_native, tcg_of_native = ratio(ours, tcg), ratio(ours, native), ratio(tcg, native)
+    values = {machine: [value for value, _ in found.values()]
+              for machine, found in (("native", native), ("tcg", tcg), ("kvartz", ours))}
+    return {"group": group.name, "name": name, "unit": unit_of(records, name), "rounds": values, "target": group.members[name],
+            "versus_tcg": versus and versus["ratio"], "spread_percent": versus and versus["spread_percent"],
+            "of_native": of_native and of_native["ratio"], "tcg_of_native": tcg_of_native and tcg_of_native["ratio"],
             "met": is_met(versus and versus["ratio"], group.members[name])}
 
 
 def mean_row(name, rows, target, size):
     ratios = [r["versus_tcg"] for r in rows if r["versus_tcg"]]
     mean = geomean(ratios)
-    return {"name": name, "counted": len(ratios), "of": size, "versus_tcg": mean,
-            "of_native": geomean([r["of_native"] for r in rows if r["of_native"]]), "target": target, "met": is_met(mean, target)}
+    of_native = geomean([r["of_native"] for r in rows if r["of_native"]])
+    return {"name": name, "counted": len(ratios), "of": size, "versus_tcg": mean, "of_native": of_native, "target": target,
+            "met": is_met(mean, target)}
 
 
 def scaling(records, name):
@@ -88,21 +90,26 @@ def scaling(records, name):
     return result | {"target": suite.THREADS_SCALE[1], "met": is_met(result["kvartz"], suite.THREADS_SCALE[1])}
 
 
+def faults(record, expected):
+    """What must not happen, in words: a workload's own complaints, results that differ from the host's, a guest whose clock
+    goes otherwise than the host's."""
+    yield from record["failures"]
+    yield from (f"{name}: not available in the guest" for name in record["skipped"] if name in expected)
+    for name, result in record["results"].items():
+        if result["checksum"] != expected.get(name, result["checksum"]):
+            yield f"{name}: computed {result['checksum']}, the host {expected[name]}"
+        seconds, host_seconds = result["seconds"], result["host_seconds"]
+        if record["machine"] != NATIVE and abs(host_seconds - seconds) > max(0.2, 0.1 * seconds):
+            yield f"{name}: {seconds:.2f} s by the guest's clock, {host_seconds:.2f} s by the host's"
+
+
 def failures(records):
-    """What must not happen, in words, by machine: {machine: [text]}. A workload's own complaints, results that differ from
-    the host's, a guest whose clock goes otherwise than the host's."""
+    """{machine: [text]}"""
     expected = {name: result["checksum"] for record in records if record["machine"] == NATIVE
                 for name, result in record["results"].items()}
     found = {}
     for record in records:
-        texts = list(record["failures"])
-        for name, result in record["results"].items():
-            if result["checksum"] != expected.get(name, result["checksum"]):
-                texts.append(f"{name}: computed {result['checksum']}, the host {expected[name]}")
-            drift = result["host_seconds"] - result["seconds"]
-            if record["machine"] != NATIVE and abs(drift) > max(0.2, 0.1 * result["seconds"]):
-                texts.append(f"{name}: {result['seconds']:.2f} s by the guest's clock, {result['host_seconds']:.2f} s by the host's")
-        for text in texts:
+        for text in faults(record, expected):
             found.setdefault(record["machine"], []).append(f"round {record['round']}: {text}")
     return found
 
@@ -133,28 +140,31 @@ def verdict(met):
 
 
 def table(head, rows):
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] + ["| " + " | ".join(cells) + " |" for cells in rows] + [""]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
 
 
 def workload_table(rows):
-    return table(
-        ["group", "workload", "unit", "native", "TCG", "Kvartz", "Kvartz/TCG", "±%", "Kvartz/native", "TCG/native", "target", "met"],
-        [[r["group"], r["name"], r["unit"], number(r["native"]), number(r["tcg"]), number(r["kvartz"]), number(r["versus_tcg"]),
-          number(r["spread_percent"]), number(r["of_native"]), number(r["tcg_of_native"]), number(r["target"]),
-          verdict(r["met"])] for r in rows])
+    head = ["group", "workload", "unit", "native", "TCG", "Kvartz", "Kvartz/TCG", "±%", "Kvartz/native", "TCG/native",
+            "target", "met"]
+    cells = [[r["group"], r["name"], r["unit"],
+              *(number(median(r["rounds"][machine])) for machine in ("native", "tcg", "kvartz")),
+              *(number(r[key]) for key in ("versus_tcg", "spread_percent", "of_native", "tcg_of_native", "target")),
+              verdict(r["met"])] for r in rows]
+    return table(head, cells)
 
 
 def mean_table(rows):
     return ["## Geometric means", ""] + table(
         ["of", "workloads", "Kvartz/TCG", "Kvartz/native", "target", "met"],
-        [[r["name"], f"{r['counted']} of {r['of']}", number(r["versus_tcg"]), number(r["of_native"]), number(r["target"]),
+        [[r["name"], f"{r['counted']} of {r['of']}", *(number(r[key]) for key in ("versus_tcg", "of_native", "target")),
           verdict(r["met"])] for r in rows])
 
 
 def scaling_table(rows):
     return ["## Two threads: two processors beside one", ""] + table(
         ["workload", "native", "TCG", "Kvartz", "target", "met"],
-        [[r["name"], number(r["native"]), number(r["tcg"]), number(r["kvartz"]), number(r["target"]), verdict(r["met"])]
+        [[r["name"], *(number(r[key]) for key in ("native", "tcg", "kvartz", "target")), verdict(r["met"])]
          for r in rows])
 
 
@@ -170,18 +180,26 @@ def failure_list(found):
     return ["## Failures", ""] + [f"- {machine}, {text}" for machine, texts in found.items() for text in texts] + [""]
 
 
-def markdown(result):
+def counted_targets(result):
+    verdicts = [r["met"] for key in ("workloads", "geometric_means", "scaling") for r in result[key] if r["met"] is not None]
+    return [f"Targets met: {sum(verdicts)} of {len(verdicts)}.", ""]
+
+
+def heading(result):
     host, versions = result["host"], result["versions"]
-    lines = ["# Guest speed: own engine, TCG, native", "",
-             f"{result['rounds']} interleaved rounds, {result['secs']:g} s a workload, on {result['date']}: {host['cpu']}, "
-             f"{host['cpus']} CPUs, Linux {host['kernel']}, load {host['load']:.1f} at the start, "
-             f"{100 * host['idle']:.0f}% idle and {100 * host['steal']:.0f}% stolen meanwhile.",
-             f"{versions['kvartz']}, commit {versions['commit']}; {versions['qemu']}; guest kernel {versions['guest_kernel']}.", "",
-             "Medians; rates are per CPU second that the VMM took (disk, threads, timer and boot: per second of wall time). A ratio "
-             "above 1 means that the first is faster. ±%: half the spread of the middle half of the rounds' ratios.", ""]
-    lines += workload_table(result["workloads"]) if result["workloads"] else []
-    lines += mean_table(result["geometric_means"]) if result["geometric_means"] else []
-    lines += scaling_table(result["scaling"]) if result["scaling"] else []
-    lines += memory_table(result["idle_memory"]) if result["idle_memory"] else []
-    lines += failure_list(result["failures"])
+    return ["# Guest speed: own engine, TCG, native", "",
+            f"Rounds: {result['rounds']}, interleaved, {result['secs']:g} s a workload, on {result['date']}: {host['cpu']}, "
+            f"{host['cpus']} CPUs, Linux {host['kernel']}, load {host['load']:.1f} at the start, "
+            f"{100 * host['idle']:.0f}% idle and {100 * host['steal']:.0f}% stolen meanwhile.",
+            f"{versions['kvartz']}, commit {versions['commit']}; {versions['qemu']}; guest kernel "
+            f"{versions['guest_kernel']}.", "",
+            "Medians; rates are per CPU second that the VMM took (disk, threads, timer and boot: per second of wall time). A",
+            "ratio above 1 means that the first is faster. ±%: half the spread of the middle half of the rounds' ratios.", ""]
+
+
+def markdown(result):
+    tables = (("workloads", workload_table), ("geometric_means", mean_table), ("scaling", scaling_table),
+              ("idle_memory", memory_table))
+    lines = heading(result) + [line for key, make in tables if result[key] for line in make(result[key])]
+    lines += counted_targets(result) + failure_list(result["failures"])
     return "\n".join(lines + ["Made by `./dev bench cpu`; bench/cpu/suite.py has the targets.", ""])

@@ -64,7 +64,7 @@ class Record:
         self.pid = pid
         self.started = time.monotonic()
         self.marks = {}
-        self.results, self.failures, self.info = {}, [], {}
+        self.results, self.failures, self.skipped, self.info = {}, [], [], {}
         self.boot = None
         self.done = False
         self.last_lines = []
@@ -83,8 +83,10 @@ class Record:
             self.info[words[1]] = " ".join(words[2:])
             if words[1] == "init":
                 self.boot = moment[0] - self.started
-        elif words[0] in ("BENCHFAIL", "BENCHSKIP"):
+        elif words[0] == "BENCHFAIL":
             self.failures.append(" ".join(words[1:]))
+        elif words[0] == "BENCHSKIP":
+            self.skipped.append(words[1])
         elif words[0] == "BENCHDONE":
             self.done = True
 
@@ -150,11 +152,14 @@ def run(machine, vmm, names, secs, cpus=1, programs=False):
         read_lines(terminal, record, process)
     finally:
         stop(process, terminal)
+    if record.info.get("cpus", str(cpus)) != str(cpus) and machine != NATIVE:
+        record.failures.append(f"the guest found {record.info['cpus']} of {cpus} processors")
     if not record.done and not any(failure.startswith("silent") for failure in record.failures):
-        record.failures.append(f"ended early (exit code {process.returncode}), after: {' | '.join(record.last_lines)}")
+        record.failures.append(f"ended early (status {process.returncode}), after: {' | '.join(record.last_lines)}")
     ticks = {key: value - before[key] for key, value in host_ticks().items()}
-    return {"machine": machine, "cpus": cpus, "programs": programs, "results": record.results, "failures": record.failures,
-            "info": record.info, "boot_seconds": record.boot, "wall_seconds": time.monotonic() - record.started,
+    return {"machine": machine, "cpus": cpus, "programs": programs, "results": record.results,
+            "failures": record.failures, "skipped": record.skipped, "info": record.info, "boot_seconds": record.boot,
+            "wall_seconds": time.monotonic() - record.started,
             "host_idle": ticks["idle"] / ticks["total"], "host_steal": ticks["steal"] / ticks["total"]}
 
 

@@ -10,7 +10,9 @@ static int setup_code(void) {
   return code == MAP_FAILED ? SETUP_FAILED : SETUP_OK;
 }
 static void written(void) { __asm__ volatile("" ::: "memory"); }
-static uint32_t call(const uint8_t *function, uint32_t argument) { return ((uint32_t (*)(uint32_t))function)(argument); }
+static uint32_t call(const uint8_t *function, uint32_t argument) {
+  return ((uint32_t (*)(uint32_t))function)(argument);
+}
 
 static uint64_t run_patch(void) {  // change an immediate, call
   uint64_t sum = 0;
@@ -24,15 +26,15 @@ static uint64_t run_patch(void) {  // change an immediate, call
   return sum;
 }
 
-static uint64_t run_self(void) {  // a loop that changes an immediate within itself
-  static const uint8_t loop[] = {
-      0x31, 0xc0,                          // xor eax, eax
-      0x89, 0x3d, 0x01, 0x00, 0x00, 0x00,  // again: mov [rip+1], edi, the next instruction's immediate
-      0xba, 0x00, 0x00, 0x00, 0x00,        // mov edx, imm32
-      0x01, 0xd0,                          // add eax, edx
-      0xff, 0xcf,                          // dec edi
-      0x75, 0xef,                          // jnz again
-      0xc3};                               // ret
+static uint64_t run_self(void) {              // a loop that changes an immediate within itself
+  static const uint8_t loop[] = {0x31, 0xc0,  // xor eax, eax
+                                 0x89, 0x3d, 0x01, 0x00, 0x00,
+                                 0x00,  // again: mov [rip+1], edi, the next instruction's immediate
+                                 0xba, 0x00, 0x00, 0x00, 0x00,  // mov edx, imm32
+                                 0x01, 0xd0,                    // add eax, edx
+                                 0xff, 0xcf,                    // dec edi
+                                 0x75, 0xef,                    // jnz again
+                                 0xc3};                         // ret
   memcpy(code + 256, loop, sizeof loop);
   written();
   return call(code + 256, 500);

@@ -65,10 +65,14 @@ static uint64_t run_crc(void) {
 
 // FIPS 180-4: the constants of 4.2.2, one block of 6.2.2.
 static const uint32_t sha256_constants[64] = {
-    0x428a2f98,0x71374491,0xb5c0fbcf,0xe9b5dba5,0x3956c25b,0x59f111f1,0x923f82a4,0xab1c5ed5,0xd807aa98,0x12835b01,0x243185be,0x550c7dc3,0x72be5d74,0x80deb1fe,0x9bdc06a7,0xc19bf174,
-    0xe49b69c1,0xefbe4786,0x0fc19dc6,0x240ca1cc,0x2de92c6f,0x4a7484aa,0x5cb0a9dc,0x76f988da,0x983e5152,0xa831c66d,0xb00327c8,0xbf597fc7,0xc6e00bf3,0xd5a79147,0x06ca6351,0x14292967,
-    0x27b70a85,0x2e1b2138,0x4d2c6dfc,0x53380d13,0x650a7354,0x766a0abb,0x81c2c92e,0x92722c85,0xa2bfe8a1,0xa81a664b,0xc24b8b70,0xc76c51a3,0xd192e819,0xd6990624,0xf40e3585,0x106aa070,
-    0x19a4c116,0x1e376c08,0x2748774c,0x34b0bcb5,0x391c0cb3,0x4ed8aa4a,0x5b9cca4f,0x682e6ff3,0x748f82ee,0x78a5636f,0x84c87814,0x8cc70208,0x90befffa,0xa4506ceb,0xbef9a3f7,0xc67178f2};
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 #define ROTR(x, n) (((x) >> (n)) | ((x) << (32 - (n))))
 
 static NOINLINE void sha256_block(uint32_t *hash, const uint8_t *block) {
@@ -83,20 +87,25 @@ static NOINLINE void sha256_block(uint32_t *hash, const uint8_t *block) {
     uint32_t s1 = ROTR(w[i - 2], 17) ^ ROTR(w[i - 2], 19) ^ (w[i - 2] >> 10);
     w[i] = w[i - 16] + s0 + w[i - 7] + s1;
   }
-  uint32_t a = hash[0], b = hash[1], c = hash[2], d = hash[3], e = hash[4], f = hash[5], g = hash[6], h = hash[7];
+  uint32_t a = hash[0], b = hash[1], c = hash[2], d = hash[3], e = hash[4], f = hash[5],
+           g = hash[6], h = hash[7];
   for (int i = 0; i < 64; i++) {
-    uint32_t t1 = h + (ROTR(e, 6) ^ ROTR(e, 11) ^ ROTR(e, 25)) + ((e & f) ^ (~e & g)) + sha256_constants[i] + w[i];
+    uint32_t t1 = h + (ROTR(e, 6) ^ ROTR(e, 11) ^ ROTR(e, 25)) + ((e & f) ^ (~e & g)) +
+                  sha256_constants[i] + w[i];
     uint32_t t2 = (ROTR(a, 2) ^ ROTR(a, 13) ^ ROTR(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
+    // clang-format off
     h = g; g = f; f = e; e = d + t1;
     d = c; c = b; b = a; a = t1 + t2;
+    // clang-format on
   }
-  hash[0] += a; hash[1] += b; hash[2] += c; hash[3] += d;
-  hash[4] += e; hash[5] += f; hash[6] += g; hash[7] += h;
+  uint32_t sums[8] = {a, b, c, d, e, f, g, h};
+  for (int i = 0; i < 8; i++) hash[i] += sums[i];
 }
 
 #define SHA256_BYTES (1 << 18)
 static uint64_t run_sha256(void) {
-  uint32_t hash[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+  uint32_t hash[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                      0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   for (int i = 0; i < SHA256_BYTES; i += 64) sha256_block(hash, bytes + i);
   return fnv1a(hash, sizeof hash);
 }
@@ -116,6 +125,7 @@ static uint64_t run_muldiv(void) {
   return sum;
 }
 
+// clang-format off
 // A bytecode machine with threaded dispatch. Its program counts the Collatz steps of 3000, 2999, ... 1.
 enum opcode { LDI, ADD, ADDI, MUL3P1, SHR1, ANDI, MOV, BZ, BNZ, JMP, BNE1, LDM, STM, DECR, XORR, HALT };
 struct bytecode {
@@ -156,6 +166,8 @@ xorr: r[p->a] ^= r[p->b] * 2654435761u; p++; NEXT;
 halt:
   return r[6] ^ memory[17] ^ count << 32;
 }
+// clang-format on
+
 static uint64_t run_bytecode(void) { return execute(collatz); }
 
 static NOINLINE int fibonacci(int n) { return n < 2 ? n : fibonacci(n - 1) + fibonacci(n - 2); }
@@ -173,7 +185,8 @@ static NOINLINE uint32_t method_halve(struct object *o, uint32_t x) { return (x 
 
 static struct object objects[1024];
 static int setup_objects(void) {
-  uint32_t (*const methods[4])(struct object *, uint32_t) = {method_add, method_xor, method_scale, method_halve};
+  uint32_t (*const methods[4])(struct object *, uint32_t) = {method_add, method_xor, method_scale,
+                                                             method_halve};
   seed(99);
   for (int i = 0; i < 1024; i++) objects[i] = (struct object){methods[random_u32() >> 30], i};
   return SETUP_OK;
@@ -188,9 +201,17 @@ static uint64_t run_indirect_calls(void) {
 const struct workload integer_workloads[] = {
     {.name = "int_sort", .unit = "Melem/s", .work = SORT_COUNT / 1e6, .run = run_sort},
     {.name = "int_crc32", .unit = "MB/s", .work = BYTES / 1e6, .setup = setup_crc, .run = run_crc},
-    {.name = "int_sha256", .unit = "MB/s", .work = SHA256_BYTES / 1e6, .setup = setup_bytes, .run = run_sha256},
+    {.name = "int_sha256",
+     .unit = "MB/s",
+     .work = SHA256_BYTES / 1e6,
+     .setup = setup_bytes,
+     .run = run_sha256},
     {.name = "int_muldiv", .unit = "Miter/s", .work = 0.1, .run = run_muldiv},
     {.name = "interp_goto", .unit = "Mop/s", .work = 2150715 / 1e6, .run = run_bytecode},
     {.name = "call_ret", .unit = "Mcall/s", .work = 150049 / 1e6, .run = run_calls},
-    {.name = "icall", .unit = "Mcall/s", .work = 0.1024, .setup = setup_objects, .run = run_indirect_calls},
+    {.name = "icall",
+     .unit = "Mcall/s",
+     .work = 0.1024,
+     .setup = setup_objects,
+     .run = run_indirect_calls},
     {0}};

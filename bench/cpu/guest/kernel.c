@@ -80,7 +80,8 @@ static uint64_t run_fork_wait(void) {
   return ended == 8;
 }
 
-static uint64_t run_page_faults(void) {  // a read fault of the zero page, then a write fault, on each page
+static uint64_t run_page_faults(
+    void) {  // a read fault of the zero page, then a write fault, on each page
   size_t size = 4 << 20;
   uint64_t sum = 0;
   uint8_t *pages = map_small_pages(size);
@@ -114,7 +115,9 @@ static void on_signal(int number) {
   (void)number;
   signals++;
 }
-static int setup_signal(void) { return signal(SIGUSR1, on_signal) == SIG_ERR ? SETUP_FAILED : SETUP_OK; }
+static int setup_signal(void) {
+  return signal(SIGUSR1, on_signal) == SIG_ERR ? SETUP_FAILED : SETUP_OK;
+}
 static uint64_t run_signal(void) {
   int before = signals;
   for (int i = 0; i < 400; i++) kill(getpid(), SIGUSR1);
@@ -161,12 +164,26 @@ static double microseconds_late(void) { return seconds_late / sleeps * 1e6; }
 const struct workload kernel_workloads[] = {
     {.name = "syscall", .unit = "kcall/s", .work = 2, .run = run_syscall},
     {.name = "clock_gettime", .unit = "kcall/s", .work = 5, .run = run_clock_gettime},
-    {.name = "pipe_pingpong", .unit = "kround/s", .work = 0.2, .setup = setup_pipes, .run = run_pingpong, .finish = finish_pipes},
+    {.name = "pipe_pingpong",
+     .unit = "kround/s",
+     .work = 0.2,
+     .setup = setup_pipes,
+     .run = run_pingpong,
+     .finish = finish_pipes},
     {.name = "fork_exec", .unit = "proc/s", .work = 4, .run = run_fork_exec},
     {.name = "fork_wait", .unit = "proc/s", .work = 8, .run = run_fork_wait},
     {.name = "page_fault", .unit = "kpage/s", .work = 1.024, .run = run_page_faults},
-    {.name = "mprotect", .unit = "kcall/s", .work = 0.4, .setup = setup_mprotect, .run = run_mprotect},
+    {.name = "mprotect",
+     .unit = "kcall/s",
+     .work = 0.4,
+     .setup = setup_mprotect,
+     .run = run_mprotect},
     {.name = "signal", .unit = "ksignal/s", .work = 0.4, .setup = setup_signal, .run = run_signal},
-    {.name = "file_tmpfs", .unit = "kfile/s", .work = 0.04, .setup = setup_files, .run = run_files, .finish = finish_files},
+    {.name = "file_tmpfs",
+     .unit = "kfile/s",
+     .work = 0.04,
+     .setup = setup_files,
+     .run = run_files,
+     .finish = finish_files},
     {.name = "timer_1ms_late", .unit = "us", .run = run_sleep, .measured = microseconds_late},
     {0}};

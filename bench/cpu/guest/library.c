@@ -11,8 +11,10 @@
 static uint8_t text[TEXT_SIZE + 64], compressed[TEXT_SIZE * 2];
 
 static int setup_text(void) {
-  static const char *words[] = {"the ", "guest ", "kernel ", "page ", "of ", "and ", "fault ", "returns ", "a ", "value ",
-                                "0x1f", "\n", "if (", ") {", "ret ", "%rax, ", "translate ", "block ", "in ", "cache "};
+  static const char *words[] = {"the ",   "guest ",     "kernel ",  "page ", "of ",
+                                "and ",   "fault ",     "returns ", "a ",    "value ",
+                                "0x1f",   "\n",         "if (",     ") {",   "ret ",
+                                "%rax, ", "translate ", "block ",   "in ",   "cache "};
   seed(555);
   for (int i = 0; i < TEXT_SIZE;) {
     const char *word = words[(random_u32() >> 16) % 20];
@@ -56,7 +58,9 @@ static lua_State *lua;
 static int setup_lua(void) {
   lua = luaL_newstate();
   if (!lua) return SETUP_FAILED;
-  luaL_openlibs(lua);
+  luaL_requiref(lua, "_G", luaopen_base, 1);
+  luaL_requiref(lua, "table", luaopen_table, 1);
+  luaL_requiref(lua, "string", luaopen_string, 1);
   return luaL_dostring(lua, script) ? SETUP_FAILED : SETUP_OK;
 }
 static uint64_t run_lua(void) {

@@ -1,5 +1,6 @@
-// The guest-speed benchmark: one static program that is the first process of a guest (it then powers the machine off), or a
-// process of the host (--native). It times workloads, or the commands of a list in another root file system, and prints
+// The guest-speed benchmark: one static program that is the first process of a guest (it then
+// powers the machine off), or a process of the host (--native). It times workloads, or the commands
+// of a list in another root file system, and prints
 //
 //   BENCHINFO key value...
 //   BENCHGO   name                                          the timed part starts
@@ -7,8 +8,10 @@
 //   BENCHSKIP name reason          BENCHFAIL name reason
 //   BENCHDONE
 //
-// A guest takes its settings from the kernel's command line, which Linux makes its first process's environment:
-//   BENCH_SECS=S  BENCH_ONLY=name,name...  BENCH_PROGRAMS=/dev/vda (mount it and time the commands of its /bench/list)
+// A guest takes its settings from the kernel's command line, which Linux makes its first process's
+// environment:
+//   BENCH_SECS=S  BENCH_ONLY=name,name...  BENCH_PROGRAMS=/dev/vda (mount it and time the commands
+//   of its /bench/list)
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -38,8 +41,9 @@ static int cpus = 1;          // natively: on how many of the host's CPUs
 static double seconds = 1.0;  // each workload at least
 static const char *only;      // names with commas, or NULL: all
 
-static const struct workload *const groups[] = {integer_workloads, memory_workloads, vector_workloads, kernel_workloads,
-                                                library_workloads, code_workloads, disk_workloads, thread_workloads};
+static const struct workload *const groups[] = {
+    integer_workloads, memory_workloads, vector_workloads, kernel_workloads,
+    library_workloads, code_workloads,   disk_workloads,   thread_workloads};
 
 double now(void) {
   struct timespec time;
@@ -50,9 +54,12 @@ double now(void) {
 static double cpu_seconds_of(int who) {
   struct rusage usage;
   getrusage(who, &usage);
-  return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec + 1e-6 * (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec);
+  return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec +
+         1e-6 * (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec);
 }
-static double cpu_seconds(void) { return cpu_seconds_of(RUSAGE_SELF) + cpu_seconds_of(RUSAGE_CHILDREN); }
+static double cpu_seconds(void) {
+  return cpu_seconds_of(RUSAGE_SELF) + cpu_seconds_of(RUSAGE_CHILDREN);
+}
 
 static uint32_t random_state = 12345;
 void seed(uint32_t value) { random_state = value; }
@@ -94,9 +101,10 @@ static void pin_to_one_cpu(void) {
   sched_setaffinity(0, sizeof one, &one);
 }
 
-static void report(const char *name, double value, const char *unit, double elapsed, double cpu, unsigned long units,
-                   double first, uint64_t checksum) {
-  say("BENCH %s %.6g %s %.6f %.6f %lu %.6f %016lx\n", name, value, unit, elapsed, cpu, units, first, (unsigned long)checksum);
+static void report(const char *name, double value, const char *unit, double elapsed, double cpu,
+                   unsigned long units, double first, uint64_t checksum) {
+  say("BENCH %s %.6g %s %.6f %.6f %lu %.6f %016lx\n", name, value, unit, elapsed, cpu, units, first,
+      (unsigned long)checksum);
 }
 
 static void run_workload(const struct workload *w) {
@@ -124,8 +132,8 @@ static void run_workload(const struct workload *w) {
   } while (elapsed < seconds);
   if (w->finish) w->finish();
   cpu = cpu_seconds() - cpu;
-  report(w->name, w->measured ? w->measured() : units * w->work / elapsed, w->unit, elapsed, cpu, units, first,
-         w->varies ? 1 : checksum);
+  report(w->name, w->measured ? w->measured() : units * w->work / elapsed, w->unit, elapsed, cpu,
+         units, first, w->varies ? 1 : checksum);
   if (wrong) say("BENCHFAIL %s %lu-of-%lu-wrong\n", w->name, wrong, units);
 }
 
@@ -149,25 +157,41 @@ static void run_workloads(void) {
     }
 }
 
-static int run_command(const char *command) {
+static pid_t start_command(const char *command, int output) {
   pid_t child = fork();
-  if (!child) {
-    int null = open("/dev/null", O_RDWR);
-    for (int fd = 0; fd < 3; fd++) dup2(null, fd);
-    if (is_native) pin_to_one_cpu();
-    setenv("PATH", "/usr/bin:/bin:/usr/sbin:/sbin", 1);
-    setenv("HOME", "/root", 1);
-    setenv("LC_ALL", "C", 1);
-    execl("/bin/sh", "sh", "-c", command, (char *)NULL);
-    _exit(127);
-  }
-  int status;
+  if (child) return child;
+  int null = open("/dev/null", O_RDWR);
+  dup2(null, 0);
+  dup2(output, 1);
+  dup2(null, 2);
+  if (is_native) pin_to_one_cpu();
+  setenv("PATH", "/usr/bin:/bin:/usr/sbin:/sbin", 1);
+  setenv("HOME", "/root", 1);
+  setenv("LC_ALL", "C", 1);
+  execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+  _exit(127);
+}
+
+// Returns how the command ended, in wait's form, and the hash of what it printed.
+static int run_command(const char *command, uint64_t *checksum) {
+  static char printed[1 << 16];
+  int pipe_ends[2], status;
+  ssize_t got;
+  size_t size = 0;
+  if (pipe2(pipe_ends, O_CLOEXEC)) return -1;
+  pid_t child = start_command(command, pipe_ends[1]);
+  close(pipe_ends[1]);
+  while (size < sizeof printed &&
+         (got = read(pipe_ends[0], printed + size, sizeof printed - size)) > 0)
+    size += got;
+  close(pipe_ends[0]);
   waitpid(child, &status, 0);
+  *checksum = fnv1a(printed, size);
   return status;
 }
 
-// Times each command of a list (lines "name<TAB>shell command") in the root file system at `root`. The first of its two runs
-// warms the caches.
+// Times each command of a list (lines "name<TAB>shell command") in the root file system at `root`.
+// The first of its two runs warms the caches.
 static int run_programs(const char *root) {
   if (chroot(root) || chdir("/tmp")) return 1;
   FILE *list = fopen("/bench/list", "r");
@@ -180,15 +204,16 @@ static int run_programs(const char *root) {
     if (!command) continue;
     *command++ = 0;
     if (!is_wanted(line)) continue;
+    uint64_t checksum;
     double start = now();
-    int status = run_command(command);
+    int status = run_command(command, &checksum);
     double first = now() - start;
     say("BENCHGO %s\n", line);
     double cpu = cpu_seconds();
     start = now();
-    status |= run_command(command);
+    status |= run_command(command, &checksum);
     double elapsed = now() - start;
-    report(line, elapsed, "s", elapsed, cpu_seconds() - cpu, 1, first, 1);
+    report(line, elapsed, "s", elapsed, cpu_seconds() - cpu, 1, first, checksum);
     if (status) say("BENCHFAIL %s status-0x%x\n", line, status);
   }
   return 0;
@@ -208,7 +233,11 @@ static void say_info(void) {
 static void mount_all(void) {
   static const struct {
     const char *type, *where;
-  } mounts[] = {{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}, {"tmpfs", "/dev/shm"}, {"tmpfs", "/tmp"}};
+  } mounts[] = {{"devtmpfs", "/dev"},
+                {"proc", "/proc"},
+                {"sysfs", "/sys"},
+                {"tmpfs", "/dev/shm"},
+                {"tmpfs", "/tmp"}};
   for (size_t i = 0; i < sizeof mounts / sizeof mounts[0]; i++) {
     mkdir(mounts[i].where, 0755);
     mount(mounts[i].type, mounts[i].where, mounts[i].type, 0, NULL);
@@ -260,7 +289,9 @@ static void be_init(void) {
 }
 
 static int usage(void) {
-  fprintf(stderr, "usage: bench --list | --native [--cpus 1|2] [--secs S] [--only NAME,...] [--disk FILE] [--programs ROOT]\n");
+  fprintf(stderr,
+          "usage: bench --list | --native [--cpus 1|2] [--secs S] [--only NAME,...] [--disk FILE] "
+          "[--programs ROOT]\n");
   return 2;
 }
 
@@ -276,12 +307,18 @@ int main(int argc, char **argv) {
   if (argc < 2 || argc % 2 || strcmp(argv[1], "--native")) return usage();
   is_native = 1;
   for (int i = 2; i < argc; i += 2) {
-    if (!strcmp(argv[i], "--secs")) seconds = atof(argv[i + 1]);
-    else if (!strcmp(argv[i], "--cpus")) cpus = atoi(argv[i + 1]);
-    else if (!strcmp(argv[i], "--only")) only = argv[i + 1];
-    else if (!strcmp(argv[i], "--disk")) disk_path = argv[i + 1];
-    else if (!strcmp(argv[i], "--programs")) root = argv[i + 1];
-    else return usage();
+    if (!strcmp(argv[i], "--secs"))
+      seconds = atof(argv[i + 1]);
+    else if (!strcmp(argv[i], "--cpus"))
+      cpus = atoi(argv[i + 1]);
+    else if (!strcmp(argv[i], "--only"))
+      only = argv[i + 1];
+    else if (!strcmp(argv[i], "--disk"))
+      disk_path = argv[i + 1];
+    else if (!strcmp(argv[i], "--programs"))
+      root = argv[i + 1];
+    else
+      return usage();
   }
   say_info();
   if (root && run_programs(root)) {

@@ -40,7 +40,9 @@ static uint8_t *source, *target;
 static int setup_copy(void) {
   source = map_small_pages(33 << 20);
   if (!source) return SETUP_FAILED;
-  target = source + MIB16 + 37 * 4096;  // not a power of two apart: they share no entry of a direct-mapped software TLB
+  target =
+      source + MIB16 +
+      37 * 4096;  // not a power of two apart: they share no entry of a direct-mapped software TLB
   memset(source, 0x5a, MIB16);
   memset(target, 1, MIB16);
   return SETUP_OK;
@@ -93,7 +95,8 @@ static char strings[STRINGS];
 static int setup_strings(void) {
   memset(strings, 'x', STRINGS);
   seed(3);
-  for (size_t end = 4 + (random_u32() >> 24); end < STRINGS; end += 4 + (random_u32() >> 24)) strings[end] = 0;
+  for (size_t end = 4 + (random_u32() >> 24); end < STRINGS; end += 4 + (random_u32() >> 24))
+    strings[end] = 0;
   strings[STRINGS - 1] = 0;
   return SETUP_OK;
 }
@@ -114,19 +117,54 @@ static uint64_t run_atomic(void) {
   for (int i = 0; i < 200000; i++) {
     __atomic_fetch_add(&counter, 3, __ATOMIC_SEQ_CST);
     uint64_t expected = counter;
-    __atomic_compare_exchange_n(&counter, &expected, expected + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    __atomic_compare_exchange_n(&counter, &expected, expected + 1, 0, __ATOMIC_SEQ_CST,
+                                __ATOMIC_SEQ_CST);
   }
   return counter % 800000 == 0;
 }
 
 const struct workload memory_workloads[] = {
-    {.name = "ptr_16k", .unit = "Mhop/s", .work = HOPS / 1e6, .setup = setup_chain_16k, .run = run_chain, .varies = 1},
-    {.name = "ptr_64m", .unit = "Mhop/s", .work = HOPS / 1e6, .setup = setup_chain_64m, .run = run_chain, .varies = 1},
-    {.name = "memcpy_16m", .unit = "MB/s", .work = MIB16 / 1e6, .setup = setup_copy, .run = run_memcpy},
-    {.name = "memcpy_small", .unit = "Mcopy/s", .work = 0.02, .setup = setup_copy, .run = run_memcpy_small},
-    {.name = "rep_movsb", .unit = "MB/s", .work = 64 * 65536 / 1e6, .setup = setup_copy, .run = run_movsb},
-    {.name = "rep_stosq_4k", .unit = "MB/s", .work = 1024 * 4096 / 1e6, .setup = setup_copy, .run = run_stosq},
-    {.name = "movsb_alias", .unit = "MB/s", .work = 65536 / 1e6, .setup = setup_copy_aliased, .run = run_movsb_aliased},
-    {.name = "strlen", .unit = "MB/s", .work = 40 * 65535 / 1e6, .setup = setup_strings, .run = run_strlen},
+    {.name = "ptr_16k",
+     .unit = "Mhop/s",
+     .work = HOPS / 1e6,
+     .setup = setup_chain_16k,
+     .run = run_chain,
+     .varies = 1},
+    {.name = "ptr_64m",
+     .unit = "Mhop/s",
+     .work = HOPS / 1e6,
+     .setup = setup_chain_64m,
+     .run = run_chain,
+     .varies = 1},
+    {.name = "memcpy_16m",
+     .unit = "MB/s",
+     .work = MIB16 / 1e6,
+     .setup = setup_copy,
+     .run = run_memcpy},
+    {.name = "memcpy_small",
+     .unit = "Mcopy/s",
+     .work = 0.02,
+     .setup = setup_copy,
+     .run = run_memcpy_small},
+    {.name = "rep_movsb",
+     .unit = "MB/s",
+     .work = 64 * 65536 / 1e6,
+     .setup = setup_copy,
+     .run = run_movsb},
+    {.name = "rep_stosq_4k",
+     .unit = "MB/s",
+     .work = 1024 * 4096 / 1e6,
+     .setup = setup_copy,
+     .run = run_stosq},
+    {.name = "movsb_alias",
+     .unit = "MB/s",
+     .work = 65536 / 1e6,
+     .setup = setup_copy_aliased,
+     .run = run_movsb_aliased},
+    {.name = "strlen",
+     .unit = "MB/s",
+     .work = 40 * 65535 / 1e6,
+     .setup = setup_strings,
+     .run = run_strlen},
     {.name = "atomic", .unit = "Mop/s", .work = 0.4, .run = run_atomic},
     {0}};

@@ -16,7 +16,9 @@ static int setup_matmul(void) {
     }
   return SETUP_OK;
 }
-static int setup_matmul_avx2(void) { return __builtin_cpu_supports("avx2") ? setup_matmul() : SETUP_UNAVAILABLE; }
+static int setup_matmul_avx2(void) {
+  return __builtin_cpu_supports("avx2") ? setup_matmul() : SETUP_UNAVAILABLE;
+}
 
 static uint64_t run_matmul_sse2(void) {
   for (int i = 0; i < N; i++)
@@ -54,7 +56,8 @@ static int setup_bytes(void) {
   for (int i = 0; i < BYTES; i++) bytes[i] = random_u32() >> 24;
   return SETUP_OK;
 }
-static uint64_t run_sse2_integers(void) {  // shifts, unpacks, multiplications, comparisons, shuffles
+static uint64_t run_sse2_integers(
+    void) {  // shifts, unpacks, multiplications, comparisons, shuffles
   __m128i sum = _mm_setzero_si128(), factor = _mm_set1_epi16(77);
   for (int i = 0; i < BYTES; i += 32) {
     __m128i x = _mm_loadu_si128((void *)(bytes + i)), y = _mm_loadu_si128((void *)(bytes + i + 16));
@@ -87,7 +90,8 @@ static void place_bodies(void) {
 }
 static void attract(struct body *p, struct body *q) {
   double dx = p->at[0] - q->at[0], dy = p->at[1] - q->at[1], dz = p->at[2] - q->at[2];
-  double square = dx * dx + dy * dy + dz * dz + 0.01, force = 0.001 / (square * __builtin_sqrt(square));
+  double square = dx * dx + dy * dy + dz * dz + 0.01,
+         force = 0.001 / (square * __builtin_sqrt(square));
   p->speed[0] -= dx * q->mass * force;
   p->speed[1] -= dy * q->mass * force;
   p->speed[2] -= dz * q->mass * force;
@@ -120,9 +124,21 @@ static uint64_t run_x87(void) {
 }
 
 const struct workload vector_workloads[] = {
-    {.name = "sse2_matmul", .unit = "MFLOP/s", .work = MATMUL_MFLOP, .setup = setup_matmul, .run = run_matmul_sse2},
-    {.name = "avx2_matmul", .unit = "MFLOP/s", .work = MATMUL_MFLOP, .setup = setup_matmul_avx2, .run = run_matmul_avx2},
-    {.name = "sse2_int", .unit = "MB/s", .work = BYTES / 1e6, .setup = setup_bytes, .run = run_sse2_integers},
+    {.name = "sse2_matmul",
+     .unit = "MFLOP/s",
+     .work = MATMUL_MFLOP,
+     .setup = setup_matmul,
+     .run = run_matmul_sse2},
+    {.name = "avx2_matmul",
+     .unit = "MFLOP/s",
+     .work = MATMUL_MFLOP,
+     .setup = setup_matmul_avx2,
+     .run = run_matmul_avx2},
+    {.name = "sse2_int",
+     .unit = "MB/s",
+     .work = BYTES / 1e6,
+     .setup = setup_bytes,
+     .run = run_sse2_integers},
     {.name = "fp_nbody", .unit = "kstep/s", .work = STEPS / 1e3, .run = run_nbody},
     {.name = "x87", .unit = "Miter/s", .work = 0.05, .run = run_x87},
     {0}};

@@ -82,7 +82,7 @@ def median_memory(samples):
 
 
 def output_of(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=runner.ROOT).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=runner.ROOT).stdout
 
 
 def commit():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes what `./dev bench cpu` runs, in build/bench (what is there and newer than its sources is not made again):
+# Makes what ./dev bench cpu runs, in build/bench. What is there and newer than its sources is not made again.
 #   bench         the workloads, one static program           kernel, shell.img  of the test guests (tests/guest/build.sh)
 #   initrd.img    the test guests' initrd, with bench as init
 #   disk.img      256 MiB; each block of 4 KiB begins with its own number
@@ -14,6 +14,8 @@ mkdir -p "$root/build/bench"
 cd "$root/build/bench"
 export PATH=$PATH:/usr/sbin:/sbin
 
+die() { echo "bench/cpu/build.sh: $*" >&2; exit 1; }
+
 newer_than() {  # newer_than FILE SOURCE...: FILE is there and no source is newer
   local file=$1 source
   shift
@@ -24,17 +26,19 @@ make_initrd() {  # Linux unpacks archives that follow one another; the later one
   rm -rf initramfs
   mkdir -p initramfs/{mnt,tmp}
   strip -o initramfs/init bench
-  { cat "$guest/initrd.img"; (cd initramfs && find . | sort | cpio --quiet -o -H newc -R 0:0); } > initrd.img
+  { cat "$guest/initrd.img"; (cd initramfs && find . | sort | cpio --quiet -o -H newc -R 0:0); } > initrd.img.new
+  mv initrd.img.new initrd.img
 }
 
 make_disk() {
-  python3 - disk.img <<'END'
+  python3 - disk.img.new <<'END'
 import struct, sys
 with open(sys.argv[1], "wb") as disk:
     pad = bytes((i * 37) & 255 for i in range(4088))
     for block in range(256 * 256):
         disk.write(struct.pack("<Q", block) + pad)
 END
+  mv disk.img.new disk.img
 }
 
 make_rootfs() {
@@ -51,10 +55,11 @@ make_rootfs() {
 }
 
 make_programs() {
-  cp "$here"/programs/* "$here/guest/integer.c" "$here/guest/bench.h" rootfs/bench/
-  rm -f programs.img
-  truncate -s 700M programs.img
-  mkfs.ext4 -q -F -O ^has_journal -d rootfs programs.img
+  cp "$here"/programs/* "$here"/guest/{integer.c,bench.h} rootfs/bench/
+  rm -f programs.img.new
+  truncate -s 700M programs.img.new
+  mkfs.ext4 -q -F -O ^has_journal -d rootfs programs.img.new
+  mv programs.img.new programs.img
 }
 
 ln -sfn "$guest/vmlinuz" kernel
@@ -64,7 +69,7 @@ newer_than bench "$here"/guest/* "$here/build.sh" ||
 newer_than initrd.img bench "$guest/initrd.img" || make_initrd
 [[ -f disk.img ]] || make_disk
 if [[ ${1:-} == programs ]]; then
-  [[ $(id -u) == 0 ]] || { echo "bench/cpu/build.sh: the real programs need root (debootstrap, chroot)" >&2; exit 1; }
+  [[ $(id -u) == 0 ]] || die "the real programs need root (debootstrap, chroot); --no-real leaves them out"
   [[ -f rootfs/bench/complete ]] || make_rootfs
-  newer_than programs.img "$here"/programs/* "$here/guest/integer.c" "$here/guest/bench.h" || make_programs
+  newer_than programs.img rootfs/bench/complete "$here"/programs/* "$here"/guest/{integer.c,bench.h} || make_programs
 fi

@@ -35,16 +35,16 @@ double now(void);  // seconds of CLOCK_MONOTONIC
 #define EXIT_AT_ONCE "exit-at-once"
 #define EXIT_AT_ONCE_CODE 42
 
-// Numbers that are the same everywhere: a linear congruential generator, and the FNV-1a hash of a
-// buffer.
+// The same numbers everywhere: a linear congruential generator, and the FNV-1a hash of a buffer.
 void seed(uint32_t value);
 uint32_t random_u32(void);
 uint64_t fnv1a(const void *data, size_t size);
 
-void *map_small_pages(size_t size);  // NULL when there is no memory; no huge pages
-uint64_t sort_numbers(
-    int *numbers);  // fills and sorts SORT_COUNT numbers: a checksum, 0 when wrong
+// Memory without huge pages; NULL when there is none.
+void *map_small_pages(size_t size);
 
+// Fills and sorts SORT_COUNT numbers. Returns a checksum, 0 when they are not sorted.
 #define SORT_COUNT 65536
+uint64_t sort_numbers(int *numbers);
 
 #endif

@@ -20,7 +20,8 @@ namespace kvartz::cpu::x86 {
 // Guarded by its own lock where several vCPUs meet.
 class BareBoard final : public AccelHost, public IoHandler {
  public:
-  explicit BareBoard(uint64_t ram_bytes, unsigned cpu_count = 1, const std::string& model = "max")
+  explicit BareBoard(uint64_t ram_bytes, unsigned cpu_count = 1, const std::string& model = "max",
+                     const SoftOptions& soft = {})
       : memory_("memory", 1ull << 40),
         ports_("ports", 0x10000),
         clock_(MonotonicClock::Instance()) {
@@ -40,6 +41,7 @@ class BareBoard final : public AccelHost, public IoHandler {
     auto request = ParseCpuModel(model);
     EXPECT_TRUE(request) << (request ? "" : request.error().what);
     config.model = *request;
+    config.soft = soft;
     auto accel = CreateSoftEngine(config);
     EXPECT_TRUE(accel) << (accel ? "" : accel.error().what);
     accel_ = std::move(*accel);

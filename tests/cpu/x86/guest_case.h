@@ -47,8 +47,8 @@ struct Outcome {
 class GuestCase {
  public:
   explicit GuestCase(Mode mode, unsigned cpl = 0, const std::string& model = "max",
-                     unsigned cpus = 1)
-      : board(16 << 20, cpus, model), mode_(mode) {
+                     unsigned cpus = 1, const SoftOptions& soft = {})
+      : board(16 << 20, cpus, model, soft), mode_(mode) {
     BuildTables();
     X86State state;
     EXPECT_TRUE(board.vcpu().GetState(&state));

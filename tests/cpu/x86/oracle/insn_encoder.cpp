@@ -121,6 +121,7 @@ void InsnEncoder::EncodePrefixes(const Row& row, CodeMode mode, EncodedInsn* out
     if (row.w == Tri::kYes) *rex |= 8;
     if (row.w == Tri::kNo) *rex &= ~8u;
     if (row.rex_b_clear) *rex &= ~1u;
+    rex_at_ = code.size();
     code.push_back(static_cast<uint8_t>(*rex));
   }
 }
@@ -134,6 +135,7 @@ void InsnEncoder::EncodeModrm(const Row& row, CodeMode mode, EncodedInsn* out) {
       modrm &= static_cast<unsigned>(Below(3) << 6 | 0x3f);
   }
   if (row.attributes & kVsib) modrm = (modrm & ~7u) | 4;
+  modrm_at_ = code.size();
   code.push_back(static_cast<uint8_t>(modrm));
   displacement_size_ = 0;
   if (modrm >= 0xc0) return;

@@ -39,7 +39,8 @@ class InsnEncoder {
 
  protected:
   // Of the latest encoding.
-  size_t displacement_at_ = 0;  // where in the code the displacement stands
+  size_t rex_at_ = 0, modrm_at_ = 0;  // rex_at_: only if the instruction has a REX prefix
+  size_t displacement_at_ = 0;        // where in the code the displacement stands
   unsigned displacement_size_ = 0;
   size_t immediate_at_ = 0;
 

@@ -1,0 +1,233 @@
+#include "cpu/x86/jit/program_board.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/x86/segment.h"
+
+namespace kvartz::cpu::x86::programs {
+namespace {
+
+constexpr uint64_t kLowBytes = 0x15000;
+constexpr uint64_t kUserPage = 7, kSupervisor = 3, kReadOnly = 5;
+constexpr uint64_t kNoMemory = 0x8000000;  // physical: behind the RAM
+// Pushed by these vectors (SDM vol. 3 table 6-1).
+bool HasError(int vector) {
+  return vector == kDF || (vector >= kTS && vector <= kPF) || vector == kAC;
+}
+
+}  // namespace
+
+ProgramBoard::ProgramBoard(Shape shape, const SoftOptions& soft)
+    : layout_(LayoutOf(shape)),
+      guest_(layout_.mode, 0, "max", 1, soft),
+      memory_(guest_.board.memory()),
+      stack_(kStackBytes, 0x5a) {
+  for (unsigned v = 0; v < 256; v++) {
+    // OUT again and again: so that a run can be ended twice.
+    guest_.Put<uint32_t>(GuestCase::Stub(v), 0xfcebf4e6);
+    if (layout_.mode == Mode::kReal16) continue;
+    // In long mode exceptions have a stack of their own, below no program's stack pointer.
+    guest_.SetGate(v, 0xe, v == kEndVector ? 3 : 0, guest_.IsLong() ? kCode64 : kCode32,
+                   GuestCase::Stub(v), guest_.IsLong() ? 1 : 0);
+  }
+  if (layout_.paged) MapPages();
+  X86State& state = guest_.initial;
+  state.cr0 |= cr0::kNe | cr0::kMp | (layout_.paged ? cr0::kWp : 0);
+  state.cr4 |= cr4::kOsfxsr | cr4::kOsxmmexcpt | cr4::kOsxsave;
+  if (guest_.IsLong()) state.cr4 |= cr4::kFsgsbase;
+  state.xcr0 = 7;
+  EXPECT_TRUE(guest_.board.vcpu().SetState(state));
+  if (layout_.paged) page_table_.assign(guest_.at(guest_.pte_address(0)),
+                                        guest_.at(guest_.pte_address(0)) + kPage);
+  low_memory_.assign(guest_.at(0), guest_.at(kLowBytes));
+}
+
+void ProgramBoard::MapArea(uint64_t linear, uint64_t pages, uint64_t flags, bool aliased) {
+  for (uint64_t i = 0; i < pages; ++i) {
+    const uint64_t entry = (linear + layout_.physical_offset + i * kPage) | flags;
+    guest_.SetPte(linear + i * kPage, entry);
+    if (aliased) guest_.SetPte(linear + kAlias + i * kPage, entry);
+  }
+}
+
+void ProgramBoard::MapPages() {
+  // Nothing but tables and stubs, which programs can't change, and the stacks of exceptions.
+  for (uint64_t page = 0; page < 0x200; ++page) {
+    const bool stack = page == (kInnerStack >> 12);
+    const bool table = page < (kLowBytes >> 12);
+    guest_.SetPte(page << 12, table ? page << 12 | (stack ? 3 : 1) : 0);
+  }
+  guest_.SetPte(kPageTableLinear,
+                (guest_.pte_address(0) & ~uint64_t{0xfff}) | kSupervisor);
+  const bool aliased = !layout_.is16();
+  MapArea(layout_.code, kCodePages, kReadOnly, aliased);
+  MapArea(layout_.data, kDataPages, kUserPage, aliased);
+  if (!layout_.is16()) MapArea(layout_.stack, kStackPages, kUserPage, false);
+  for (uint64_t alias : {uint64_t{0}, aliased ? kAlias : uint64_t{0}}) {
+    const auto set = [&](unsigned number, uint64_t entry) {
+      guest_.SetPte(layout_.data + alias + number * kPage, entry);
+    };
+    const uint64_t physical = layout_.data + layout_.physical_offset;
+    set(kReadOnlyPage, (physical + kReadOnlyPage * kPage) | kReadOnly);
+    set(kSupervisorPage, (physical + kSupervisorPage * kPage) | kSupervisor);
+    set(kAbsentPage, 0);
+    set(kDemandPage, 0);
+    set(kNoMemoryPage, kNoMemory | kUserPage);
+  }
+  if (guest_.IsLong()) guest_.Put<uint64_t>(kTablesAt + 256 * 8, (kTablesAt + 0x1000) | 7);
+}
+
+std::vector<ProgramBoard::Area> ProgramBoard::Areas() {
+  const uint64_t offset = layout_.physical_offset;
+  std::vector<Area> areas = {
+      {"code", layout_.code, {guest_.at(layout_.code + offset), kCodeBytes}},
+      {"data", layout_.data, {guest_.at(layout_.data + offset), kDataBytes}}};
+  if (!layout_.is16())
+    areas.push_back({"stack", layout_.stack, {guest_.at(layout_.stack + offset), kStackBytes}});
+  if (layout_.paged)
+    areas.push_back({"page table", kPageTableLinear, {guest_.at(guest_.pte_address(0)), kPage}});
+  return areas;
+}
+
+// As a device would write: decoded code is told of it.
+void ProgramBoard::Put(uint64_t physical, std::span<const uint8_t> bytes) {
+  for (size_t at = 0; at < bytes.size(); at += kPage) {
+    const size_t size = std::min<size_t>(kPage, bytes.size() - at);
+    if (std::memcmp(guest_.at(physical + at), bytes.data() + at, size) != 0)
+      memory_.Write(Gpa(physical + at), bytes.data() + at, size);
+  }
+}
+
+void ProgramBoard::LoadMemory(const Program& program, const Image& image,
+                              std::span<const uint8_t> data) {
+  const uint64_t offset = layout_.physical_offset;
+  Put(layout_.code + offset, image.code);
+  const uint64_t at = layout_.data + offset;
+  Put(at, data.subspan(0, kCountersAt));
+  Put(at + kCountersAt, image.control);
+  Put(at + kCountersAt + kPage, data.subspan(kCountersAt + kPage));
+  if (!layout_.is16()) Put(layout_.stack + offset, stack_);
+  if (layout_.paged) {
+    std::memcpy(guest_.at(guest_.pte_address(0)), page_table_.data(), kPage);
+    if (program.code_writable) {
+      MapArea(layout_.code, kCodePages, kUserPage, !layout_.is16());
+    }
+  } else if (std::memcmp(guest_.at(0), low_memory_.data(), kLowBytes) != 0) {
+    Put(0, low_memory_);
+  }
+}
+
+void ProgramBoard::LoadCpu(const Program& program, uint64_t entry) {
+  const X86State& initial = guest_.initial;
+  Cpu& cpu = guest_.board.cpu();
+  std::copy(program.gpr, program.gpr + 16, cpu.gpr);
+  cpu.rip = cpu.insn_rip = entry;
+  cpu.rflags = program.rflags;
+  cpu.fpu = program.fpu;
+  cpu.fpu.xstate_bv = 7;
+  for (unsigned i = 0; i < kSegCount; ++i) {
+    Segment& s = cpu.seg[i];
+    s = {.base = layout_.data_base,
+         .limit = 0xffffffff,
+         .attributes = 0xc093 | program.cpl << 5,
+         .selector = program.cpl == 3 ? kUserData : kData32};
+    if (layout_.is16()) s.limit = 0xffff, s.attributes = 0x93 | program.cpl << 5;
+    if (i == kDs || i == kEs) s.base -= program.segment_shift;
+    if (i == kFs) s.base += kFsBase;
+    if (i == kGs) s.base += kGsBase;
+    if (!layout_.is64()) s.base = static_cast<uint32_t>(s.base);
+    if (layout_.mode == Mode::kReal16) s.selector = static_cast<uint16_t>(s.base >> 4);
+  }
+  Segment& code = cpu.seg[kCs];
+  code.base = layout_.code_base;
+  code.attributes += 8;
+  code.selector = static_cast<uint16_t>(program.cpl == 3 ? kUserCode32 : kCode32);
+  if (layout_.is64()) {
+    code.attributes ^= Segment::kL | Segment::kDb;
+    code.selector = program.cpl == 3 ? kUserCode64 : kCode64;
+  }
+  if (layout_.mode == Mode::kReal16) code.selector = static_cast<uint16_t>(code.base >> 4);
+  cpu.ldtr = initial.ldtr;
+  cpu.tr = initial.tr;
+  cpu.gdtr = initial.gdtr;
+  cpu.idtr = initial.idtr;
+  cpu.cr0 = initial.cr0 | program.cr0_bits | cr0::kEt;
+  cpu.cr2 = 0;
+  cpu.cr3 = initial.cr3;
+  cpu.events = {};
+  cpu.mp_state = MpState::kRunnable;
+  cpu.pending_dr6 = 0;
+  cpu.dr[6] = 0xffff0ff0;
+  __atomic_store_n(&cpu.requests, 0, __ATOMIC_SEQ_CST);
+  cpu.tlb->FlushAll();
+  UpdateMode(cpu);
+}
+
+void ProgramBoard::TranslateStack(uint64_t* address) const {
+  if (*address - layout_.stack < kStackBytes) *address += layout_.physical_offset;
+  if (*address - layout_.data < kDataBytes) *address += layout_.physical_offset;
+  if (*address >= 16 << 20) *address = 0;
+}
+
+// What the exception pushed, and the flags there without status bits: those in the registers are
+// compared.
+void ProgramBoard::ReadFrame(End* end) {
+  const Cpu& cpu = guest_.board.cpu();
+  const bool real = !cpu.protected_mode();
+  const unsigned width = real ? 2 : guest_.IsLong() ? 8 : 4;
+  uint64_t sp = real ? (cpu.gpr[kRsp] & 0xffff) + cpu.seg[kSs].base
+                     : cpu.gpr[kRsp] + (guest_.IsLong() ? 0 : cpu.seg[kSs].base);
+  if (!guest_.IsLong()) sp = static_cast<uint32_t>(sp);
+  sp &= ~kHighHalf;
+  TranslateStack(&sp);
+  const auto pop = [&] {
+    uint64_t value = 0;
+    std::memcpy(&value, guest_.at(sp), width);
+    sp += width;
+    return value;
+  };
+  if (!real && HasError(end->vector)) end->error = static_cast<uint32_t>(pop());
+  end->rip = pop();
+  end->cs = static_cast<uint16_t>(pop());
+  uint8_t* flags = guest_.at(sp);
+  end->rflags = pop();
+  end->rsp = cpu.gpr[kRsp];
+  if (guest_.IsLong() || (cpl_ != 0 && !real)) {
+    end->rsp = pop();
+    end->ss = static_cast<uint16_t>(pop());
+  }
+  flags[0] = static_cast<uint8_t>(flags[0] & ~rflags::kStatus);
+  flags[1] = static_cast<uint8_t>(flags[1] & ~(rflags::kStatus >> 8));
+}
+
+End ProgramBoard::Finish() {
+  const Cpu& cpu = guest_.board.cpu();
+  End end;
+  end.cr2 = cpu.cr2;
+  end.rip = cpu.rip;
+  end.rflags = cpu.rflags;
+  end.rsp = cpu.gpr[kRsp];
+  const bool in_stub = cpu.rip >= kStubsAt && cpu.rip < GuestCase::Stub(256) && cpu.cpl == 0 &&
+                       cpu.seg[kCs].base == 0;
+  if (!in_stub) return end;
+  end.vector = static_cast<int>((cpu.rip - kStubsAt) / 8);
+  ReadFrame(&end);
+  return end;
+}
+
+End ProgramBoard::Run(const Program& program, const Image& image, std::span<const uint8_t> data) {
+  cpl_ = program.cpl;
+  LoadMemory(program, image, data);
+  const uint64_t high = program.high_half ? kHighHalf : 0;
+  LoadCpu(program, (layout_.code - layout_.code_base + image.lines.front().offset) | high);
+  BareBoard& board = guest_.board;
+  board.triple_faults = 0;
+  const int code = board.Run();
+  End end = Finish();
+  end.triple_fault = board.triple_faults > 0;
+  end.stopped = code == -1 && !end.triple_fault;
+  return end;
+}
+
+}  // namespace kvartz::cpu::x86::programs

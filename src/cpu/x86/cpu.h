@@ -130,6 +130,8 @@ struct Cpu {
   uint8_t flat_read = 0,
           flat_write =
               0;  // bit SegReg: accesses of that kind need no segment check and have base 0
+  // IF was clear when an interrupt was looked for: who sets IF asks for another look.
+  bool interrupt_waiting = false;
   bool no_trap =
       false;  // this instruction ends without the single-step trap (INT n, SYSCALL, task switch)
 

@@ -36,19 +36,20 @@ struct TlbEntry {
 //
 // Three classes of mode have tables of their own, so that CPL and AC changes flush nothing. Address
 // spaces (PCIDs) share the tables and are told apart by the id in the tags: a CR3 load is a new id,
-// not a flush. Large pages fill 4 KiB entries.
+// not a flush. The upper half of the address space has an id of its own, which a CR3 load leaves
+// alone while all that was used there is global: a kernel's. Large pages fill 4 KiB entries.
 class Tlb {
   // The tables of the present mode, and the id in their tags. Comes first: translated code reads
   // it.
   struct Present {
     TlbEntry* data = nullptr;
     TlbEntry* code = nullptr;
-    uint64_t asid = 1;
+    uint64_t asid[2] = {1, 1};  // of the lower and the upper half of the address space
   } now_;
 
  public:
   static constexpr int kDataOffset = offsetof(Present, data), kAsidOffset = offsetof(Present, asid);
-  static constexpr unsigned kIndexBits = 10, kEntries = 1 << kIndexBits;
+  static constexpr unsigned kIndexBits = 11, kEntries = 1 << kIndexBits;
   // kNoSmap: supervisor with AC set. kNever stays empty: every access takes the slow path
   // (alignment checks).
   enum Class : uint8_t { kUser, kSupervisor, kNoSmap, kNever, kClassCount };
@@ -60,7 +61,7 @@ class Tlb {
   TlbEntry& entry(Class cls, uint64_t linear) {
     return tables_[cls * kEntries + (linear >> 12) % kEntries];
   }
-  uint64_t Tag(uint64_t linear) const { return (linear & ~0xfffull) | now_.asid; }
+  uint64_t Tag(uint64_t linear) const { return (linear & ~0xfffull) | now_.asid[linear >> 63]; }
 
   // The classes of data accesses and of instruction fetches in the present mode.
   void SetClasses(Class data_class, Class code_class) {
@@ -70,8 +71,18 @@ class Tlb {
   }
   Class data_class() const { return data_class_; }
 
-  // Grows whenever entries are dropped other than by their own tags: who keeps translations of his
-  // own follows.
+  // Who keeps translations of his own, taken from here. Told when they may not be used any more, by
+  // the CPU's thread or while the world is stopped.
+  class Follower {
+   public:
+    virtual ~Follower() = default;
+    virtual void DropAll() = 0;
+    virtual void DropLowerHalf() = 0;
+    virtual void DropWrites(const uint8_t* host_page) = 0;
+    virtual void DropAllWrites() = 0;
+  };
+  Follower* follower = nullptr;
+  // Grows with each of these.
   uint64_t changes() const { return changes_; }
 
   // CR3 was loaded. `keep`: entries of that PCID stay (bit 63 of the source).
@@ -89,6 +100,8 @@ class Tlb {
   void DropRetiredViews() { retired_.clear(); }
   const FlatRange* Find(uint64_t physical);
   void NoteLargePage(uint64_t linear, unsigned shift);
+  // There is an entry of the upper half that isn't global.
+  void NoteUpperLocal() { upper_local_ = true; }
 
   // Set by the engine.
   World* world = nullptr;
@@ -105,7 +118,13 @@ class Tlb {
     uint32_t epoch = 0;
     uint16_t asid = 0;
   };
+  void Tell(void (Follower::*what)()) {
+    changes_++;
+    if (follower) (follower->*what)();
+  }
+
   uint64_t changes_ = 0;
+  bool upper_local_ = false;
   Class data_class_ = kSupervisor;
   std::unique_ptr<TlbEntry[], void (*)(void*)> tables_;
   ViewCache view_;

@@ -3,7 +3,7 @@
 namespace kvartz::cpu::x86 {
 namespace {
 
-constexpr uint64_t kP = 1, kRw = 2, kUs = 4, kA = 0x20, kD = 0x40, kPs = 0x80, kNx = 1ull << 63;
+constexpr uint64_t kP = 1, kRw = 2, kUs = 4, kA = 0x20, kD = 0x40, kPs = 0x80, kG = 0x100, kNx = 1ull << 63;
 
 // A paging-structure entry: where it is, and what was read. `host` null: not in RAM.
 template <typename T>
@@ -152,6 +152,7 @@ Outcome Walk64(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEff
       uint64_t offset_mask = (1ull << shift) - 1;
       mapping->physical = (entry.value & address_mask & ~offset_mask) | (linear & offset_mask);
       mapping->page_shift = shift;
+      mapping->global = (entry.value & kG) && (cpu.cr4 & cr4::kPge);
       break;
     }
     table = entry.value & address_mask;
@@ -173,7 +174,7 @@ Outcome Walk64(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEff
 bool Walk(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEffect effect,
           Mapping* mapping, uint32_t* error) {
   if (!(cpu.cr0 & cr0::kPg)) {
-    *mapping = {.physical = linear & 0xffffffff, .page_shift = 12};
+    *mapping = {.physical = linear & 0xffffffff};
     return true;
   }
   for (;;) {

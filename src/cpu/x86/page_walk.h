@@ -8,6 +8,7 @@ namespace kvartz::cpu::x86 {
 struct Mapping {
   uint64_t physical = 0;
   unsigned page_shift = 12;  // 12, 21, 22 or 30
+  bool global = false;       // survives a load of CR3
 };
 
 namespace pf {

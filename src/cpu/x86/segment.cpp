@@ -65,7 +65,8 @@ void SetRflags(Cpu& cpu, uint64_t value) {
   uint64_t changed = cpu.rflags ^ value;
   cpu.rflags = value;
   if (changed & (rflags::kTf | rflags::kRf | rflags::kAc | rflags::kVm)) UpdateMode(cpu);
-  if (changed & value & rflags::kIf) SetRequest(cpu, request::kInterrupt);
+  if ((changed & value & rflags::kIf) && cpu.interrupt_waiting)
+    SetRequest(cpu, request::kInterrupt);
 }
 
 static bool DescriptorAddress(Cpu& cpu, uint16_t selector, unsigned size, uint64_t* address) {

@@ -12,8 +12,9 @@ Tlb::Tlb(const AddressSpace& memory)
       pcids_(std::make_unique<Pcid[]>(4096)) {
   VERIFY(tables_);
   SetClasses(kSupervisor, kSupervisor);
-  now_.asid = NewAsid();
-  pcids_[0] = {epoch_, static_cast<uint16_t>(now_.asid)};
+  now_.asid[0] = NewAsid();
+  now_.asid[1] = NewAsid();
+  pcids_[0] = {epoch_, static_cast<uint16_t>(now_.asid[0])};
 }
 
 uint16_t Tlb::NewAsid() {
@@ -23,23 +24,32 @@ uint16_t Tlb::NewAsid() {
     std::memset(large_1g_, 0, sizeof(large_1g_));
     epoch_++;
     next_asid_ = 1;
+    now_.asid[1] = next_asid_++;
+    upper_local_ = false;
   }
   return next_asid_++;
 }
 
 void Tlb::SwitchTo(unsigned pcid, bool keep) {
   pcid_ = pcid;
-  changes_++;
+  if (upper_local_) {
+    upper_local_ = false;
+    now_.asid[1] = NewAsid();
+    Tell(&Follower::DropAll);
+  } else {
+    Tell(&Follower::DropLowerHalf);
+  }
   if (keep && pcids_[pcid].epoch == epoch_) {
-    now_.asid = pcids_[pcid].asid;
+    now_.asid[0] = pcids_[pcid].asid;
     return;
   }
-  now_.asid = NewAsid();
-  pcids_[pcid] = {epoch_, static_cast<uint16_t>(now_.asid)};
+  now_.asid[0] = NewAsid();
+  pcids_[pcid] = {epoch_, static_cast<uint16_t>(now_.asid[0])};
 }
 
 void Tlb::FlushAll() {
   epoch_++;
+  upper_local_ = true;
   SwitchTo(pcid_, false);
 }
 
@@ -62,7 +72,7 @@ void Tlb::NoteLargePage(uint64_t linear, unsigned shift) {
 }
 
 void Tlb::FlushPage(uint64_t linear) {
-  changes_++;
+  Tell(linear >> 63 ? &Follower::DropAll : &Follower::DropLowerHalf);
   unsigned shift = 12;
   if (large_2m_[(linear >> 27) % 64] >> ((linear >> 21) % 64) & 1) shift = 22;  // at least
   if (large_1g_[(linear >> 36) % 16] >> ((linear >> 30) % 64) & 1) shift = 30;
@@ -79,6 +89,7 @@ void Tlb::FlushPage(uint64_t linear) {
 
 void Tlb::DropWritable(const uint8_t* host_page) {
   changes_++;
+  if (follower) follower->DropWrites(host_page);
   for (unsigned i = 0; i < kNever * kEntries; i++) {
     TlbEntry& e = tables_[i];
     if (e.write && (e.write & ~0xfffull) + e.addend == reinterpret_cast<uintptr_t>(host_page))
@@ -87,7 +98,7 @@ void Tlb::DropWritable(const uint8_t* host_page) {
 }
 
 void Tlb::DropAllWritable() {
-  changes_++;
+  Tell(&Follower::DropAllWrites);
   for (unsigned i = 0; i < kNever * kEntries; i++) tables_[i].write = 0;
 }
 

@@ -357,7 +357,8 @@ SoftVcpu::Next SoftVcpu::HandleEvents(uint32_t requests) {
 SoftVcpu::Next SoftVcpu::Interrupt() {
   // Cleared first: what arrives from now on sets it again. With IF clear, setting IF does.
   ClearRequest(cpu, request::kInterrupt);
-  if (!(cpu.rflags & rflags::kIf)) return Next::kGo;
+  cpu.interrupt_waiting = !(cpu.rflags & rflags::kIf);
+  if (cpu.interrupt_waiting) return Next::kGo;
   int vector = lapic_.Pending();
   if (vector >= 0) {
     lapic_.Acknowledge(static_cast<uint8_t>(vector));

@@ -18,8 +18,9 @@ namespace {
 // A unit's code at most: 48 instructions of some 150 bytes with their cold paths and thunks.
 constexpr size_t kUnitRoom = 32 << 10;
 constexpr uint64_t kPageMask = ~0xfffull;
-constexpr uint16_t kSingleAfter = 32;
+constexpr uint16_t kSingleAfter = 32;  // failures
 constexpr uint64_t kNoPage = 1;  // State::code_pages
+constexpr uint16_t kSingle = 64;  // with Mode(): accesses are checked one by one
 
 Engine& EngineOf(void* state) {
   return *static_cast<Engine*>(static_cast<State*>(state)->engine);
@@ -32,6 +33,7 @@ size_t JumpIndex(uint64_t target) { return ((target >> 12) ^ target) % kJumpEntr
 Engine::Engine(State& state, const FeatureSet& features) : state_(state), features_(features) {
   state_.self = &state_;
   state_.engine = this;
+  cpu().tlb->follower = this;
 }
 
 Result<std::unique_ptr<Engine>> Engine::Create(State& state, const FeatureSet& features,
@@ -54,7 +56,7 @@ Result<std::unique_ptr<Engine>> Engine::Create(State& state, const FeatureSet& f
   return engine;
 }
 
-Engine::~Engine() = default;
+Engine::~Engine() { cpu().tlb->follower = nullptr; }
 
 bool Engine::Supports(const Cpu& cpu) {
   return cpu.code_mode == CodeMode::k64 && (cpu.cpl == 0 || cpu.cpl == 3) &&
@@ -99,18 +101,17 @@ void Engine::Run() {
   stubs_.enter(&state_, block->code.body);
 }
 
-Engine::Block* Engine::Locate() {
+Engine::Block* Engine::Locate(Grouping grouping) {
   Cpu& c = cpu();
   for (;;) {
     if (Requested(c) || !Supports(c)) return nullptr;
-    Sync();
     c.insn_rip = c.rip;
     const uint8_t* host = FetchCode(c, c.rip);
     if (host != nullptr) {
-      Sync();
       const uint16_t mode = Mode();
-      Block* block = Find(host, mode);
-      if (block == nullptr) block = Translate(host, mode);
+      const auto key = static_cast<uint16_t>(mode | (grouping == Grouping::kSingle ? kSingle : 0));
+      Block* block = Find(host, key);
+      if (block == nullptr) block = Translate(host, key);
       if (block != nullptr) {
         const unsigned cls = c.tlb->data_class();
         if (jump_modes_[cls] != mode) {
@@ -121,7 +122,11 @@ Engine::Block* Engine::Locate() {
         uint64_t& entered = state_.code_pages[block->page->slot];
         if (entered == kNoPage) entered_.push_back(block->page->slot);
         entered = state_.page;
-        state_.jumps[cls][JumpIndex(c.rip)] = Go(block->code.checked);
+        if (grouping == Grouping::kShared) {
+          state_.jumps[cls][JumpIndex(c.rip)] = Go(block->code.checked);
+        }
+        seen_changes_ = c.tlb->changes();
+        running_mode_ = mode;
         return block;
       }
     }
@@ -136,6 +141,20 @@ uint64_t Engine::Dispatch() {
   if (block == nullptr) return Go(stubs_.exit);
   GiveFlags();
   return Go(block->code.body);
+}
+
+// Where to go on at Cpu::rip, perhaps in another mode: the jump table knows, and what it says is
+// checked there.
+uint64_t Engine::Branched() {
+  Cpu& c = cpu();
+  if (Requested(c) || !Supports(c)) return Go(stubs_.exit);
+  const unsigned cls = c.tlb->data_class();
+  const uint16_t mode = Mode();
+  if (jump_modes_[cls] != mode) return Dispatch();
+  seen_changes_ = c.tlb->changes();
+  running_mode_ = mode;
+  GiveFlags();
+  return state_.jumps[cls][JumpIndex(c.rip)];
 }
 
 uint64_t Engine::OnDispatch(void* state, uint64_t target, uint64_t) {
@@ -186,16 +205,26 @@ uint64_t Engine::Fill(uint64_t address, Site site) {
         (site.write ? entry.write : entry.read) == tlb.Tag(address)) {
       ++counters_.fills;
       (&state_.slots[0][0])[site.slot] = {address & kPageMask, entry.addend};
+      if (tlb.data_class() == Tlb::kSupervisor && address >> 63 == 0) state_.lower_in_supervisor = 1;
       return 0;
     }
   }
   ++counters_.fill_failures;
-  if ((address & 0xfff) + site.span > 4096 && site.count > 1) {
-    // Check the unit's accesses one by one if this goes on.
-    const uint8_t* host = FetchCode(c, state_.page + site.offset);
-    (void)host;
+  if ((address & 0xfff) + site.span <= 4096 || !site.shared) return Interpret(site);
+  // Accesses that were checked together lie on two pages: checked one by one they do better.
+  TakeFlags();
+  c.rip = c.insn_rip = state_.page + site.unit;
+  const uint8_t* host = FetchCode(c, c.rip);
+  Block* block = host == nullptr ? nullptr : Find(host, running_mode_);
+  if (block != nullptr && ++block->failures == kSingleAfter) {
+    single_.insert(Key(host, running_mode_));
+    Kill(block);
   }
-  return Interpret(site);
+  c.rip = state_.page + site.offset;
+  block = Locate(Grouping::kSingle);
+  if (block == nullptr) return Go(stubs_.exit);
+  GiveFlags();
+  return Go(block->code.body);
 }
 
 uint64_t Engine::OnInterpret(void* state, uint64_t, uint64_t site) {
@@ -232,7 +261,9 @@ uint64_t Engine::Execute(uint64_t s0, const Insn& insn, bool ends) {
   const uint64_t next = c.insn_rip + insn.length;
   c.rip = next;
   insn.exec(c, insn);
-  if (ends || Requested(c) || c.rip != next || c.tlb->changes() != seen_changes_) return Dispatch();
+  if (ends) return Branched();
+  if (Requested(c) || c.rip != next || c.tlb->changes() != seen_changes_ || Mode() != running_mode_)
+    return Dispatch();
   GiveFlags();
   return 0;
 }
@@ -240,8 +271,13 @@ uint64_t Engine::Execute(uint64_t s0, const Insn& insn, bool ends) {
 // ---- units
 
 Engine::Block* Engine::Find(const uint8_t* host, uint16_t mode) {
-  const auto it = blocks_.find(Key(host, mode));
-  return it == blocks_.end() ? nullptr : it->second.get();
+  const uint64_t key = Key(host, mode);
+  Quick& quick = QuickAt(key);
+  if (quick.key == key) return quick.block;
+  const auto it = blocks_.find(key);
+  if (it == blocks_.end()) return nullptr;
+  quick = {key, it->second.get()};
+  return quick.block;
 }
 
 Engine::Page* Engine::PageOf(const uint8_t* host, uint16_t mode) {
@@ -268,15 +304,16 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
     KillPage(page);
     page = PageOf(host, mode);
   }
-  Sync();  // watching the page may have taken write permissions away
   const DecodeContext context{.mode = CodeMode::k64,
                               .protected_mode = true,
                               .cpl = static_cast<uint8_t>((mode & 1) != 0 ? 3 : 0),
                               .features = features_};
   const uint64_t key = Key(host, mode);
-  const Grouping grouping = single_.contains(key) ? Grouping::kSingle : Grouping::kShared;
-  const VectorUse vectors{.sse = (mode & 8) != 0, .avx = (mode & 16) != 0};
-  if (!unit_.Build(context, vectors, page->host, offset, grouping)) return nullptr;
+  const Grouping grouping =
+      (mode & kSingle) != 0 || single_.contains(key) ? Grouping::kSingle : Grouping::kShared;
+  const UnitMode allowed{.sse = (mode & 8) != 0, .avx = (mode & 16) != 0,
+                         .supervisor = (mode & 1) == 0};
+  if (!unit_.Build(context, allowed, page->host, offset, grouping)) return nullptr;
   const unsigned cls = mode >> 1 & 3;
   Assembler as = memory_.At(used_);
   const TranslationContext where = {.stubs = &stubs_,
@@ -306,6 +343,7 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
 
 void Engine::Kill(Block* block) {
   ++counters_.killed_units;
+  std::erase(block->page->blocks, block);
   block->page = nullptr;
   Assembler as = memory_.At(memory_.OffsetOf(block->code.body_write));
   as.Jmp(block->code.leave);
@@ -314,13 +352,15 @@ void Engine::Kill(Block* block) {
     as.Patch(exits_[number].site.distance, exits_[number].site.thunk);
   }
   block->incoming.clear();
+  Quick& quick = QuickAt(Key(block->host, block->mode));
+  if (quick.block == block) quick = {};
   const auto it = blocks_.find(Key(block->host, block->mode));
   dead_.push_back(std::move(it->second));  // its exits and marks may be asked for until the flush
   blocks_.erase(it);
 }
 
 void Engine::KillPage(Page* page) {
-  for (Block* block : page->blocks) Kill(block);
+  while (!page->blocks.empty()) Kill(page->blocks.back());
   state_.code_pages[page->slot] = kNoPage;
   free_code_slots_.push_back(page->slot);
   pages_.erase(Key(page->host, page->mode));
@@ -347,20 +387,46 @@ void Engine::Flush() {
   for (unsigned i = kCodeSlots; i-- > 0;) free_code_slots_.push_back(i);
   std::fill_n(state_.code_pages, kCodeSlots, kNoPage);
   for (auto& table : state_.jumps) std::fill_n(table, kJumpEntries, Go(stubs_.dispatch));
+  std::fill(std::begin(quick_), std::end(quick_), Quick{});
+  single_.clear();
   used_ = (stubs_end_ + 63) & ~size_t{63};
   memory_.Discard(used_);
-  seen_changes_ = ~0ull;
+  std::memset(static_cast<void*>(state_.slots), kSlotClear, sizeof(state_.slots));
 }
 
-// Slots and entered pages mirror the TLB: they go when it drops something.
-void Engine::Sync() {
-  const uint64_t changes = cpu().tlb->changes();
-  if (changes == seen_changes_) return;
-  seen_changes_ = changes;
+// ---- slots and entered pages mirror the TLB
+
+void Engine::DropAll() {
   std::memset(static_cast<void*>(state_.slots), kSlotClear, sizeof(state_.slots));
+  state_.lower_in_supervisor = 0;
   for (const unsigned slot : entered_) state_.code_pages[slot] = kNoPage;
   entered_.clear();
 }
+
+void Engine::DropLowerHalf() {
+  for (const unsigned cls : {Tlb::kUser, Tlb::kSupervisor, Tlb::kNoSmap}) {
+    if (cls == Tlb::kSupervisor && !state_.lower_in_supervisor) continue;
+    std::memset(static_cast<void*>(state_.slots[cls]), kSlotClear, sizeof(state_.slots[cls]));
+  }
+  state_.lower_in_supervisor = 0;
+  std::erase_if(entered_, [this](unsigned slot) {
+    uint64_t& page = state_.code_pages[slot];
+    if (page >> 63 != 0) return false;
+    page = kNoPage;
+    return true;
+  });
+}
+
+void Engine::DropWrites(const uint8_t* host_page) {
+  for (auto& slots : state_.slots) {
+    for (Slot& slot : slots) {
+      if (slot.page + slot.addend == reinterpret_cast<uint64_t>(host_page))
+        std::memset(static_cast<void*>(&slot), kSlotClear, sizeof(slot));
+    }
+  }
+}
+
+void Engine::DropAllWrites() { DropAll(); }
 
 // ---- host exceptions
 

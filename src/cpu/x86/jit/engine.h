@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "base/result.h"
@@ -20,6 +21,7 @@
 #include "cpu/x86/jit/stubs.h"
 #include "cpu/x86/jit/translator.h"
 #include "cpu/x86/jit/unit.h"
+#include "cpu/x86/mmu.h"
 
 namespace kvartz::cpu::x86::jit {
 
@@ -35,12 +37,12 @@ struct Counters {
 };
 
 // Owned by the vCPU's thread.
-class Engine {
+class Engine final : private Tlb::Follower {
  public:
   // Errors: no executable memory.
   static Result<std::unique_ptr<Engine>> Create(State& state, const FeatureSet& features,
                                                 size_t code_bytes);
-  ~Engine();
+  ~Engine() override;
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
@@ -102,17 +104,23 @@ class Engine {
   uint64_t Interpret(Site site);
   uint64_t Dispatch();
   uint64_t Link(uint32_t exit);
-  Block* Locate();  // the unit at Cpu::rip, or null: leave
+  // The unit at Cpu::rip, or null: leave.
+  Block* Locate(Grouping grouping = Grouping::kShared);
+  uint64_t Branched();
   Block* Find(const uint8_t* host, uint16_t mode);
   Block* Translate(const uint8_t* host, uint16_t mode);
   Page* PageOf(const uint8_t* host, uint16_t mode);
   void Kill(Block* block);
   void KillPage(Page* page);
-  void Sync();  // follows what the TLB dropped
+  // ---- Tlb::Follower
+  void DropAll() override;
+  void DropLowerHalf() override;
+  void DropWrites(const uint8_t* host_page) override;
+  void DropAllWrites() override;
   uint16_t Mode() const;
   Block* BlockAt(const uint8_t* run);
   static uint64_t Key(const uint8_t* host, uint16_t mode) {
-    return reinterpret_cast<uint64_t>(host) * 64 + mode;
+    return reinterpret_cast<uint64_t>(host) * 128 + mode;
   }
 
   State& state_;
@@ -124,13 +132,19 @@ class Engine {
   std::vector<std::unique_ptr<Block>> dead_;
   std::unordered_map<uint64_t, std::unique_ptr<Page>> pages_;
   std::map<const uint8_t*, Block*> by_code_;  // first byte, as it runs
-  std::unordered_map<uint64_t, bool> single_;  // blocks whose accesses are checked one by one
+  std::unordered_set<uint64_t> single_;  // blocks whose accesses are checked one by one
   std::vector<Exit> exits_;
   std::vector<unsigned> entered_;  // code_pages in use
   std::vector<unsigned> free_code_slots_;
   uint16_t jump_modes_[kClassCount] = {};
   unsigned next_slot_[kClassCount] = {};
-  uint64_t seen_changes_ = ~0ull;
+  uint64_t seen_changes_ = 0;  // of the TLB, when a unit was entered last
+  uint16_t running_mode_ = 0;
+  struct Quick {
+    uint64_t key;
+    Block* block;
+  } quick_[4096] = {};  // of blocks_
+  Quick& QuickAt(uint64_t key) { return quick_[(key >> 7 ^ key >> 19) % 4096]; }
   Unit unit_;
   Counters counters_;
 };

@@ -46,6 +46,10 @@ Form FormOf(const Row& row) {
     const VectorPlan& plan = VectorPlan::Of(row);
     return plan.x87 || plan.mmx ? Form::kInterpret : Form::kCopy;
   }
+  if (name == "CLI") return Form::kClearInterrupts;
+  if (name == "STI") return Form::kSetInterrupts;
+  if (name == "PUSHF") return Form::kPushFlags;
+  if (name == "MOV" && row.operands[1].kind == OperandKind::kSreg) return Form::kMoveFromSegment;
   if ((row.attributes & kSystem) != 0) return Form::kInterpret;
   if (HasOperand(row, OperandKind::kMoffs)) return Form::kInterpret;
   if (name == "NOP") return Form::kNothing;

@@ -12,6 +12,10 @@ enum class Form : uint8_t {
   kNothing,    // NOP and its like
   kCopy,       // the same instruction, with registers renamed and memory operands rewritten
   kLea,
+  kMoveFromSegment,  // MOV r, Sreg
+  kClearInterrupts,
+  kSetInterrupts,
+  kPushFlags,
   kPush,
   kPop,
   kLeave,

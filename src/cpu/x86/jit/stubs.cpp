@@ -140,6 +140,7 @@ class StubEmitter {
   }
   void GoTo() {  // RAX
     as_.Store(Gs(offsetof(State, jump_to)), kRegAx);
+    as_.Load(kS0, Gs(offsetof(State, cpu) + offsetof(Cpu, rip)));  // for a checked entry
     LoadFlags();
     LoadGprs();
     as_.JmpMem(Gs(offsetof(State, jump_to)));
@@ -184,7 +185,19 @@ class StubEmitter {
     as_.Lea(kRegDx, {.base = kRegDx, .index = kS0, .disp = -1});
     as_.RegReg(Assembler::k64, 0x81, 4, kRegDx);
     as_.Dword(0xfffff000);
+    as_.RegReg(Assembler::k64, 0x85, kS0, kS0);  // test: which half?
+    uint8_t* upper = as_.Jcc(kCcS, as_.run());
     as_.RegMem(Assembler::k64, 0x0b, kRegDx, {.base = kRegAx, .disp = Tlb::kAsidOffset});
+    static_assert(kSlots == 512 && Tlb::kSupervisor == 1 && kClassCount == 3);
+    as_.RegReg(Assembler::k64, 0xba0f, 4, kS1);  // bt: the supervisor's class?
+    as_.Byte(Site::kSlotShift + 9);
+    uint8_t* others = as_.Jcc(kCcAe, as_.run());
+    as_.StoreByte(Gs(offsetof(State, lower_in_supervisor)), 1);
+    as_.PatchHere(others);
+    uint8_t* tagged = as_.Jmp(as_.run());
+    as_.PatchHere(upper);
+    as_.RegMem(Assembler::k64, 0x0b, kRegDx, {.base = kRegAx, .disp = Tlb::kAsidOffset + 8});
+    as_.PatchHere(tagged);
     as_.RegReg(Assembler::k32, 0xf7, 0, kS1);  // test: a write?
     as_.Dword(1u << Site::kWriteBit);
     uint8_t* write = as_.Jcc(kCcNe, as_.run());
@@ -198,6 +211,8 @@ class StubEmitter {
     as_.RegReg(Assembler::k64, 0x81, 4, kS0);  // the page
     as_.Dword(0xfffff000);
     ShiftRight(kS1, Site::kSlotShift);
+    as_.RegReg(Assembler::k32, 0x81, 4, kS1);
+    as_.Dword(0xfff);
     ShiftLeft(kS1, 4);
     static_assert(sizeof(Slot) == 16);
     as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, page), .gs = true}, kS0);

@@ -17,6 +17,7 @@ HostMem SegmentBase(unsigned segment) {
             offsetof(Segment, base));
 }
 HostMem Requests() { return Gs(offsetof(State, cpu) + offsetof(Cpu, requests)); }
+HostMem Rflags() { return Gs(offsetof(State, cpu) + offsetof(Cpu, rflags)); }
 HostMem PageBase() { return Gs(offsetof(State, page)); }
 
 }  // namespace
@@ -37,11 +38,10 @@ Translation Translator::Run() {
     Instruction(i);
   }
   const UnitInsn& last = unit_[unit_.count() - 1];
-  const bool ended = last.form->form == Form::kCall || last.form->form == Form::kReturn ||
-                     last.form->form == Form::kJump ||
-                     (last.form->form == Form::kInterpret &&
-                      (last.insn.row->attributes & (kBranch | kEndsBlock)) != 0);
-  if (!ended) {
+  const bool branched = last.form->form == Form::kCall || last.form->form == Form::kReturn ||
+                        last.form->form == Form::kJump ||
+                        (last.form->form == Form::kInterpret && last.insn.has(kBranch));
+  if (!branched) {
     if (last.live_after != 0) NeedFlags();
     if (unit_.end_offset() < 4096) {
       LeaveTo(as_.Jmp(as_.run()), unit_.end_offset());
@@ -204,7 +204,9 @@ void Translator::Check(const AccessGroup& group, unsigned at) {
                      .vectors = vectors_checked_,
                      .write = group.write,
                      .span = static_cast<uint16_t>(span),
-                     .slot = group.slot};
+                     .slot = group.slot,
+                     .unit = unit_[0].offset,
+                     .shared = group.shared};
   uint8_t* from = as_.Jcc(kCcA, as_.run());
   cold_.push_back({.kind = Cold::kFill, .from = from, .back = as_.run(), .site = site.Pack(),
                    .offset = 0, .target = nullptr});
@@ -283,6 +285,14 @@ void Translator::Instruction(unsigned i) {
       return Copy(u);
     case Form::kLea:
       return Lea(u);
+    case Form::kMoveFromSegment:
+      return MoveFromSegment(u);
+    case Form::kClearInterrupts:
+      return ClearInterrupts(u);
+    case Form::kSetInterrupts:
+      return SetInterrupts(i);
+    case Form::kPushFlags:
+      return PushFlags(u);
     case Form::kPush:
       return Push(u);
     case Form::kPop:
@@ -303,9 +313,16 @@ void Translator::Instruction(unsigned i) {
 
 void Translator::Interpret(const UnitInsn& u) {
   if (!saved_flags_) SaveFlags();
-  const bool ends = (u.insn.row->attributes & (kBranch | kEndsBlock)) != 0;
+  CallInterpreter(u, vectors_checked_);
+  host_flags_ = false;
+  saved_flags_ = true;
+}
+
+// Flags are in saved_flags, before and after.
+void Translator::CallInterpreter(const UnitInsn& u, bool vectors) {
+  const bool ends = u.insn.has(kBranch);
   // The instruction itself lies in the code, jumped over.
-  as_.MovImm32(kS0, u.offset | (vectors_checked_ && !ends ? 1u << Site::kVectorsBit : 0u));
+  as_.MovImm32(kS0, u.offset | (vectors && !ends ? 1u << Site::kVectorsBit : 0u));
   uint8_t* load = as_.here();
   as_.MovImm64(kS1, 0);
   if (ends) {
@@ -319,8 +336,53 @@ void Translator::Interpret(const UnitInsn& u) {
   as_.Put(&u.insn, sizeof(u.insn));
   std::memcpy(load + 2, &where, 8);
   if (over != nullptr) as_.PatchHere(over);
+}
+
+void Translator::MoveFromSegment(const UnitInsn& u) {
+  const HostReg to = HostOf(u.insn.rm) == kNoReg ? kS1 : HostOf(u.insn.rm);
+  as_.RegMem(Assembler::k32, 0xb70f, to,  // movzx
+             Gs(offsetof(State, cpu) + offsetof(Cpu, seg) + u.insn.reg * sizeof(Segment) +
+                offsetof(Segment, selector)));
+  if (to == kS1) as_.Store(GprAt(u.insn.rm), kS1);
+}
+
+void Translator::ClearInterrupts(const UnitInsn& u) {
+  SpoilFlags(u.live_before);
+  as_.RegMem(Assembler::k64, 0x81, 4, Rflags());  // and
+  as_.Dword(~static_cast<uint32_t>(rflags::kIf));
+}
+
+// The next instruction follows without a look at requests: that is the interrupt shadow, as far as
+// nothing waits.
+void Translator::SetInterrupts(unsigned i) {
+  const UnitInsn& u = unit_[i];
+  if (i + 1 == unit_.count() || unit_[i + 1].label) return Interpret(u);
+  if (!saved_flags_) SaveFlags();
   host_flags_ = false;
-  saved_flags_ = true;
+  as_.CmpByte(Gs(offsetof(State, cpu) + offsetof(Cpu, interrupt_waiting)), 0);
+  uint8_t* from = as_.Jcc(kCcNe, as_.run());
+  as_.RegMem(Assembler::k64, 0x81, 1, Rflags());  // or
+  as_.Dword(static_cast<uint32_t>(rflags::kIf));
+  cold_.push_back({.kind = Cold::kExecute, .from = from, .back = as_.run(), .site = 0, .offset = 0,
+                   .target = nullptr, .insn = &u, .vectors = vectors_checked_});
+}
+
+void Translator::PushFlags(const UnitInsn& u) {
+  NeedFlags();
+  if (u.live_after != 0 && !saved_flags_) SaveFlags();
+  as_.Byte(0x9c);              // pushfq
+  as_.Byte(0x41), as_.Byte(0x58 | (kS1 & 7));
+  host_flags_ = false;
+  const auto status = static_cast<uint32_t>(rflags::kStatus);
+  as_.RegReg(Assembler::k32, 0x81, 4, kS1);  // and
+  as_.Dword(status);
+  as_.Load(kS0, Rflags());
+  as_.RegReg(Assembler::k64, 0x81, 4, kS0);
+  as_.Dword(~(status | static_cast<uint32_t>(rflags::kVm | rflags::kRf)));
+  as_.RegReg(Assembler::k64, 0x0b, kS1, kS0);  // or
+  Mark(u);
+  as_.Store(StackAt(u.stack, kGuestSp, -8), kS1);
+  as_.Lea(kGuestSp, {.base = kGuestSp, .disp = -8});
 }
 
 void Translator::Copy(const UnitInsn& u) {
@@ -540,6 +602,7 @@ void Translator::Pop(const UnitInsn& u) {
   const unsigned reg = u.form->memory_operand >= 0 ? u.insn.rm : u.insn.reg;
   const HostReg to = HostOf(reg) == kNoReg ? kS1 : HostOf(reg);
   as_.Load(to, StackAt(u.stack, kGuestSp, 0));
+  if (reg == kRsp) return;
   if (to == kS1) as_.Store(GprAt(reg), kS1);
   as_.Lea(kGuestSp, {.base = kGuestSp, .disp = 8});
 }
@@ -712,6 +775,10 @@ void Translator::ColdPaths() {
         break;
       case Cold::kVectors:
         as_.Call(context_.stubs->load_vectors);
+        as_.Jmp(cold.back);
+        break;
+      case Cold::kExecute:
+        CallInterpreter(*cold.insn, cold.vectors);
         as_.Jmp(cold.back);
         break;
       case Cold::kPollLoop:

@@ -22,9 +22,12 @@ struct Site {
   bool vectors = false;     // vector registers are in use
   bool write = false;
   uint16_t span = 0, slot = 0;  // slot: index in State::slots, all classes
+  uint16_t unit = 0;            // offset of the unit's first instruction
+  bool shared = false;          // a check for more than one access
   uint64_t Pack() const {
     return offset | uint64_t{count} << 12 | uint64_t{vectors} << kVectorsBit |
-           uint64_t{write} << kWriteBit | uint64_t{span} << kSpanShift | uint64_t{slot} << kSlotShift;
+           uint64_t{write} << kWriteBit | uint64_t{span} << kSpanShift | uint64_t{slot} << kSlotShift | uint64_t{unit} << kUnitShift |
+           uint64_t{shared} << kSharedBit;
   }
   static Site Unpack(uint64_t bits) {
     return {.offset = static_cast<uint16_t>(bits & 0xfff),
@@ -32,9 +35,12 @@ struct Site {
             .vectors = (bits >> kVectorsBit & 1) != 0,
             .write = (bits >> kWriteBit & 1) != 0,
             .span = static_cast<uint16_t>(bits >> kSpanShift & 0xfff),
-            .slot = static_cast<uint16_t>(bits >> kSlotShift)};
+            .slot = static_cast<uint16_t>(bits >> kSlotShift & 0xfff),
+            .unit = static_cast<uint16_t>(bits >> kUnitShift & 0xfff),
+            .shared = (bits >> kSharedBit & 1) != 0};
   }
-  static constexpr unsigned kVectorsBit = 18, kWriteBit = 19, kSpanShift = 20, kSlotShift = 32;
+  static constexpr unsigned kVectorsBit = 18, kWriteBit = 19, kSpanShift = 20, kSlotShift = 32, kUnitShift = 44,
+                            kSharedBit = 56;
 };
 
 // Where an instruction's code begins: for host exceptions, which are the guest's.
@@ -77,12 +83,14 @@ class Translator {
 
  private:
   struct Cold {
-    enum Kind : uint8_t { kFill, kVectors, kPollLoop } kind;
+    enum Kind : uint8_t { kFill, kVectors, kPollLoop, kExecute } kind;
     uint8_t* from;        // distance to patch
     uint8_t* back;        // as it runs
     uint64_t site;
     uint16_t offset;      // kPollLoop: leaves to it
     uint8_t* target;
+    const UnitInsn* insn = nullptr;  // kExecute
+    bool vectors = false;
   };
   struct Fixup {
     uint8_t* distance;
@@ -102,9 +110,14 @@ class Translator {
   void Check(const AccessGroup& group, unsigned at);
   void Instruction(unsigned i);
   void Interpret(const UnitInsn& u);
+  void CallInterpreter(const UnitInsn& u, bool vectors);
   void Copy(const UnitInsn& u);
   void CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg, HostReg rm, HostReg vvvv);
   void Lea(const UnitInsn& u);
+  void MoveFromSegment(const UnitInsn& u);
+  void ClearInterrupts(const UnitInsn& u);
+  void SetInterrupts(unsigned i);
+  void PushFlags(const UnitInsn& u);
   void Push(const UnitInsn& u);
   void Pop(const UnitInsn& u);
   void Leave(const UnitInsn& u);

@@ -9,15 +9,16 @@ namespace {
 constexpr auto kAllFlags = static_cast<uint16_t>(rflags::kStatus);
 constexpr unsigned kPeekInsns = 6;
 
+// Nothing runs on behind it.
 bool Ends(const UnitInsn& u) {
-  if (u.form->form == Form::kInterpret) return (u.insn.row->attributes & (kBranch | kEndsBlock)) != 0;
+  if (u.form->form == Form::kInterpret) return u.insn.has(kBranch);
   return u.form->form == Form::kCall || u.form->form == Form::kReturn ||
          u.form->form == Form::kJump;
 }
 
 uint16_t Tested(const UnitInsn& u) {
   // What the interpreter runs takes all flags with it, and may fault.
-  if (u.form->form == Form::kInterpret) return kAllFlags;
+  if (u.form->form == Form::kInterpret || u.form->form == Form::kPushFlags) return kAllFlags;
   return u.insn.row->flags.tested & kAllFlags;
 }
 uint16_t Killed(const UnitInsn& u) {
@@ -41,21 +42,24 @@ bool HighByteFits(const Insn& insn, const RowForm& form) {
 }
 
 // The row's form, or the interpreter's for the few shapes that it doesn't cover.
-const RowForm* FormFor(const Insn& insn, VectorUse vectors) {
+const RowForm* FormFor(const Insn& insn, UnitMode mode) {
   static const RowForm kInterpreted;
   const RowForm& form = RowForm::Of(*insn.row);
   if (form.form == Form::kInterpret || form.form == Form::kNothing) return &form;
   if ((insn.flags & kHas67) != 0) return &kInterpreted;
-  if (form.vector && !(insn.row->vex ? vectors.avx : vectors.sse)) return &kInterpreted;
+  if (form.vector && !(insn.row->vex ? mode.avx : mode.sse)) return &kInterpreted;
   const bool memory = insn.has_memory();
   switch (form.form) {
     case Form::kPop:
-      if (memory || insn.operand_size != 8 ||
-          (form.memory_operand >= 0 ? insn.rm : insn.reg) == kRsp)
-        return &kInterpreted;
-      return &form;
+      return memory || insn.operand_size != 8 ? &kInterpreted : &form;
+    case Form::kMoveFromSegment:
+      return memory || insn.operand_size < 4 ? &kInterpreted : &form;
+    case Form::kClearInterrupts:
+    case Form::kSetInterrupts:
+      return mode.supervisor ? &form : &kInterpreted;
     case Form::kPush:
     case Form::kLeave:
+    case Form::kPushFlags:
       return insn.operand_size == 8 ? &form : &kInterpreted;
     case Form::kLea:
       return insn.operand_size >= 4 ? &form : &kInterpreted;
@@ -93,10 +97,10 @@ int64_t Unit::TargetInPage(const UnitInsn& u) {
   return target >= 0 && target < 4096 ? target : -1;
 }
 
-bool Unit::Build(const DecodeContext& context, VectorUse vectors, const uint8_t* page,
+bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* page,
                  unsigned offset, Grouping grouping) {
   context_ = context;
-  vector_use_ = vectors;
+  mode_ = mode;
   page_ = page;
   grouping_ = grouping;
   count_ = 0;
@@ -106,7 +110,7 @@ bool Unit::Build(const DecodeContext& context, VectorUse vectors, const uint8_t*
     u = UnitInsn{};
     const size_t room = std::min<size_t>(4096 - offset, 15);
     if (Decode(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
-    u.form = FormFor(u.insn, vector_use_);
+    u.form = FormFor(u.insn, mode_);
     u.offset = static_cast<uint16_t>(offset);
     vectors_ |= u.form->vector && u.form->form == Form::kCopy;
     offset += u.insn.length;
@@ -146,7 +150,7 @@ uint16_t Unit::LiveAt(unsigned offset) const {
   for (unsigned n = 0; n < kPeekInsns && offset < 4096; ++n) {
     const size_t room = std::min<size_t>(4096 - offset, 15);
     if (Decode(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
-    u.form = FormFor(u.insn, vector_use_);
+    u.form = FormFor(u.insn, mode_);
     live |= static_cast<uint16_t>(open & Tested(u));
     open &= static_cast<uint16_t>(~Killed(u));
     if (open == 0 || live == kAllFlags) return live;
@@ -197,7 +201,7 @@ void Unit::Accesses() {
   FreshAll();
   for (unsigned i = 0; i < count_; ++i) {
     UnitInsn& u = insns_[i];
-    if (u.label) {
+    if (u.label || (i > 0 && insns_[i - 1].form->form == Form::kInterpret)) {
       FreshAll();
       first_open_ = group_count_;
     }
@@ -255,6 +259,7 @@ void Unit::Stack(UnitInsn& u) {
   };
   switch (u.form->form) {
     case Form::kPush:
+    case Form::kPushFlags:
     case Form::kCall:
       at(kRsp, -8, true);
       break;
@@ -276,8 +281,11 @@ void Unit::Update(const UnitInsn& u) {
   const RowForm& form = *u.form;
   switch (form.form) {
     case Form::kPush:
+    case Form::kPushFlags:
       now_[kRsp].offset -= 8;
       return;
+    case Form::kMoveFromSegment:
+      return Fresh(insn.rm);
     case Form::kPop:
       now_[kRsp].offset += 8;
       if (!insn.has_memory()) Fresh(form.memory_operand >= 0 ? insn.rm : insn.reg);
@@ -361,6 +369,7 @@ void Unit::Group(MemoryAccess& access, unsigned at) {
       group.low = from;
       group.high = to;
       group.write |= access.write;
+      group.shared = true;
       group.last = static_cast<uint8_t>((group.last & 0x80) | at);
       access.group = static_cast<int8_t>(g);
       return;
@@ -394,7 +403,9 @@ void Unit::PlaceChecks() {
         group.check_at = static_cast<uint8_t>(at);
         break;
       }
-      if (at == 0 || insns_[at].label || group.first - at > 12) break;
+      if (at == 0 || insns_[at].label || insns_[at - 1].form->form == Form::kInterpret ||
+          group.first - at > 12)
+        break;
     }
   }
 }

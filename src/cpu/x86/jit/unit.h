@@ -42,6 +42,7 @@ struct AccessGroup {
   AddressKey key;
   int64_t low = 0, high = 0;
   bool write = false;
+  bool shared = false;  // by more than one
   uint8_t first = 0, last = 0;  // instructions
   uint8_t check_at = 0;         // the check is made before this one
   uint16_t slot = 0;
@@ -63,10 +64,10 @@ struct UnitInsn {
 // Its count is or may be 0: then the flags stay.
 bool KeepsFlags(const UnitInsn& insn);
 
-// Vector instructions that the mode allows; others are left to the interpreter, which raises what is
-// due.
-struct VectorUse {
+// What the mode allows; the rest is left to the interpreter, which raises what is due.
+struct UnitMode {
   bool sse = true, avx = true;
+  bool supervisor = false;  // CPL 0
 };
 
 enum class Grouping : uint8_t { kShared, kSingle };  // kSingle: a check for each access
@@ -75,8 +76,8 @@ class Unit {
  public:
   // Decodes from `offset` of the page at `page`. False if the first instruction can't be translated
   // with a unit (it crosses the page's end, or is undefined).
-  bool Build(const DecodeContext& context, VectorUse vectors, const uint8_t* page,
-             unsigned offset, Grouping grouping);
+  bool Build(const DecodeContext& context, UnitMode mode, const uint8_t* page, unsigned offset,
+             Grouping grouping);
 
   unsigned count() const { return count_; }
   UnitInsn& operator[](unsigned i) { return insns_[i]; }
@@ -106,7 +107,7 @@ class Unit {
   bool CanCheckAt(const AccessGroup& group, unsigned at) const;
 
   DecodeContext context_;
-  VectorUse vector_use_;
+  UnitMode mode_;
   const uint8_t* page_ = nullptr;
   Grouping grouping_ = Grouping::kShared;
   unsigned count_ = 0, end_ = 0, group_count_ = 0, first_open_ = 0;

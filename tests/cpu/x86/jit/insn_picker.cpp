@@ -270,6 +270,7 @@ bool InsnPicker::Address16(EncodedInsn* e, Item* item) {
 
 // Gives the instruction another memory operand than the random one, mostly.
 bool InsnPicker::Address(EncodedInsn* e, Item* item) {
+  if (immediate_at_ > e->code.size()) return false;
   if (e->insn.has(kVsib)) return AddressVsib(e, item);
   if (e->insn.address_size != layout_.width && !layout_.is64()) return false;
   if (Chance(1)) return true;
@@ -348,7 +349,7 @@ bool InsnPicker::TryRow(const Row& row, Item* item, bool stack) {
   if (layout_.is64() ? row.attributes & kNo64 : row.attributes & kOnly64) return false;
   EncodedInsn e;
   if (!Encode(row, context_, &e) || e.undefined_encoding) return false;
-  if (e.insn.row != &row && WhyLeftOut(*e.insn.row)) return false;
+  if (e.insn.row != &row) return false;
   Item next = *item;
   const uint32_t good = good_, aligned = aligned_;
   rip_target_ = -1;
@@ -381,6 +382,7 @@ bool InsnPicker::TryRow(const Row& row, Item* item, bool stack) {
 }
 
 void InsnPicker::Pick(Item* item, Kind kind, bool stack) {
+  if (item->undefined != 0) kind = Kind::kAny;
   for (;;) {
     const uint64_t choice = Below(1000);
     const std::vector<const Row*>& rows = kind == Kind::kFlagReader ? flag_readers_

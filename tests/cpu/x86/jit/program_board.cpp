@@ -8,7 +8,7 @@
 namespace kvartz::cpu::x86::programs {
 namespace {
 
-constexpr uint64_t kLowBytes = 0x15000;
+constexpr uint64_t kLowBytes = 0x15000;  // tables and stubs
 constexpr uint64_t kUserPage = 7, kSupervisor = 3, kReadOnly = 5;
 constexpr uint64_t kNoMemory = 0x8000000;  // physical: behind the RAM
 // Pushed by these vectors (SDM vol. 3 table 6-1).
@@ -40,7 +40,9 @@ ProgramBoard::ProgramBoard(Shape shape, const SoftOptions& soft)
   EXPECT_TRUE(guest_.board.vcpu().SetState(state));
   if (layout_.paged) page_table_.assign(guest_.at(guest_.pte_address(0)),
                                         guest_.at(guest_.pte_address(0)) + kPage);
-  low_memory_.assign(guest_.at(0), guest_.at(kLowBytes));
+  // Without paging all of it can be written.
+  if (!layout_.paged)
+    low_memory_.assign(guest_.at(0), guest_.at(layout_.is16() ? kLowBytes : LastByte() + 1));
 }
 
 void ProgramBoard::MapArea(uint64_t linear, uint64_t pages, uint64_t flags, bool aliased) {
@@ -102,6 +104,7 @@ void ProgramBoard::Put(uint64_t physical, std::span<const uint8_t> bytes) {
 void ProgramBoard::LoadMemory(const Program& program, const Image& image,
                               std::span<const uint8_t> data) {
   const uint64_t offset = layout_.physical_offset;
+  if (!layout_.paged) Put(0, low_memory_);
   Put(layout_.code + offset, image.code);
   const uint64_t at = layout_.data + offset;
   Put(at, data.subspan(0, kCountersAt));
@@ -113,8 +116,6 @@ void ProgramBoard::LoadMemory(const Program& program, const Image& image,
     if (program.code_writable) {
       MapArea(layout_.code, kCodePages, kUserPage, !layout_.is16());
     }
-  } else if (std::memcmp(guest_.at(0), low_memory_.data(), kLowBytes) != 0) {
-    Put(0, low_memory_);
   }
 }
 
@@ -137,6 +138,8 @@ void ProgramBoard::LoadCpu(const Program& program, uint64_t entry) {
     if (i == kFs) s.base += kFsBase;
     if (i == kGs) s.base += kGsBase;
     if (!layout_.is64()) s.base = static_cast<uint32_t>(s.base);
+    // Without paging, nothing that isn't put back can be reached.
+    if (!layout_.paged) s.limit = static_cast<uint32_t>(LastByte() - s.base);
     if (layout_.mode == Mode::kReal16) s.selector = static_cast<uint16_t>(s.base >> 4);
   }
   Segment& code = cpu.seg[kCs];

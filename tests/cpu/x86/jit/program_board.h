@@ -47,12 +47,16 @@ class ProgramBoard {
   End Finish();
   void ReadFrame(End* end);
   void TranslateStack(uint64_t* address) const;
+  // The linear address of the last byte that is put back between programs.
+  uint64_t LastByte() const {
+    return (layout_.is16() ? layout_.data + kDataBytes : layout_.stack + kStackBytes) - 1;
+  }
 
   const Layout layout_;
   GuestCase guest_;
   GuestMemory memory_;
   std::vector<uint8_t> page_table_;  // as it is at a program's start
-  std::vector<uint8_t> low_memory_;  // tables and stubs
+  std::vector<uint8_t> low_memory_;  // without paging: tables and stubs, and what lies between
   std::vector<uint8_t> stack_;
   bool code_writable_ = false;
   unsigned cpl_ = 0;

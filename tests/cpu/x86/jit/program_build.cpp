@@ -17,7 +17,8 @@ void ProgramGenerator::Start(uint64_t seed, Shape shape, unsigned cpl) {
   program_.code_writable = Chance(30);
   program_.high_half = layout.is64() && Chance(15);
   program_.interrupted = Chance(10);
-  if (!layout.is64() && Chance(25)) program_.segment_shift = (1 + Below(2)) * kPage;
+  if (!layout.is64() && layout.paged && Chance(25))
+    program_.segment_shift = (layout.is16() ? 1 : 1 + Below(2)) * kPage;
   if (Chance(4)) program_.cr0_bits |= cr0::kTs;
   if (Chance(5)) program_.cr0_bits |= cr0::kAm;
   program_.data_seed = seed / 16;

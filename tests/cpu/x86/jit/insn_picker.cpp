@@ -294,7 +294,10 @@ bool InsnPicker::Address(EncodedInsn* e, Item* item) {
     Append32(&head, 0);
   } else if (form < 28) {
     if (!SetRexBits(&head, e->insn, 0, 0)) return false;
-    put(0x44 | reg), put(0x24), put(Below(grain > 1 ? 2 : 100) * grain);
+    put(0x44 | reg), put(0x24);
+    // In a function not at its return address.
+    put(static_cast<unsigned>(stack_ && grain == 1 ? Below(128) : 64 + Below(48)) &
+        ~((grain > 1 ? 32u : 1u) - 1));
   } else {
     const bool high = layout_.is64() && ((e->insn.flags & kHasVex) ? head[modrm_at_ - 3] != 0xc5
                                                                    : e->insn.rex != 0);
@@ -382,6 +385,7 @@ bool InsnPicker::TryRow(const Row& row, Item* item, bool stack) {
 }
 
 void InsnPicker::Pick(Item* item, Kind kind, bool stack) {
+  stack_ = stack;
   if (item->undefined != 0) kind = Kind::kAny;
   for (;;) {
     const uint64_t choice = Below(1000);

@@ -69,7 +69,7 @@ void ProgramGenerator::AddItem(Section* section, bool function) {
     Chance(40) ? Patchable(&item) : Patch(&item, *section);
   } else if (kind < 97 && edits) {
     EditMapping(&item);
-  } else if (kind < 98 && !layout().is16() && program_.segment_shift == 0) {
+  } else if (kind < 98 && layout().paged && !layout().is16() && program_.segment_shift == 0) {
     LoadSegment(&item);
   } else {
     Plain(&item, function);

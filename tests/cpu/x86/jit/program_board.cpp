@@ -150,6 +150,7 @@ void ProgramBoard::LoadCpu(const Program& program, uint64_t entry) {
     code.attributes ^= Segment::kL | Segment::kDb;
     code.selector = program.cpl == 3 ? kUserCode64 : kCode64;
   }
+  if (!layout_.paged && layout_.is16()) code.limit = kCodeBytes - 1;  // may be written there
   if (layout_.mode == Mode::kReal16) code.selector = static_cast<uint16_t>(code.base >> 4);
   cpu.ldtr = initial.ldtr;
   cpu.tr = initial.tr;

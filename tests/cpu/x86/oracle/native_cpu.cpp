@@ -189,6 +189,15 @@ void NativeCpu::SetData(const uint8_t* bytes) {
   }
 }
 
+bool NativeCpu::Has32() {
+  static constexpr uint8_t kNop[] = {0x90};
+  SetCode(kCode, kNop);
+  Registers registers;
+  registers.rip = kCode;
+  registers.gpr[kRsp] = kData + 0x800;
+  return Run(registers, Mode::k32).fault == kNoFault;
+}
+
 Outcome NativeCpu::Run(const Registers& registers, Mode mode) {
   std::memcpy(context.gpr, registers.gpr.data(), sizeof(context.gpr));
   context.frame[0] = registers.rip;

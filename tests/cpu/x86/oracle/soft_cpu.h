@@ -10,11 +10,19 @@
 
 namespace kvartz::cpu::x86::oracle {
 
-class SoftCpu {
+// What runs cases beside the host.
+class CaseRunner {
+ public:
+  virtual ~CaseRunner() = default;
+  virtual uint8_t* data() = 0;
+  virtual Outcome Run(const Case& test) = 0;
+};
+
+class SoftCpu final : public CaseRunner {
  public:
   SoftCpu();
-  uint8_t* data() { return ram_->host() + kDataPhysical; }
-  Outcome Run(const Case& test);
+  uint8_t* data() override { return ram_->host() + kDataPhysical; }
+  Outcome Run(const Case& test) override;
 
  private:
   static constexpr uint64_t kTables = 0x10000, kCodePhysical = 0x100000, kDataPhysical = 0x200000;

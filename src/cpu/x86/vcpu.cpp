@@ -323,13 +323,14 @@ SoftVcpu::Next SoftVcpu::HandleWorld(uint32_t requests) {
     ClearRequest(cpu, request::kSipi);
     HandleStartup();
   }
-  if (requests & request::kNmi) {
-    ClearRequest(cpu, request::kNmi);
-    cpu.events.nmi_pending = true;
-  }
+  // Before events are taken notice of: what stays a request is looked at by the next Run.
   if (requests & request::kKick) {
     ClearRequest(cpu, request::kKick);
     return Next::kLeave;
+  }
+  if (requests & request::kNmi) {
+    ClearRequest(cpu, request::kNmi);
+    cpu.events.nmi_pending = true;
   }
   return Next::kGo;
 }
@@ -337,7 +338,10 @@ SoftVcpu::Next SoftVcpu::HandleWorld(uint32_t requests) {
 // Between two instructions, in order of priority (SDM vol. 3 6.9): traps, NMI, interrupts.
 SoftVcpu::Next SoftVcpu::HandleEvents(uint32_t requests) {
   PendingEvents& events = cpu.events;
-  if (events.interrupt_shadow) return Next::kGo;
+  if (events.interrupt_shadow) {
+    if (events.nmi_pending) SetRequest(cpu, request::kNmi);  // look again after the shadow
+    return Next::kGo;
+  }
   if (requests & request::kDebugTrap) {
     ClearRequest(cpu, request::kDebugTrap);
     uint64_t bits = cpu.pending_dr6;

@@ -43,6 +43,29 @@ TEST(Engine, NoExecutableMemoryIsAnError) {
       testing::ExitedWithCode(0), "executable memory.*Too many open files");
 }
 
+GUEST_CODE(eng_nmi, "mov $1000000, %ecx; 1: dec %ecx; jnz 1b; out %al, $0xf4")
+
+// An NMI is taken at once although something else is asked of the CPU at the same time.
+TEST(Engine, NmiWithAKick) {
+  GuestCase guest(Mode::kLong64);
+  guest.Load(CODE_OF(eng_nmi));
+  ASSERT_TRUE(guest.board.vcpu().SetState(guest.initial));
+  __atomic_store_n(&guest.board.cpu().requests, request::kKick | request::kNmi, __ATOMIC_SEQ_CST);
+  EXPECT_EQ(guest.Continue().vector, kNMI);
+}
+
+TEST(Engine, NmiInAnInterruptShadow) {
+  GuestCase guest(Mode::kLong64);
+  guest.Load(CODE_OF(eng_nmi));
+  guest.initial.events.interrupt_shadow = 1;
+  ASSERT_TRUE(guest.board.vcpu().SetState(guest.initial));
+  __atomic_store_n(&guest.board.cpu().requests, request::kShadow | request::kNmi,
+                   __ATOMIC_SEQ_CST);
+  Outcome end = guest.Continue();
+  EXPECT_EQ(end.vector, kNMI);
+  EXPECT_EQ(end.rip, kCode + 5);  // behind the one instruction that the shadow covers
+}
+
 TEST(Engine, KickEndsRun) {
   for (auto code : {CODE_OF(eng_spin), CODE_OF(eng_sleep)}) {
     GuestCase guest(Mode::kLong64);

@@ -71,9 +71,10 @@ class JitTest : public testing::Test {
     return *board;
   }
 
-  End Run(ProgramBoard& board, const Program& program, const Image& image, int64_t limit_ns) {
+  End Run(ProgramBoard& board, const Program& program, const Image& image, int64_t limit_ns,
+          ProgramBoard::Interruptions interruptions) {
     watchdog_.Begin(&board.board(), limit_ns);
-    const End end = board.Run(program, image, data_);
+    const End end = board.Run(program, image, data_, interruptions);
     watchdog_.End();
     return end;
   }
@@ -84,12 +85,12 @@ class JitTest : public testing::Test {
     FillData(program.data_seed);
     ProgramBoard& interpreter = Board(program.shape, false);
     ProgramBoard& jit = Board(program.shape, true);
-    const End expected = Run(interpreter, program, *image, kLimitNs);
+    const End expected = Run(interpreter, program, *image, kLimitNs, ProgramBoard::Interruptions::kNone);
     ++ends_[expected.triple_fault ? 257 : expected.stopped ? 258 : expected.vector + 1];
     if (expected.stopped) return "";
     std::string text;
     for (unsigned run = 0; run < kRuns && text.empty(); ++run) {
-      const End end = Run(jit, program, *image, 20 * kLimitNs);
+      const End end = Run(jit, program, *image, 20 * kLimitNs, ProgramBoard::Interruptions::kSome);
       text = Compare(*image, interpreter, expected, jit, end);
       if (!text.empty()) text = "in run " + std::to_string(run) + "\n" + text;
     }

@@ -3,10 +3,45 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/sync.h"
 #include "cpu/x86/segment.h"
 
 namespace kvartz::cpu::x86::programs {
 namespace {
+
+// #PF: the demand page becomes present, at either of its addresses, and the program goes on. What
+// else faults ends it, in vector 14's stub.
+GUEST_CODE(programs_demand64, R"(.code64
+  push %rax
+  mov %cr2, %rax
+  shr $12, %rax
+  and $0x1ff, %eax
+  cmp $0x12a, %eax
+  je 1f
+  cmp $0x18a, %eax
+  je 1f
+0: pop %rax
+  push $0x5070
+  ret
+1: testb $1, 8(%rsp)
+  jnz 0b
+  movl $0x52a007, 0x1f0000(,%rax,8)
+  pop %rax
+  add $8, %rsp
+  iretq)")
+// The same for 32-bit programs in user mode: those at CPL 0 would find the frames on their stack.
+#define DEMAND32(store)                                                              \
+  ".code32; push %eax; mov %cr2, %eax; shr $12, %eax; cmp $0x12a, %eax; je 1f;"       \
+  "cmp $0x18a, %eax; je 1f; 0: pop %eax; push $0x5070; ret;"                          \
+  "1: testb $3, 12(%esp); jz 0b; testb $1, 4(%esp); jnz 0b; movl $0x52a007, " store ";" \
+  "pop %eax; add $4, %esp; iret"
+GUEST_CODE(programs_demand_pae, DEMAND32("%ss:0x1f0000(,%eax,8)"))
+GUEST_CODE(programs_demand32, DEMAND32("%ss:0x1f0000(,%eax,4)"))
+#undef DEMAND32
+// NMI: counted, nothing else changes.
+GUEST_CODE(programs_nmi64, ".code64\n lock incl 0x6100\n iretq")
+GUEST_CODE(programs_nmi32, ".code32\n lock incl %ss:0x6100\n iret")
+constexpr uint64_t kDemandHandler = 0x5800, kNmiHandler = 0x5900, kNmiStack = 0x6400;
 
 constexpr uint64_t kLowBytes = 0x15000;  // tables and stubs
 constexpr uint64_t kUserPage = 7, kSupervisor = 3, kReadOnly = 5;
@@ -32,6 +67,7 @@ ProgramBoard::ProgramBoard(Shape shape, const SoftOptions& soft)
                    GuestCase::Stub(v), guest_.IsLong() ? 1 : 0);
   }
   if (layout_.paged) MapPages();
+  if (layout_.paged && !layout_.is16()) SetHandlers();
   X86State& state = guest_.initial;
   state.cr0 |= cr0::kNe | cr0::kMp | (layout_.paged ? cr0::kWp : 0);
   state.cr4 |= cr4::kOsfxsr | cr4::kOsxmmexcpt | cr4::kOsxsave;
@@ -42,7 +78,51 @@ ProgramBoard::ProgramBoard(Shape shape, const SoftOptions& soft)
                                         guest_.at(guest_.pte_address(0)) + kPage);
   // Without paging all of it can be written.
   if (!layout_.paged)
-    low_memory_.assign(guest_.at(0), guest_.at(layout_.is16() ? kLowBytes : LastByte() + 1));
+    low_memory_.assign(guest_.at(0), guest_.at(layout_.is16() ? layout_.code + 0x10000 : LastByte() + 1));
+}
+
+void ProgramBoard::SetHandlers() {
+  const bool is_long = guest_.IsLong();
+  const uint16_t code = is_long ? kCode64 : kCode32;
+  guest_.Load(is_long                       ? CODE_OF(programs_demand64)
+              : layout_.mode == Mode::kPae32 ? CODE_OF(programs_demand_pae)
+                                             : CODE_OF(programs_demand32),
+              kDemandHandler);
+  guest_.SetGate(kPF, 0xe, 0, code, kDemandHandler, is_long ? 1 : 0);
+  guest_.Load(is_long ? CODE_OF(programs_nmi64) : CODE_OF(programs_nmi32), kNmiHandler);
+  guest_.SetGate(kNMI, 0xe, 0, code, kNmiHandler, is_long ? 2 : 0);
+  if (is_long) guest_.Put<uint64_t>(kTssAt + 44, kNmiStack);  // IST 2
+}
+
+bool ProgramBoard::Interruptible(const Program& program) const {
+  return guest_.IsLong() || (layout_.paged && !layout_.is16() && program.cpl == 3);
+}
+
+// Runs on while another thread interrupts and kicks, until the program has ended and no interrupt
+// is under way.
+int ProgramBoard::RunInterrupted(uint64_t seed) {
+  std::atomic<bool> ended{false};
+  int code;
+  {
+    Thread pest("pest", [&] {
+      oracle::InsnEncoder random(seed);
+      while (!ended) {
+        for (uint64_t spin = random.Below(2000); spin > 0 && !ended; --spin) {
+          asm volatile("pause");
+        }
+        random.Chance(80) ? guest_.board.vcpu().Nmi() : guest_.board.vcpu().Kick();
+      }
+    });
+    code = guest_.board.Run();
+    ended = true;
+  }
+  const Cpu& cpu = guest_.board.cpu();
+  const auto under_way = [&] {
+    return cpu.events.nmi_pending || cpu.events.nmi_masked ||
+           (__atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & request::kNmi) != 0;
+  };
+  while (code != -1 && under_way()) code = guest_.board.Run();
+  return code;
 }
 
 void ProgramBoard::MapArea(uint64_t linear, uint64_t pages, uint64_t flags, bool aliased) {
@@ -58,7 +138,7 @@ void ProgramBoard::MapPages() {
   for (uint64_t page = 0; page < 0x200; ++page) {
     const bool stack = page == (kInnerStack >> 12);
     const bool table = page < (kLowBytes >> 12);
-    guest_.SetPte(page << 12, table ? page << 12 | (stack ? 3 : 1) : 0);
+    guest_.SetPte(page << 12, table ? page << 12 | (stack ? 0x63 : 0x61) : 0);
   }
   guest_.SetPte(kPageTableLinear,
                 (guest_.pte_address(0) & ~uint64_t{0xfff}) | kSupervisor);
@@ -150,7 +230,6 @@ void ProgramBoard::LoadCpu(const Program& program, uint64_t entry) {
     code.attributes ^= Segment::kL | Segment::kDb;
     code.selector = program.cpl == 3 ? kUserCode64 : kCode64;
   }
-  if (!layout_.paged && layout_.is16()) code.limit = kCodeBytes - 1;  // may be written there
   if (layout_.mode == Mode::kReal16) code.selector = static_cast<uint16_t>(code.base >> 4);
   cpu.ldtr = initial.ldtr;
   cpu.tr = initial.tr;
@@ -220,14 +299,17 @@ End ProgramBoard::Finish() {
   return end;
 }
 
-End ProgramBoard::Run(const Program& program, const Image& image, std::span<const uint8_t> data) {
+End ProgramBoard::Run(const Program& program, const Image& image, std::span<const uint8_t> data,
+                      Interruptions interruptions) {
   cpl_ = program.cpl;
   LoadMemory(program, image, data);
   const uint64_t high = program.high_half ? kHighHalf : 0;
   LoadCpu(program, (layout_.code - layout_.code_base + image.lines.front().offset) | high);
   BareBoard& board = guest_.board;
   board.triple_faults = 0;
-  const int code = board.Run();
+  const bool interrupted =
+      interruptions == Interruptions::kSome && program.interrupted && Interruptible(program);
+  const int code = interrupted ? RunInterrupted(program.seed) : board.Run();
   End end = Finish();
   end.triple_fault = board.triple_faults > 0;
   end.stopped = code == -1 && !end.triple_fault;

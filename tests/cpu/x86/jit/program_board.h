@@ -8,6 +8,7 @@
 
 #include "cpu/x86/guest_case.h"
 #include "cpu/x86/jit/program.h"
+#include "cpu/x86/oracle/insn_encoder.h"
 #include "memory/guest_memory.h"
 
 namespace kvartz::cpu::x86::programs {
@@ -26,8 +27,11 @@ class ProgramBoard {
  public:
   ProgramBoard(Shape shape, const SoftOptions& soft);
 
-  // Runs the program from its start. `data`: all data pages' contents.
-  End Run(const Program& program, const Image& image, std::span<const uint8_t> data);
+  enum class Interruptions { kNone, kSome };
+  // Runs the program from its start. `data`: all data pages' contents. kSome: with NMIs and kicks
+  // from another thread, if the program is one that is to be interrupted.
+  End Run(const Program& program, const Image& image, std::span<const uint8_t> data,
+          Interruptions interruptions);
   const Cpu& cpu() { return guest_.board.cpu(); }
   BareBoard& board() { return guest_.board; }
   // The memory that programs reach: code, data, stack, last-level page table.
@@ -40,6 +44,9 @@ class ProgramBoard {
 
  private:
   void MapPages();
+  void SetHandlers();
+  bool Interruptible(const Program& program) const;
+  int RunInterrupted(uint64_t seed);
   void MapArea(uint64_t linear, uint64_t pages, uint64_t flags, bool aliased);
   void Put(uint64_t physical, std::span<const uint8_t> bytes);
   void LoadMemory(const Program& program, const Image& image, std::span<const uint8_t> data);

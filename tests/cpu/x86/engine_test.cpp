@@ -59,8 +59,7 @@ TEST(Engine, NmiInAnInterruptShadow) {
   guest.Load(CODE_OF(eng_nmi));
   guest.initial.events.interrupt_shadow = 1;
   ASSERT_TRUE(guest.board.vcpu().SetState(guest.initial));
-  __atomic_store_n(&guest.board.cpu().requests, request::kShadow | request::kNmi,
-                   __ATOMIC_SEQ_CST);
+  __atomic_store_n(&guest.board.cpu().requests, request::kShadow | request::kNmi, __ATOMIC_SEQ_CST);
   Outcome end = guest.Continue();
   EXPECT_EQ(end.vector, kNMI);
   EXPECT_EQ(end.rip, kCode + 5);  // behind the one instruction that the shadow covers

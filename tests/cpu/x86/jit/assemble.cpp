@@ -109,7 +109,8 @@ class Assembler {
       if (fixup.end != 0) {
         value -= static_cast<uint64_t>(at - image->code.data()) + fixup.end;
         // Out of reach: to the next instruction, which the item allows for.
-        if (fixup.size == 1 && static_cast<uint64_t>(static_cast<int8_t>(value)) != value) value = 0;
+        if (fixup.size == 1 && static_cast<uint64_t>(static_cast<int8_t>(value)) != value)
+          value = 0;
       } else {
         value += base;
       }

@@ -124,13 +124,12 @@ std::string Compare(const Image& image, ProgramBoard& first, const End& first_en
 }
 
 std::string Describe(const Program& program) {
-  static const char* const kShapes[] = {"64", "compat32", "pae32", "paged32",
-                                        "flat32", "paged16", "real16"};
-  return fmt::format("seed {} shape {} cpl {}{}{}{}", program.seed,
-                     kShapes[static_cast<unsigned>(program.shape)], program.cpl,
-                     program.code_writable ? ", code writable" : "",
-                     program.high_half ? ", high half" : "",
-                     program.interrupted ? ", interrupted" : "");
+  static const char* const kShapes[] = {"64",     "compat32", "pae32", "paged32",
+                                        "flat32", "paged16",  "real16"};
+  return fmt::format(
+      "seed {} shape {} cpl {}{}{}{}", program.seed, kShapes[static_cast<unsigned>(program.shape)],
+      program.cpl, program.code_writable ? ", code writable" : "",
+      program.high_half ? ", high half" : "", program.interrupted ? ", interrupted" : "");
 }
 
 std::string Disassemble(const Program& program, const Image& image) {

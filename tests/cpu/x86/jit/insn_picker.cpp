@@ -80,8 +80,8 @@ const char* WhyLeftOut(const Row& row) {
   if (Is(row, {"POPF", "POPA", "ENTER", "LEAVE"})) return "made in pairs";
   if (Is(row, {"LDS", "LES", "LFS", "LGS", "LSS", "POP"}) && (row.attributes & kSystem))
     return "segment registers";
-  if (row.operand_count > 0 && (row.operands[0].kind == OperandKind::kSreg ||
-                                row.operands[0].kind == OperandKind::kFar))
+  if (row.operand_count > 0 &&
+      (row.operands[0].kind == OperandKind::kSreg || row.operands[0].kind == OperandKind::kFar))
     return "segment registers";
   if (Is(row, {"IN", "OUT", "INS", "OUTS"})) return "ports";
   if (Is(row, {"VMCALL", "WRFSBASE", "WRGSBASE", "MOVDIR64B"})) return "leads nowhere";
@@ -95,8 +95,8 @@ InsnPicker::InsnPicker(uint64_t seed, const FeatureSet& features)
     if ((row.attributes & kPrivileged) && !(row.attributes & kBranch)) privileged_.push_back(&row);
     if (WhyLeftOut(row)) continue;
     if (row.flags.tested & rflags::kStatus || Is(row, {"PUSHF"})) flag_readers_.push_back(&row);
-    const bool x87 = !row.vex && row.map == OpcodeMap::kPrimary && row.opcode >= 0xd8 &&
-                     row.opcode <= 0xdf;
+    const bool x87 =
+        !row.vex && row.map == OpcodeMap::kPrimary && row.opcode >= 0xd8 && row.opcode <= 0xdf;
     (x87 ? x87_ : row.attributes & kNative ? vector_ : integer_).push_back(&row);
   }
 }
@@ -126,10 +126,22 @@ uint64_t InsnPicker::Target(unsigned grain) {
   } else if (kind < 85) {
     at = Below(3 * kPage);
   } else {
-    static constexpr unsigned kPages[] = {0, 0, 0, 1, 1, 1, 2, 2,
-                                          kReadOnlyPage - 1, kReadOnlyPage, kSupervisorPage - 1,
-                                          kAbsentPage - 1, kDemandPage - 1, kDemandPage,
-                                          kNoMemoryPage - 1, kNoMemoryPage};
+    static constexpr unsigned kPages[] = {0,
+                                          0,
+                                          0,
+                                          1,
+                                          1,
+                                          1,
+                                          2,
+                                          2,
+                                          kReadOnlyPage - 1,
+                                          kReadOnlyPage,
+                                          kSupervisorPage - 1,
+                                          kAbsentPage - 1,
+                                          kDemandPage - 1,
+                                          kDemandPage,
+                                          kNoMemoryPage - 1,
+                                          kNoMemoryPage};
     at = (kPages[Below(std::size(kPages))] + 1) * kPage - Below(80);
   }
   return at & ~uint64_t{grain - 1};
@@ -235,8 +247,12 @@ bool InsnPicker::AddressVsib(EncodedInsn* e, Item* item) {
                                   e->code.end());
   if (layout_.is16() || !SetRexBits(&head, e->insn, index, base)) return false;
   // VPMOVZXBQ index, [rSP + small]: elements that stay small in either width.
-  const uint8_t widen[] = {0xc4, static_cast<uint8_t>(index < 8 ? 0xe2 : 0x62), 0x7d, 0x32,
-                           static_cast<uint8_t>(0x44 | (index & 7) << 3), 0x24,
+  const uint8_t widen[] = {0xc4,
+                           static_cast<uint8_t>(index < 8 ? 0xe2 : 0x62),
+                           0x7d,
+                           0x32,
+                           static_cast<uint8_t>(0x44 | (index & 7) << 3),
+                           0x24,
                            static_cast<uint8_t>(Below(64))};
   if (Chance(90)) item->code.insert(item->code.end(), std::begin(widen), std::end(widen));
   head.push_back(static_cast<uint8_t>(0x44 | (e->code[modrm_at_] & 0x38)));
@@ -299,8 +315,8 @@ bool InsnPicker::Address(EncodedInsn* e, Item* item) {
     put(static_cast<unsigned>(stack_ && grain == 1 ? Below(128) : 64 + Below(48)) &
         ~((grain > 1 ? 32u : 1u) - 1));
   } else {
-    const bool high = layout_.is64() && ((e->insn.flags & kHasVex) ? head[modrm_at_ - 3] != 0xc5
-                                                                   : e->insn.rex != 0);
+    const bool high = layout_.is64() &&
+                      ((e->insn.flags & kHasVex) ? head[modrm_at_ - 3] != 0xc5 : e->insn.rex != 0);
     const unsigned base = Pointer(item, grain, high);
     unsigned index = 4;
     if (form < 45 && grain == 1) {
@@ -340,8 +356,8 @@ bool InsnPicker::Append(const EncodedInsn& e, Item* item) {
     fixup.end = static_cast<uint8_t>(next.code.size());
     fixup.at = static_cast<uint8_t>(at + (fs_or_gs ? 1 : 0) + modrm_at_ + 1);
     fixup.size = 4;
-    fixup.addend = static_cast<int64_t>(layout_.data) + rip_target_ -
-                   static_cast<int64_t>(layout_.code);
+    fixup.addend =
+        static_cast<int64_t>(layout_.data) + rip_target_ - static_cast<int64_t>(layout_.code);
     next.fixups.push_back(fixup);
   }
   *item = next;
@@ -389,12 +405,11 @@ void InsnPicker::Pick(Item* item, Kind kind, bool stack) {
   if (item->undefined != 0) kind = Kind::kAny;
   for (;;) {
     const uint64_t choice = Below(1000);
-    const std::vector<const Row*>& rows = kind == Kind::kFlagReader ? flag_readers_
-                                          : choice < 2 && context_.cpl == 3
-                                              ? privileged_
-                                          : choice < 650 ? integer_
-                                          : choice < 880 ? vector_
-                                                         : x87_;
+    const std::vector<const Row*>& rows = kind == Kind::kFlagReader         ? flag_readers_
+                                          : choice < 2 && context_.cpl == 3 ? privileged_
+                                          : choice < 650                    ? integer_
+                                          : choice < 880                    ? vector_
+                                                                            : x87_;
     if (TryRow(*rows[Below(rows.size())], item, stack)) return;
   }
 }

@@ -58,7 +58,7 @@ class InsnPicker : public oracle::InsnEncoder {
   Layout layout_ = LayoutOf(Shape::k64);
   uint64_t segment_shift_ = 0;
   bool high_pointers_ = false;
-  uint32_t pointers_ = 0;           // registers that are meant to hold pointers
+  uint32_t pointers_ = 0;            // registers that are meant to hold pointers
   uint32_t good_ = 0, aligned_ = 0;  // those that do; to 64 bytes
   std::vector<const Row*> integer_, vector_, x87_, flag_readers_, privileged_;
   bool stack_ = false;   // the instruction under way may reach what lies on top of the stack

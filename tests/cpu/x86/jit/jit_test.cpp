@@ -85,7 +85,8 @@ class JitTest : public testing::Test {
     FillData(program.data_seed);
     ProgramBoard& interpreter = Board(program.shape, false);
     ProgramBoard& jit = Board(program.shape, true);
-    const End expected = Run(interpreter, program, *image, kLimitNs, ProgramBoard::Interruptions::kNone);
+    const End expected =
+        Run(interpreter, program, *image, kLimitNs, ProgramBoard::Interruptions::kNone);
     ++ends_[expected.triple_fault ? 257 : expected.stopped ? 258 : expected.vector + 1];
     if (expected.stopped) return "";
     std::string text;
@@ -144,13 +145,13 @@ Shape ShapeOf(uint64_t seed) {
 }
 
 TEST_F(JitTest, RandomProgramsDoTheSameWithAndWithout) {
-  const uint64_t wanted = Setting("KVARTZ_JIT_CASES", 15000);
+  const uint64_t wanted = Setting("KVARTZ_JIT_CASES", 12000);
   const uint64_t first = Setting("KVARTZ_JIT_SEED", 1);
   const uint64_t only = Setting("KVARTZ_JIT_SHAPE", ~uint64_t{0});
   unsigned differences = 0;
   for (uint64_t seed = first; seed < first + wanted && differences < 10; ++seed) {
-    const Shape shape = only < static_cast<uint64_t>(Shape::kCount) ? static_cast<Shape>(only)
-                                                                    : ShapeOf(seed);
+    const Shape shape =
+        only < static_cast<uint64_t>(Shape::kCount) ? static_cast<Shape>(only) : ShapeOf(seed);
     const unsigned cpl = shape == Shape::kReal16 || seed % 3 == 0 ? 0 : 3;
     const Program program = generator_.Generate(seed, shape, cpl);
     Image image;

@@ -32,10 +32,10 @@ struct Layout {
   Mode mode;
   CodeMode code_mode;
   bool paged;
-  uint64_t code, data, stack;      // linear
-  uint64_t physical_offset;        // of all three
-  uint64_t code_base, data_base;   // of CS, and of the other segments
-  unsigned width;                  // bytes of a general register in ordinary use
+  uint64_t code, data, stack;     // linear
+  uint64_t physical_offset;       // of all three
+  uint64_t code_base, data_base;  // of CS, and of the other segments
+  unsigned width;                 // bytes of a general register in ordinary use
   uint64_t data_offset() const { return data - data_base; }
   uint64_t stack_offset() const { return stack - data_base; }
   bool is16() const { return code_mode == CodeMode::k16; }

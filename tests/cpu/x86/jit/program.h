@@ -33,9 +33,9 @@ struct Item {
   std::vector<Fixup> fixups;
   Flow flow = Flow::kNext;
   std::vector<int> targets;
-  int needs = -1;           // the item that this one modifies: without it, this one goes too
-  int patch_at = -1;        // offset of a byte in `code` that may be modified
-  bool must_stay = false;   // the end of a section
+  int needs = -1;          // the item that this one modifies: without it, this one goes too
+  int patch_at = -1;       // offset of a byte in `code` that may be modified
+  bool must_stay = false;  // the end of a section
   // Status flags: read before this item wrote them; surely written with a defined value; left
   // undefined.
   uint64_t tested = 0, defined = 0, undefined = 0;
@@ -62,7 +62,7 @@ struct Program {
   XsaveArea fpu;
   uint64_t data_seed = 0;
   bool code_writable = false;
-  bool high_half = false;  // runs in the upper half of the address space
+  bool high_half = false;    // runs in the upper half of the address space
   bool interrupted = false;  // is to be run with interrupts at random times
 };
 

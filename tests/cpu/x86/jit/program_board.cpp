@@ -30,10 +30,11 @@ GUEST_CODE(programs_demand64, R"(.code64
   add $8, %rsp
   iretq)")
 // The same for 32-bit programs in user mode: those at CPL 0 would find the frames on their stack.
-#define DEMAND32(store)                                                              \
-  ".code32; push %eax; mov %cr2, %eax; shr $12, %eax; cmp $0x12a, %eax; je 1f;"       \
-  "cmp $0x18a, %eax; je 1f; 0: pop %eax; push $0x5070; ret;"                          \
-  "1: testb $3, 12(%esp); jz 0b; testb $1, 4(%esp); jnz 0b; movl $0x52a007, " store ";" \
+#define DEMAND32(store)                                                             \
+  ".code32; push %eax; mov %cr2, %eax; shr $12, %eax; cmp $0x12a, %eax; je 1f;"     \
+  "cmp $0x18a, %eax; je 1f; 0: pop %eax; push $0x5070; ret;"                        \
+  "1: testb $3, 12(%esp); jz 0b; testb $1, 4(%esp); jnz 0b; movl $0x52a007, " store \
+  ";"                                                                               \
   "pop %eax; add $4, %esp; iret"
 GUEST_CODE(programs_demand_pae, DEMAND32("%ss:0x1f0000(,%eax,8)"))
 GUEST_CODE(programs_demand32, DEMAND32("%ss:0x1f0000(,%eax,4)"))
@@ -74,17 +75,18 @@ ProgramBoard::ProgramBoard(Shape shape, const SoftOptions& soft)
   if (guest_.IsLong()) state.cr4 |= cr4::kFsgsbase;
   state.xcr0 = 7;
   EXPECT_TRUE(guest_.board.vcpu().SetState(state));
-  if (layout_.paged) page_table_.assign(guest_.at(guest_.pte_address(0)),
-                                        guest_.at(guest_.pte_address(0)) + kPage);
+  if (layout_.paged)
+    page_table_.assign(guest_.at(guest_.pte_address(0)), guest_.at(guest_.pte_address(0)) + kPage);
   // Without paging all of it can be written.
   if (!layout_.paged)
-    low_memory_.assign(guest_.at(0), guest_.at(layout_.is16() ? layout_.code + 0x10000 : LastByte() + 1));
+    low_memory_.assign(guest_.at(0),
+                       guest_.at(layout_.is16() ? layout_.code + 0x10000 : LastByte() + 1));
 }
 
 void ProgramBoard::SetHandlers() {
   const bool is_long = guest_.IsLong();
   const uint16_t code = is_long ? kCode64 : kCode32;
-  guest_.Load(is_long                       ? CODE_OF(programs_demand64)
+  guest_.Load(is_long                        ? CODE_OF(programs_demand64)
               : layout_.mode == Mode::kPae32 ? CODE_OF(programs_demand_pae)
                                              : CODE_OF(programs_demand32),
               kDemandHandler);
@@ -140,8 +142,7 @@ void ProgramBoard::MapPages() {
     const bool table = page < (kLowBytes >> 12);
     guest_.SetPte(page << 12, table ? page << 12 | (stack ? 0x63 : 0x61) : 0);
   }
-  guest_.SetPte(kPageTableLinear,
-                (guest_.pte_address(0) & ~uint64_t{0xfff}) | kSupervisor);
+  guest_.SetPte(kPageTableLinear, (guest_.pte_address(0) & ~uint64_t{0xfff}) | kSupervisor);
   const bool aliased = !layout_.is16();
   MapArea(layout_.code, kCodePages, kReadOnly, aliased);
   MapArea(layout_.data, kDataPages, kUserPage, aliased);

@@ -84,7 +84,8 @@ void ProgramGenerator::EndSection(Section* section, bool function) {
   if (function) {
     item.flow = Item::Flow::kReturn;
     if (Chance(70)) Bytes(&item, {0xc3});
-    if (item.code.empty()) Bytes(&item, {0xc2, layout().width * static_cast<unsigned>(Below(3)), 0});
+    if (item.code.empty())
+      Bytes(&item, {0xc2, layout().width * static_cast<unsigned>(Below(3)), 0});
   } else {
     item.flow = Item::Flow::kEnd;
     if (program_.cpl == 0 && Chance(30)) {

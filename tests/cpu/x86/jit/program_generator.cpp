@@ -59,10 +59,14 @@ void ProgramGenerator::Branch(Item* item) {
     return Relative(item, 1, target);
   }
   const auto condition = static_cast<unsigned>(Below(16));
-  static constexpr uint64_t kTested[] = {
-      rflags::kOf, rflags::kCf, rflags::kZf, rflags::kZf | rflags::kCf,
-      rflags::kSf, rflags::kPf, rflags::kSf | rflags::kOf,
-      rflags::kZf | rflags::kSf | rflags::kOf};
+  static constexpr uint64_t kTested[] = {rflags::kOf,
+                                         rflags::kCf,
+                                         rflags::kZf,
+                                         rflags::kZf | rflags::kCf,
+                                         rflags::kSf,
+                                         rflags::kPf,
+                                         rflags::kSf | rflags::kOf,
+                                         rflags::kZf | rflags::kSf | rflags::kOf};
   item->tested = kTested[condition / 2];
   if (Chance(60)) {
     Bytes(item, {0x70 | condition});
@@ -76,8 +80,7 @@ void ProgramGenerator::Branch(Item* item) {
 void ProgramGenerator::BackEdge(Item* item, const Section& section) {
   const uint64_t back = std::min<uint64_t>(section.items.size(), 1 + Below(12));
   const int target = section.items[section.items.size() - back].id;
-  const uint64_t counter =
-      picker_->DataOffset(kCountersAt + program_.counters.size() * 4);
+  const uint64_t counter = picker_->DataOffset(kCountersAt + program_.counters.size() * 4);
   program_.counters.push_back(
       static_cast<uint32_t>(Chance(92) ? Below(6) : Below(Chance(80) ? 60 : 600)));
   item->flow = Item::Flow::kBranch;
@@ -119,7 +122,8 @@ void ProgramGenerator::TightLoop(Item* item) {
   const size_t start = item->code.size();
   Bytes(item, {Chance(50) ? 0x13u : 0x1bu});
   Absolute(item, Chance(50) ? kRax : kRdx, picker_->DataOffset(Below(0x400) * 8));
-  if (Chance(50)) Bytes(item, {0x8d, layout().is16() ? 0x44u : 0x40u, static_cast<unsigned>(Below(64))});
+  if (Chance(50))
+    Bytes(item, {0x8d, layout().is16() ? 0x44u : 0x40u, static_cast<unsigned>(Below(64))});
   if (Chance(50)) {
     Bytes(item, {0x11});
     Absolute(item, kRdx, picker_->DataOffset(Below(0x400) * 8));
@@ -251,13 +255,13 @@ void ProgramGenerator::Patch(Item* item, const Section& section) {
   Fixup fixup;
   fixup.target = victim.id;
   // The assembler may put two bytes in front of the victim's code: found by the item's end then.
-  fixup.addend = static_cast<int64_t>(victim.patch_at) +
-                 static_cast<int64_t>(program_.segment_shift);
+  fixup.addend =
+      static_cast<int64_t>(victim.patch_at) + static_cast<int64_t>(program_.segment_shift);
   if (layout().paged && Chance(30)) fixup.addend += kAlias;
   const uint64_t kind = Below(3);
-  if (kind == 0) Bytes(item, {0xc6});                      // MOV byte
-  if (kind == 1) Bytes(item, {0x80});                      // ADD byte
-  if (kind == 2) Bytes(item, {0xf0, 0xfe});                // LOCK INC byte
+  if (kind == 0) Bytes(item, {0xc6});        // MOV byte
+  if (kind == 1) Bytes(item, {0x80});        // ADD byte
+  if (kind == 2) Bytes(item, {0xf0, 0xfe});  // LOCK INC byte
   Absolute(item, 0, 0);
   fixup.at = static_cast<uint8_t>(item->code.size() - 4);
   fixup.size = 4;
@@ -273,7 +277,8 @@ void ProgramGenerator::EditMapping(Item* item) {
   const uint64_t linear = layout().data + page * kPage;
   const uint64_t right = Chance(85) ? 7 : 5;
   const uint64_t entry = (layout().data + layout().physical_offset + other * kPage) | right;
-  const uint64_t at = kPageTableLinear + (linear >> 12) * (layout().mode == Mode::kPaged32 ? 4 : 8) +
+  const uint64_t at = kPageTableLinear +
+                      (linear >> 12) * (layout().mode == Mode::kPaged32 ? 4 : 8) +
                       program_.segment_shift;
   if (layout().is64()) Bytes(item, {0x48});
   Bytes(item, {0xc7});

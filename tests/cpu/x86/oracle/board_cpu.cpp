@@ -12,9 +12,7 @@ namespace {
 constexpr unsigned kRuns = 2;
 
 // These show TF, which then has to be as on the host.
-bool ReadsTf(const Case& test) {
-  return !test.undefined_encoding && Is(*test.insn.row, {"PUSHF"});
-}
+bool ReadsTf(const Case& test) { return !test.undefined_encoding && Is(*test.insn.row, {"PUSHF"}); }
 
 }  // namespace
 
@@ -66,7 +64,8 @@ void BoardCpu::Load(const Case& test) {
   const bool long_mode = test.mode == Mode::k64;
   Cpu& cpu = guest_.board.cpu();
   std::copy(in.gpr.begin(), in.gpr.end(), cpu.gpr);
-  // What ends the case is the breakpoint behind the instruction, mostly: single steps aren't blocks.
+  // What ends the case is the breakpoint behind the instruction, mostly: single steps aren't
+  // blocks.
   cpu.rflags = ReadsTf(test) ? in.rflags : in.rflags & ~rflags::kTf;
   cpu.fpu = in.fpu;
   cpu.fpu.xstate_bv = 7;

@@ -24,7 +24,8 @@ struct Case : EncodedInsn {
 
 class CaseGenerator : public InsnEncoder {
  public:
-  CaseGenerator(uint64_t seed, const FeatureSet& features) : InsnEncoder(seed), features_(features) {}
+  CaseGenerator(uint64_t seed, const FeatureSet& features)
+      : InsnEncoder(seed), features_(features) {}
 
   // False if the row can't be tried this time (try again) or at all.
   bool Generate(const Row& row, Mode mode, Case* out);

@@ -1,5 +1,5 @@
-// Random encodings of table rows, and random values, registers and memory that tend to corner cases:
-// what the tests of single instructions and those of whole programs share.
+// Random encodings of table rows, and random values, registers and memory that tend to corner
+// cases: what the tests of single instructions and those of whole programs share.
 #pragma once
 
 #include <cstdint>

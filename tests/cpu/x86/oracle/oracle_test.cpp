@@ -205,9 +205,10 @@ TEST_F(OracleTest, EveryRowAgreesWithTheHost) { Everything(200000); }
 
 TEST_P(OracleBlockTest, EveryRowAgreesWithTheHost) { Everything(60000); }
 
-INSTANTIATE_TEST_SUITE_P(
-    Jit, OracleBlockTest, testing::Bool(),
-    [](const testing::TestParamInfo<bool>& param) { return param.param ? "on" : "off"; });
+INSTANTIATE_TEST_SUITE_P(Jit, OracleBlockTest, testing::Bool(),
+                         [](const testing::TestParamInfo<bool>& param) {
+                           return param.param ? "on" : "off";
+                         });
 
 }  // namespace
 }  // namespace kvartz::cpu::x86::oracle

@@ -1,0 +1,176 @@
+// Programs with known results that change what translated code was made from, or are interrupted
+// while they run. With translation and without.
+#include <gtest/gtest.h>
+
+#include "cpu/x86/guest_case.h"
+
+namespace kvartz::cpu::x86 {
+namespace {
+
+constexpr uint64_t kRounds = 2000;
+
+class SpecialProgramTest : public testing::TestWithParam<bool> {
+ protected:
+  SpecialProgramTest() : guest_(Mode::kLong64, 0, "max", 1, SoftOptions{.jit = GetParam()}) {
+    guest_.initial.gpr[kRcx] = kRounds;
+  }
+  GuestCase guest_;
+};
+
+// Two functions take turns at one address.
+GUEST_CODE(special_triple, "lea 1(%rax,%rax,2), %rax; ret")
+GUEST_CODE(special_shift, "shr $1, %rax; xor $0x55, %rax; ret")
+GUEST_CODE(special_remap_page, R"(
+1: mov %ecx, %edx
+  and $1, %edx
+  shl $12, %edx
+  or $0x100003, %edx
+  mov %rdx, 0x13c00            # the entry of the page at 0x180000
+  invlpg 0x180000
+  mov $0x180000, %ebx
+  call *%rbx
+  dec %ecx
+  jnz 1b
+  out %al, $0xf4)")
+GUEST_CODE(special_remap_all, R"(
+1: mov %ecx, %edx
+  and $1, %edx
+  shl $12, %edx
+  or $0x100003, %edx
+  mov %rdx, 0x13c00
+  mov %cr3, %rbx
+  mov %rbx, %cr3
+  mov $0x180000, %ebx
+  call *%rbx
+  dec %ecx
+  jnz 1b
+  out %al, $0xf4)")
+
+TEST_P(SpecialProgramTest, CodeIsMappedElsewhere) {
+  uint64_t expected = 0x123456789;
+  for (uint64_t round = kRounds; round > 0; --round)
+    expected = round & 1 ? (expected >> 1) ^ 0x55 : expected * 3 + 1;
+  for (auto code : {CODE_OF(special_remap_page), CODE_OF(special_remap_all)}) {
+    guest_.Load(CODE_OF(special_triple), kTestPage);
+    guest_.Load(CODE_OF(special_shift), kOtherPage);
+    guest_.Load(code);
+    guest_.initial.gpr[kRax] = 0x123456789;
+    Outcome end = guest_.Run();
+    EXPECT_EQ(end.vector, -1);
+    EXPECT_EQ(end.state.gpr[kRax], expected);
+  }
+}
+
+// Each round changes an instruction just ahead, one behind, and one in another page.
+GUEST_CODE(special_other, ".byte 0x48, 0x83, 0xc0, 0; ret")  // add $0, %rax
+GUEST_CODE(special_store, R"(
+1: mov %cl, 2f+1(%rip)
+  incb 3f+3(%rip)
+2: .byte 0x04, 0               # add $0, %al
+  mov %cl, 0x100003
+  mov $0x100000, %ebx
+  call *%rbx
+3: .byte 0x48, 0x8d, 0x40, 0   # lea 0(%rax), %rax
+  nopl 0x12345(%rax,%rax,8)
+  dec %ecx
+  jnz 1b
+  out %al, $0xf4)")
+
+TEST_P(SpecialProgramTest, CodeIsWrittenAheadAndBehind) {
+  guest_.Load(CODE_OF(special_store));
+  guest_.Load(CODE_OF(special_other), kTestPage);
+  guest_.initial.gpr[kRax] = 0;
+  Outcome end = guest_.Run();
+  EXPECT_EQ(end.vector, -1);
+  uint64_t expected = 0;
+  for (uint64_t round = kRounds, behind = 1; round > 0; --round, ++behind) {
+    const auto low = static_cast<uint8_t>(round);
+    expected = (expected & ~uint64_t{0xff}) | static_cast<uint8_t>(expected + low);
+    expected += static_cast<uint64_t>(static_cast<int64_t>(static_cast<int8_t>(low)));
+    expected += static_cast<uint64_t>(static_cast<int64_t>(static_cast<int8_t>(behind)));
+  }
+  EXPECT_EQ(end.state.gpr[kRax], expected);
+}
+
+// The local APIC's timer interrupts a loop of carries at random places.
+GUEST_CODE(special_timer, R"(
+  mov %ecx, %esi
+  mov $0x1b, %ecx
+  rdmsr
+  or $0xc00, %eax
+  wrmsr                        # x2APIC
+  mov $0x80f, %ecx
+  mov $0x1ff, %eax
+  xor %edx, %edx
+  wrmsr
+  mov $0x832, %ecx
+  mov $0x20050, %eax           # periodic, vector 0x50
+  wrmsr
+  mov $0x83e, %ecx
+  mov $0xb, %eax               # undivided
+  wrmsr
+  mov $0x838, %ecx
+  mov $50000, %eax
+  wrmsr
+  sti
+  xor %eax, %eax
+  xor %ebx, %ebx
+  mov $1, %r8d
+  clc
+1: adc %r8, %rax
+  adc $-1, %rbx
+  lea 1(%r8), %r8
+  mov %rax, 0x9100
+  mov 0x9100, %rax
+  dec %esi
+  jnz 1b
+  cmpl $20, 0x9000             # until enough have come
+  mov $1000, %esi
+  jb 1b
+  cli
+  out %al, $0xf4)")
+GUEST_CODE(special_tick, R"(
+  push %rax
+  push %rcx
+  push %rdx
+  incl 0x9000
+  xor %eax, %eax
+  xor %edx, %edx
+  mov $0x80b, %ecx
+  wrmsr
+  pop %rdx
+  pop %rcx
+  pop %rax
+  iretq)")
+
+TEST_P(SpecialProgramTest, TimerInterruptsLeaveNoTrace) {
+  guest_.Load(CODE_OF(special_timer));
+  guest_.Load(CODE_OF(special_tick), 0x9800);
+  guest_.SetGate(0x50, 0xe, 0, kCode64, 0x9800);
+  Outcome end = guest_.Run();
+  EXPECT_EQ(end.vector, -1);
+  EXPECT_GE(guest_.Get<uint32_t>(kData), 20u);
+  // However many rounds there were: the same with additions that have a carry.
+  uint64_t sum = 0, high = 0;
+  bool carry = false;
+  for (uint64_t r8 = 1, rounds = 0; r8 < end.state.gpr[kR8]; ++r8, ++rounds) {
+    // Each further thousand starts after CMPL, which found too few.
+    if (rounds >= kRounds && (rounds - kRounds) % 1000 == 0) carry = true;
+    const auto first = static_cast<unsigned __int128>(sum) + r8 + carry;
+    sum = static_cast<uint64_t>(first);
+    const auto second =
+        static_cast<unsigned __int128>(high) + ~uint64_t{0} + static_cast<uint64_t>(first >> 64);
+    high = static_cast<uint64_t>(second);
+    carry = (second >> 64) != 0;
+  }
+  EXPECT_EQ(end.state.gpr[kRax], sum);
+  EXPECT_EQ(end.state.gpr[kRbx], high);
+}
+
+INSTANTIATE_TEST_SUITE_P(Jit, SpecialProgramTest, testing::Bool(),
+                         [](const testing::TestParamInfo<bool>& param) {
+                           return param.param ? "on" : "off";
+                         });
+
+}  // namespace
+}  // namespace kvartz::cpu::x86

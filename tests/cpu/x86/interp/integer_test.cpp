@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
+#include "cpu/x86/host_modes.h"
 #include "cpu/x86/interp/machine.h"
 
 namespace kvartz::cpu::x86 {
@@ -53,7 +54,7 @@ class CompatibilityMode {
                .flags_out = 0,
                .stack = reinterpret_cast<uint64_t>(page_ + 8192 - 64),
                .far_offset = static_cast<uint32_t>(reinterpret_cast<uint64_t>(code)),
-               .far_selector = 0x23};  // Linux: __USER32_CS
+               .far_selector = kUser32Cs};
     reinterpret_cast<void (*)(Frame*)>(page_)(frame_);
     *eax = static_cast<uint32_t>(frame_->eax);
     *flags = frame_->flags_out & kBcdFlags;
@@ -71,6 +72,9 @@ class CompatibilityMode {
 
 TEST(Integer, DecimalArithmeticAgreesWithTheHost) {
   CompatibilityMode host;
+  if (!HostRuns32BitCode()) {
+    GTEST_SKIP() << kNo32BitCode;
+  }
   if (!host.usable()) {
     GTEST_SKIP() << "no memory below 4 GiB for 32-bit code";
   }

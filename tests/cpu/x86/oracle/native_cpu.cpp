@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "base/check.h"
+#include "cpu/x86/host_modes.h"
 
 namespace kvartz::cpu::x86::oracle {
 namespace {
@@ -189,19 +190,10 @@ void NativeCpu::SetData(const uint8_t* bytes) {
   }
 }
 
-bool NativeCpu::Has32() {
-  static constexpr uint8_t kNop[] = {0x90};
-  SetCode(kCode, kNop);
-  Registers registers;
-  registers.rip = kCode;
-  registers.gpr[kRsp] = kData + 0x800;
-  return Run(registers, Mode::k32).fault == kNoFault;
-}
-
 Outcome NativeCpu::Run(const Registers& registers, Mode mode) {
   std::memcpy(context.gpr, registers.gpr.data(), sizeof(context.gpr));
   context.frame[0] = registers.rip;
-  context.frame[1] = mode == Mode::k64 ? 0x33 : 0x23;
+  context.frame[1] = mode == Mode::k64 ? 0x33 : kUser32Cs;
   context.frame[2] = registers.rflags;
   context.frame[3] = registers.gpr[kRsp];
   context.frame[4] = 0x2b;

@@ -44,8 +44,6 @@ class NativeCpu {
   ~NativeCpu();
   // Puts `code` at `address` within the code pages, the rest of which is INT3.
   void SetCode(uint64_t address, std::span<const uint8_t> code);
-  // Not every host lets a process enter 32-bit code (paravirtual ones may not).
-  bool Has32();
   uint8_t* data() { return reinterpret_cast<uint8_t*>(kData); }
   // Fills the data pages, the read-only one too.
   void SetData(const uint8_t* bytes);

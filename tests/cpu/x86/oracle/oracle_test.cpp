@@ -12,6 +12,7 @@
 #include <string>
 
 #include "cpu/cpuid.h"
+#include "cpu/x86/host_modes.h"
 #include "cpu/x86/oracle/board_cpu.h"
 #include "cpu/x86/oracle/case_generator.h"
 #include "cpu/x86/oracle/native_cpu.h"
@@ -162,15 +163,15 @@ void OracleTest::Everything(uint64_t slice) {
     if (!WhyExcluded(row) && (only.empty() || only == row.mnemonic)) rows.push_back(&row);
   }
   ASSERT_FALSE(rows.empty());
-  const bool has32 = native_.Has32();
-  if (!has32) printf("64-bit cases only: this host doesn't let a process enter 32-bit code\n");
   std::map<std::string, unsigned> failures;
   std::map<const Row*, uint64_t> tried;
   uint64_t done = 0, differences = 0;
+  const bool has_32bit = HostRuns32BitCode();
+  if (!has_32bit) printf("Cases in 64-bit mode only: %s\n", kNo32BitCode);
   Case test;
   for (uint64_t round = 0; done < wanted && round < wanted * 20; ++round) {
     const Row& row = *rows[round % rows.size()];
-    const Mode mode = has32 && generator_.Chance(25) ? Mode::k32 : Mode::k64;
+    const Mode mode = generator_.Chance(25) && has_32bit ? Mode::k32 : Mode::k64;
     if (!generator_.Generate(row, mode, &test)) continue;
     ++done;
     ++tried[&row];

@@ -22,7 +22,7 @@ void PageWatch::Bump(uint32_t* word) {
     after = (before + kGeneration) & ~kWatched;
   } while (!__atomic_compare_exchange_n(word, &before, after, false, __ATOMIC_SEQ_CST,
                                         __ATOMIC_SEQ_CST));
-  if (Listener* listener = listener_.load(std::memory_order_acquire)) listener->CodeWritten();
+  if (Listener* listener = listener_.load(std::memory_order_acquire)) listener->CodeWritten(word);
 }
 
 }  // namespace kvartz

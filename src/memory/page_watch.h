@@ -8,11 +8,13 @@
 namespace kvartz {
 
 // One word a page: bit 0: watched; bit 1: some CPU may write without telling (it holds a writable
-// translation); above: the page's generation. Any thread; words are accessed with __atomic
+// translation); bits 2 to 5: writes that still have to tell, since the page was code a moment ago;
+// above: the page's generation. Any thread; words are accessed with __atomic
 // builtins. Words of pages that nobody watches cost no memory.
 class PageWatch {
  public:
-  static constexpr uint32_t kWatched = 1, kWritable = 2, kGeneration = 4;
+  static constexpr uint32_t kWatched = 1, kWritable = 2, kTell = 4, kTellMask = 0x3c,
+                            kGeneration = 0x40;
 
   explicit PageWatch(uint64_t size_bytes);
   ~PageWatch();
@@ -23,7 +25,7 @@ class PageWatch {
   class Listener {
    public:
     virtual ~Listener() = default;
-    virtual void CodeWritten() = 0;
+    virtual void CodeWritten(const uint32_t* word) = 0;
   };
   // There is one; it outlives the watch's use.
   void SetListener(Listener* listener) { listener_.store(listener, std::memory_order_release); }

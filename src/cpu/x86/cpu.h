@@ -63,7 +63,8 @@ constexpr uint32_t
     kDebugTrap = 0x400,  // data or I/O breakpoint hit: #DB after this instruction
     kHalt = 0x800,       // HLT was executed
     kCodeWritten =
-        0x1000;  // this CPU wrote to a page that holds decoded code (perhaps of the present block)
+        0x1000,  // a page that holds decoded code was written (perhaps by the present block)
+    kFlushCode = 0x2000;  // memory that may hold decoded code is gone from the map
 }  // namespace request
 
 enum Vector : uint8_t {

@@ -3,8 +3,11 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
+
 #include "base/check.h"
 #include "base/log.h"
+#include "cpu/x86/jit/engine.h"
 #include "cpu/x86/interp/native.h"
 
 namespace kvartz::cpu {
@@ -201,7 +204,25 @@ void SoftAccel::ResumeFor(Cpu* self) {
   world_cond_.NotifyAll();
 }
 
-void SoftAccel::ViewChanged(const FlatView&, const FlatView&) { RequestAll(request::kFlushTlb); }
+void SoftAccel::CodeWritten(const uint32_t* word) {
+  for (SoftVcpu* vcpu : vcpus_) {
+    if (!vcpu) continue;
+    if (vcpu->jit_) vcpu->jit_->NoteWritten(word);
+    vcpu->Request(request::kCodeWritten);
+  }
+}
+
+// Decoded code is known by its host address: it may stay while all RAM and ROM does.
+void SoftAccel::ViewChanged(const FlatView& before, const FlatView& after) {
+  const bool kept = std::all_of(
+      before.ranges().begin(), before.ranges().end(), [&after](const FlatRange& range) {
+        if (range.region->kind == RegionKind::kIo) return true;
+        const FlatRange* now = after.Find(range.base);
+        return now && now->region->kind != RegionKind::kIo && now->end() >= range.end() &&
+               now->Host(range.base) == range.Host(range.base);
+      });
+  RequestAll(kept ? request::kFlushTlb : request::kFlushTlb | request::kFlushCode);
+}
 
 Result<> SoftAccel::SetDirtyTracking(bool enabled) {
   StopFor(nullptr);

@@ -153,7 +153,7 @@ class SoftAccel final : public Accel,
   void Safepoint();
 
   // ---- PageWatch::Listener
-  void CodeWritten() override { RequestAll(request::kCodeWritten); }
+  void CodeWritten(const uint32_t* word) override;
 
   // ---- AddressSpace::Listener
   void ViewChanged(const FlatView& before, const FlatView& after) override;

@@ -64,13 +64,19 @@ bool PrepareWrite(Cpu& cpu, const FlatRange& range, uint64_t physical) {
   uint64_t offset = RamOffset(range, physical);
   uint32_t* word = dirty.Watch().word(offset);
   uint32_t before = __atomic_load_n(word, __ATOMIC_SEQ_CST);
-  if (!(before & PageWatch::kWritable))
-    before = __atomic_fetch_or(word, PageWatch::kWritable, __ATOMIC_SEQ_CST);
+  bool keep = true;
+  while (!(before & PageWatch::kWritable)) {
+    keep = !(before & PageWatch::kTellMask);
+    const uint32_t after = keep ? before | PageWatch::kWritable : before - PageWatch::kTell;
+    if (__atomic_compare_exchange_n(word, &before, after, false, __ATOMIC_SEQ_CST,
+                                    __ATOMIC_SEQ_CST))
+      break;
+  }
   if (before & PageWatch::kWatched) {
     dirty.Watch().Bump(word);
     SetRequest(cpu, request::kCodeWritten);
   }
-  if (!dirty.enabled()) return true;
+  if (!dirty.enabled()) return keep;
   dirty.Mark(offset, kPageSize);
   return false;
 }
@@ -376,8 +382,8 @@ CodeWatch WatchCode(Cpu& cpu, const uint8_t* host) {
   static const uint32_t kGone = 1;  // the map changed since FetchCode: never valid
   if (!word) return {&kGone, 0};
   for (;;) {
-    uint32_t value =
-        __atomic_fetch_or(word, PageWatch::kWatched, __ATOMIC_SEQ_CST) | PageWatch::kWatched;
+    constexpr uint32_t kBits = PageWatch::kWatched | PageWatch::kTellMask;
+    uint32_t value = __atomic_fetch_or(word, kBits, __ATOMIC_SEQ_CST) | kBits;
     if (!(value & PageWatch::kWritable)) return {word, value};
     if (tlb.world) {
       tlb.world->Stop(cpu);

@@ -54,7 +54,8 @@ class Tlb {
   // (alignment checks).
   enum Class : uint8_t { kUser, kSupervisor, kNoSmap, kNever, kClassCount };
 
-  explicit Tlb(const AddressSpace& memory);
+  // `tables`: kClassCount tables of kEntries, cleared, of who outlives this.
+  Tlb(const AddressSpace& memory, TlbEntry* tables);
 
   TlbEntry& data(uint64_t linear) const { return now_.data[(linear >> 12) % kEntries]; }
   TlbEntry& code(uint64_t linear) const { return now_.code[(linear >> 12) % kEntries]; }
@@ -82,6 +83,8 @@ class Tlb {
     virtual void DropAllWrites() = 0;
   };
   Follower* follower = nullptr;
+  // Of the lower and the upper half of the address space.
+  uint64_t asid(unsigned half) const { return now_.asid[half]; }
   // Grows with each of these.
   uint64_t changes() const { return changes_; }
 
@@ -126,7 +129,7 @@ class Tlb {
   uint64_t changes_ = 0;
   bool upper_local_ = false;
   Class data_class_ = kSupervisor;
-  std::unique_ptr<TlbEntry[], void (*)(void*)> tables_;
+  TlbEntry* const tables_;
   ViewCache view_;
   std::shared_ptr<const FlatView>
       held_;  // keeps alive what the entries point to, until they are flushed

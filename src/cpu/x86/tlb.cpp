@@ -1,16 +1,11 @@
-#include <cstdlib>
-
-#include "base/check.h"
 #include "cpu/x86/mmu.h"
 
 namespace kvartz::cpu::x86 {
 
-// calloc: what is never filled costs no memory.
-Tlb::Tlb(const AddressSpace& memory)
-    : tables_(static_cast<TlbEntry*>(calloc(kClassCount * kEntries, sizeof(TlbEntry))), free),
+Tlb::Tlb(const AddressSpace& memory, TlbEntry* tables)
+    : tables_(tables),
       view_(memory),
       pcids_(std::make_unique<Pcid[]>(4096)) {
-  VERIFY(tables_);
   SetClasses(kSupervisor, kSupervisor);
   now_.asid[0] = NewAsid();
   now_.asid[1] = NewAsid();
@@ -19,7 +14,7 @@ Tlb::Tlb(const AddressSpace& memory)
 
 uint16_t Tlb::NewAsid() {
   if (next_asid_ == 4096) {
-    std::memset(static_cast<void*>(tables_.get()), 0, kClassCount * kEntries * sizeof(TlbEntry));
+    std::memset(static_cast<void*>(tables_), 0, kClassCount * kEntries * sizeof(TlbEntry));
     std::memset(large_2m_, 0, sizeof(large_2m_));
     std::memset(large_1g_, 0, sizeof(large_1g_));
     epoch_++;

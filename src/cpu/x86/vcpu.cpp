@@ -88,7 +88,7 @@ SoftVcpu::SoftVcpu(SoftAccel& accel, unsigned index, std::unique_ptr<BlockCache>
       index_(index),
       cpuid_(accel.cpuid(index)),
       limits_(CpuLimits::FromCpuid(cpuid_)),
-      tlb_(*accel.config().memory),
+      tlb_(*accel.config().memory, &state_->tlb[0][0]),
       ports_(*accel.config().ports),
       blocks_(std::move(blocks)),
       lapic_(cpu, *this, ApicIdOf(index, accel.config().topology), index == 0) {
@@ -302,8 +302,11 @@ SoftVcpu::Next SoftVcpu::HandleWorld(uint32_t requests) {
     ClearRequest(cpu, request::kFlushTlb);
     tlb_.View();
     tlb_.FlushAll();
-    FlushBlocks(cpu);
-    if (jit_) jit_->Flush();
+    if (requests & request::kFlushCode) {
+      ClearRequest(cpu, request::kFlushCode);
+      FlushBlocks(cpu);
+      if (jit_) jit_->Flush();
+    }
     tlb_.DropRetiredViews();
   }
   if (requests & request::kCodeWritten) {

@@ -26,6 +26,20 @@ Engine& EngineOf(void* state) {
   return *static_cast<Engine*>(static_cast<State*>(state)->engine);
 }
 
+// A change of the code changes it, but for one in 2^64.
+uint64_t Digest(const uint8_t* page, const std::vector<CodeRange>& ranges) {
+  uint64_t digest = ranges.size();
+  for (const CodeRange& range : ranges) {
+    for (unsigned done = 0; done < range.size; done += 8) {
+      uint64_t word = 0;
+      std::memcpy(&word, page + range.offset + done, std::min(8u, range.size - done));
+      digest = (digest ^ word) * 0x9e3779b97f4a7c15;
+      digest ^= digest >> 29;
+    }
+  }
+  return digest;
+}
+
 size_t JumpIndex(uint64_t target) { return ((target >> 12) ^ target) % kJumpEntries; }
 
 }  // namespace
@@ -125,14 +139,22 @@ Engine::Block* Engine::Locate(Grouping grouping) {
         if (grouping == Grouping::kShared) {
           state_.jumps[cls][JumpIndex(c.rip)] = Go(block->code.checked);
         }
-        seen_changes_ = c.tlb->changes();
-        running_mode_ = mode;
+        Entered(mode);
         return block;
       }
     }
     ++counters_.steps;
     StepInstruction(c);
   }
+}
+
+// A unit of `mode` is about to run.
+void Engine::Entered(uint16_t mode) {
+  const Tlb& tlb = *cpu().tlb;
+  seen_changes_ = tlb.changes();
+  state_.asid[0] = tlb.asid(0);
+  state_.asid[1] = tlb.asid(1);
+  running_mode_ = mode;
 }
 
 uint64_t Engine::Dispatch() {
@@ -151,8 +173,7 @@ uint64_t Engine::Branched() {
   const unsigned cls = c.tlb->data_class();
   const uint16_t mode = Mode();
   if (jump_modes_[cls] != mode) return Dispatch();
-  seen_changes_ = c.tlb->changes();
-  running_mode_ = mode;
+  Entered(mode);
   GiveFlags();
   return state_.jumps[cls][JumpIndex(c.rip)];
 }
@@ -197,6 +218,7 @@ uint64_t Engine::OnFill(void* state, uint64_t address, uint64_t site) {
 
 uint64_t Engine::Fill(uint64_t address, Site site) {
   Cpu& c = cpu();
+  if (state_.misses[0][site.slot] == 0 && Polymorphic(site)) return Resume(site.offset);
   const Access access = site.write ? Access::kWrite : Access::kRead;
   if ((address & 0xfff) + site.span <= 4096 && mmu::TryMap(c, address, access)) {
     Tlb& tlb = *c.tlb;
@@ -212,16 +234,44 @@ uint64_t Engine::Fill(uint64_t address, Site site) {
   ++counters_.fill_failures;
   if ((address & 0xfff) + site.span <= 4096 || !site.shared) return Interpret(site);
   // Accesses that were checked together lie on two pages: checked one by one they do better.
-  TakeFlags();
-  c.rip = c.insn_rip = state_.page + site.unit;
-  const uint8_t* host = FetchCode(c, c.rip);
+  const uint8_t* host = UnitCode(site);
   Block* block = host == nullptr ? nullptr : Find(host, running_mode_);
   if (block != nullptr && ++block->failures == kSingleAfter) {
     single_.insert(Key(host, running_mode_));
     Kill(block);
   }
-  c.rip = state_.page + site.offset;
-  block = Locate(Grouping::kSingle);
+  return Resume(site.offset, Grouping::kSingle);
+}
+
+// The first byte of a site's unit. The fetch may raise a fault: as of the site.
+const uint8_t* Engine::UnitCode(const Site& site) {
+  TakeFlags();
+  cpu().rip = cpu().insn_rip = state_.page + site.offset;
+  return FetchCode(cpu(), state_.page + site.unit);
+}
+
+// After 256 misses of a slot: true if they came so fast that the unit is better off asking the TLB
+// there; then the unit is gone.
+bool Engine::Polymorphic(const Site& site) {
+  constexpr uint64_t kTicksAMiss = 150;
+  state_.misses[0][site.slot] = 1;
+  const uint64_t now = __builtin_ia32_rdtsc();
+  const bool fast = now - since_[site.slot] < 256 * kTicksAMiss;
+  since_[site.slot] = now;
+  if (!fast) return false;
+  const uint8_t* host = UnitCode(site);
+  Block* block = host == nullptr ? nullptr : Find(host, running_mode_);
+  if (block == nullptr) return false;
+  polymorphic_[Key(host, running_mode_)].set(site.group);
+  Kill(block);
+  return true;
+}
+
+// In a unit that begins at `offset`.
+uint64_t Engine::Resume(uint16_t offset, Grouping grouping) {
+  TakeFlags();
+  cpu().rip = state_.page + offset;
+  Block* block = Locate(grouping);
   if (block == nullptr) return Go(stubs_.exit);
   GiveFlags();
   return Go(block->code.body);
@@ -289,6 +339,7 @@ Engine::Page* Engine::PageOf(const uint8_t* host, uint16_t mode) {
     page->host = base;
     page->mode = mode;
     page->watch = WatchCode(cpu(), base);
+    watched_.emplace(page->watch.word, page.get());
     page->slot = free_code_slots_.back();
     free_code_slots_.pop_back();
   }
@@ -301,8 +352,7 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   Page* page = PageOf(host, mode);
   // The watch may have been taken by somebody else's write since.
   if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value) {
-    KillPage(page);
-    page = PageOf(host, mode);
+    Recheck(page);
   }
   const DecodeContext context{.mode = CodeMode::k64,
                               .protected_mode = true,
@@ -316,11 +366,14 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   if (!unit_.Build(context, allowed, page->host, offset, grouping)) return nullptr;
   const unsigned cls = mode >> 1 & 3;
   Assembler as = memory_.At(used_);
+  const auto known = polymorphic_.find(key);
+  const std::bitset<128> polymorphic = known == polymorphic_.end() ? 0 : known->second;
   const TranslationContext where = {.stubs = &stubs_,
                                     .data_class = cls,
                                     .first_slot = next_slot_[cls],
                                     .code_slot = page->slot,
-                                    .first_exit = static_cast<uint32_t>(exits_.size())};
+                                    .first_exit = static_cast<uint32_t>(exits_.size()),
+                                    .polymorphic = polymorphic};
   next_slot_[cls] = (next_slot_[cls] + unit_.group_count()) % kSlots;
   auto block = std::make_unique<Block>();
   block->host = host;
@@ -329,6 +382,8 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   block->code = Translator(unit_, as, where).Run();
   block->end = as.run();
   block->page = page;
+  block->ranges = unit_.ranges();
+  block->digest = Digest(page->host, block->ranges);
   block->first_exit = where.first_exit;
   for (const ExitSite& exit : block->code.exits) exits_.push_back({exit, block.get()});
   used_ = (memory_.OffsetOf(as.here()) + 15) & ~size_t{15};
@@ -359,20 +414,31 @@ void Engine::Kill(Block* block) {
   blocks_.erase(it);
 }
 
-void Engine::KillPage(Page* page) {
-  while (!page->blocks.empty()) Kill(page->blocks.back());
-  state_.code_pages[page->slot] = kNoPage;
-  free_code_slots_.push_back(page->slot);
-  pages_.erase(Key(page->host, page->mode));
+// Watches the page anew; units that are as they were stay.
+void Engine::Recheck(Page* page) {
+  page->watch = WatchCode(cpu(), page->host);
+  std::vector<Block*> changed;
+  for (Block* block : page->blocks) {
+    if (Digest(page->host, block->ranges) != block->digest) changed.push_back(block);
+  }
+  for (Block* block : changed) Kill(block);
+}
+
+void Engine::NoteWritten(const uint32_t* word) {
+  auto written = written_.Lock();
+  if (written->empty() || written->back() != word) written->push_back(word);
 }
 
 void Engine::CheckPages() {
-  std::vector<Page*> changed;
-  for (const auto& [key, page] : pages_) {
-    if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value)
-      changed.push_back(page.get());
+  std::vector<const uint32_t*> words;
+  std::swap(words, *written_.Lock());
+  for (const uint32_t* word : words) {
+    const auto [first, last] = watched_.equal_range(word);
+    for (auto it = first; it != last; ++it) {
+      Page* page = it->second;
+      if (__atomic_load_n(word, __ATOMIC_SEQ_CST) != page->watch.value) Recheck(page);
+    }
   }
-  for (Page* page : changed) KillPage(page);
 }
 
 void Engine::Flush() {
@@ -381,6 +447,7 @@ void Engine::Flush() {
   dead_.clear();
   pages_.clear();
   by_code_.clear();
+  watched_.clear();
   exits_.clear();
   entered_.clear();
   free_code_slots_.clear();
@@ -389,6 +456,8 @@ void Engine::Flush() {
   for (auto& table : state_.jumps) std::fill_n(table, kJumpEntries, Go(stubs_.dispatch));
   std::fill(std::begin(quick_), std::end(quick_), Quick{});
   single_.clear();
+  polymorphic_.clear();
+  std::memset(state_.misses, 1, sizeof(state_.misses));
   used_ = (stubs_end_ + 63) & ~size_t{63};
   memory_.Discard(used_);
   std::memset(static_cast<void*>(state_.slots), kSlotClear, sizeof(state_.slots));

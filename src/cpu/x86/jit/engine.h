@@ -7,6 +7,7 @@
 // asked at each entry from another page (State::code_pages).
 #pragma once
 
+#include <bitset>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "base/result.h"
+#include "base/sync.h"
 #include "cpu/x86/cpu.h"
 #include "cpu/x86/jit/code_memory.h"
 #include "cpu/x86/jit/state.h"
@@ -50,7 +52,9 @@ class Engine final : private Tlb::Follower {
   static bool Supports(const Cpu& cpu);
   // Runs until something is requested or the mode isn't supported. As RunBlocks.
   void Run();
-  // Code on a watched page was written: units whose page changed are dropped.
+  // Code on the page of a watch was written. Any thread; CheckPages follows.
+  void NoteWritten(const uint32_t* word);
+  // Units whose code changed are dropped.
   void CheckPages();
   // Drops everything (the memory map changed).
   void Flush();
@@ -72,6 +76,8 @@ class Engine final : private Tlb::Follower {
     Page* page = nullptr;
     uint32_t first_exit = 0;
     std::vector<uint32_t> incoming;
+    std::vector<CodeRange> ranges;
+    uint64_t digest = 0;  // of them
     uint16_t failures = 0;  // accesses of a group that didn't lie in one page
   };
   struct Page {
@@ -107,11 +113,15 @@ class Engine final : private Tlb::Follower {
   // The unit at Cpu::rip, or null: leave.
   Block* Locate(Grouping grouping = Grouping::kShared);
   uint64_t Branched();
+  uint64_t Resume(uint16_t offset, Grouping grouping = Grouping::kShared);
+  bool Polymorphic(const Site& site);
+  const uint8_t* UnitCode(const Site& site);
+  void Entered(uint16_t mode);
   Block* Find(const uint8_t* host, uint16_t mode);
   Block* Translate(const uint8_t* host, uint16_t mode);
   Page* PageOf(const uint8_t* host, uint16_t mode);
   void Kill(Block* block);
-  void KillPage(Page* page);
+  void Recheck(Page* page);
   // ---- Tlb::Follower
   void DropAll() override;
   void DropLowerHalf() override;
@@ -131,7 +141,11 @@ class Engine final : private Tlb::Follower {
   std::unordered_map<uint64_t, std::unique_ptr<Block>> blocks_;
   std::vector<std::unique_ptr<Block>> dead_;
   std::unordered_map<uint64_t, std::unique_ptr<Page>> pages_;
+  std::unordered_multimap<const uint32_t*, Page*> watched_;  // pages_ by watch
+  Guarded<std::vector<const uint32_t*>> written_;
   std::map<const uint8_t*, Block*> by_code_;  // first byte, as it runs
+  std::unordered_map<uint64_t, std::bitset<128>> polymorphic_;  // groups of blocks, by key
+  uint64_t since_[kClassCount * kSlots] = {};  // time stamp when a slot's misses were looked at last
   std::unordered_set<uint64_t> single_;  // blocks whose accesses are checked one by one
   std::vector<Exit> exits_;
   std::vector<unsigned> entered_;  // code_pages in use

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cpu/x86/cpu.h"
+#include "cpu/x86/mmu.h"
 
 namespace kvartz::cpu::x86::jit {
 
@@ -45,12 +46,16 @@ struct State {
   State* self = nullptr;
   void* engine = nullptr;  // Engine
 
+  uint64_t asid[2] = {};  // as the TLB's tags have them: lower, upper half
   Slot slots[kClassCount][kSlots];
+  uint64_t addends[128] = {};  // of a unit's groups that ask the TLB, while it runs
+  uint8_t misses[kClassCount][kSlots];  // how often a slot was filled from the TLB, modulo 256
   // The linear page under which a page of code was last entered, 1 if none: it need not be checked
   // again until the address space changes.
   uint64_t code_pages[kCodeSlots];
   // Where translated code for a target starts, or the stub that asks.
   uint64_t jumps[kClassCount][kJumpEntries];
+  alignas(64) TlbEntry tlb[Tlb::kClassCount][Tlb::kEntries];
 };
 
 }  // namespace kvartz::cpu::x86::jit

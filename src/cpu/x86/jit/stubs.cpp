@@ -208,11 +208,15 @@ class StubEmitter {
     as_.Cmp(kRegDx, {.base = kRegCx, .disp = offsetof(TlbEntry, write)});
     uint8_t* miss2 = as_.Jcc(kCcNe, as_.run());
     as_.PatchHere(hit);
-    as_.RegReg(Assembler::k64, 0x81, 4, kS0);  // the page
-    as_.Dword(0xfffff000);
+    as_.Mov(kRegDx, kS1);
     ShiftRight(kS1, Site::kSlotShift);
     as_.RegReg(Assembler::k32, 0x81, 4, kS1);
     as_.Dword(0xfff);
+    as_.RegMem(Assembler::k32, 0x80, 0, {.base = kS1, .disp = offsetof(State, misses), .gs = true});
+    as_.Byte(1);  // add byte
+    uint8_t* often = as_.Jcc(kCcB, as_.run());
+    as_.RegReg(Assembler::k64, 0x81, 4, kS0);  // the page
+    as_.Dword(0xfffff000);
     ShiftLeft(kS1, 4);
     static_assert(sizeof(Slot) == 16);
     as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, page), .gs = true}, kS0);
@@ -220,6 +224,8 @@ class StubEmitter {
     as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, addend), .gs = true}, kRegAx);
     for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
     as_.Ret();
+    as_.PatchHere(often);
+    as_.Mov(kS1, kRegDx);
     as_.PatchHere(miss1);
     as_.PatchHere(miss2);
     for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);

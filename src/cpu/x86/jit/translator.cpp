@@ -9,9 +9,6 @@ HostMem Gs(size_t offset) { return HostMem::Gs(offset); }
 HostMem SlotPage(unsigned slot) {
   return Gs(offsetof(State, slots) + slot * sizeof(Slot) + offsetof(Slot, page));
 }
-HostMem SlotAddend(unsigned slot) {
-  return Gs(offsetof(State, slots) + slot * sizeof(Slot) + offsetof(Slot, addend));
-}
 HostMem SegmentBase(unsigned segment) {
   return Gs(offsetof(State, cpu) + offsetof(Cpu, seg) + segment * sizeof(Segment) +
             offsetof(Segment, base));
@@ -27,6 +24,7 @@ Translator::Translator(Unit& unit, Assembler& assembler, const TranslationContex
   for (unsigned g = 0; g < unit_.group_count(); ++g) {
     unit_.group(g).slot = static_cast<uint16_t>(
         context_.data_class * kSlots + (context_.first_slot + g) % kSlots);
+    unit_.group(g).polymorphic = context_.polymorphic[g];
   }
 }
 
@@ -96,6 +94,7 @@ void Translator::Entries() {
 // ---- flags
 
 void Translator::SaveFlags() {
+  held_ = -1;
   as_.Mov(kS1, kRegAx);
   as_.FlagsToAx();
   as_.StoreAx(Gs(offsetof(State, saved_flags)));
@@ -104,6 +103,7 @@ void Translator::SaveFlags() {
 }
 
 void Translator::RestoreFlags() {
+  held_ = -1;
   as_.Mov(kS1, kRegAx);
   as_.LoadAx(Gs(offsetof(State, saved_flags)));
   as_.AxToFlags();
@@ -118,6 +118,13 @@ void Translator::SpoilFlags(uint16_t live) {
 }
 
 // ---- memory
+
+// Where a group's check left host address - linear address.
+HostMem Translator::AddendOf(unsigned group) const {
+  const AccessGroup& g = unit_.group(group);
+  return g.polymorphic ? Gs(offsetof(State, addends) + group * 8)
+                       : Gs(offsetof(State, slots) + g.slot * sizeof(Slot) + offsetof(Slot, addend));
+}
 
 void Translator::Label(unsigned i) {
   const UnitInsn& u = unit_[i];
@@ -135,12 +142,12 @@ void Translator::Label(unsigned i) {
 
 void Translator::Checks(unsigned i) {
   for (unsigned g = 0; g < unit_.group_count(); ++g) {
-    if (unit_.group(g).check_at == i) Check(unit_.group(g), i);
+    if (unit_.group(g).check_at == i) Check(g, i);
   }
 }
 
-void Translator::Check(const AccessGroup& group, unsigned at) {
-  SpoilFlags(unit_[at].live_before);
+// The group's lowest address to S0; S1 is spoilt.
+void Translator::GroupAddress(const AccessGroup& group, unsigned at) {
   const AddressKey& key = group.key;
   int64_t constant = group.low;
   HostMem address;
@@ -196,9 +203,14 @@ void Translator::Check(const AccessGroup& group, unsigned at) {
     }
   }
   if (key.segment != 0) as_.Add(kS0, SegmentBase(key.segment));
+}
+
+void Translator::Check(unsigned number, unsigned at) {
+  const AccessGroup& group = unit_.group(number);
+  SpoilFlags(unit_[at].live_before);
+  held_ = -1;
+  GroupAddress(group, at);
   const auto span = static_cast<unsigned>(group.high - group.low);
-  as_.Sub(kS0, SlotPage(group.slot));
-  as_.CmpImm(kS0, static_cast<int32_t>(4096 - span));
   const Site site = {.offset = unit_[at].offset,
                      .count = static_cast<uint8_t>(group.last - at + 1),
                      .vectors = vectors_checked_,
@@ -206,59 +218,99 @@ void Translator::Check(const AccessGroup& group, unsigned at) {
                      .span = static_cast<uint16_t>(span),
                      .slot = group.slot,
                      .unit = unit_[0].offset,
-                     .shared = group.shared};
+                     .shared = group.shared,
+                     .group = static_cast<uint8_t>(number)};
+  if (group.polymorphic) {
+    AskTlb(number, span);
+    cold_.back().site = site.Pack();
+    cold_.back().group = number;
+    cold_.back().at = at;
+    held_ = static_cast<int>(number);
+    return;
+  }
+  as_.Sub(kS0, SlotPage(group.slot));
+  as_.CmpImm(kS0, static_cast<int32_t>(4096 - span));
   uint8_t* from = as_.Jcc(kCcA, as_.run());
   cold_.push_back({.kind = Cold::kFill, .from = from, .back = as_.run(), .site = site.Pack(),
                    .offset = 0, .target = nullptr});
 }
 
-// The host's address of a checked access. S0 is used, S1 spoilt; the flags stay.
+// The TLB's answer to S1, and to memory for the group's other accesses.
+void Translator::AskTlb(unsigned number, unsigned span) {
+  const AccessGroup& group = unit_.group(number);
+  const size_t table = offsetof(State, tlb) + context_.data_class * sizeof(State::tlb[0]);
+  const auto field = [&](size_t offset) {
+    return HostMem{.base = kS1, .disp = static_cast<int32_t>(table + offset), .gs = true};
+  };
+  static_assert(sizeof(TlbEntry) == 32);
+  as_.Mov(kS1, kS0);
+  as_.RegReg(Assembler::k64, 0xc1, 5, kS1);  // shr
+  as_.Byte(7);
+  as_.RegReg(Assembler::k32, 0x81, 4, kS1);  // and
+  as_.Dword((Tlb::kEntries - 1) * sizeof(TlbEntry));
+  as_.Lea(kS0, {.base = kS0, .disp = static_cast<int32_t>(span - 1)});
+  as_.RegReg(Assembler::k64, 0x81, 4, kS0);
+  as_.Dword(0xfffff000);
+  const bool upper = context_.data_class == Tlb::kSupervisor;
+  as_.RegMem(Assembler::k64, 0x0b, kS0, Gs(offsetof(State, asid) + (upper ? 8 : 0)));  // or
+  as_.Cmp(kS0, field(group.write ? offsetof(TlbEntry, write) : offsetof(TlbEntry, read)));
+  uint8_t* from = as_.Jcc(kCcNe, as_.run());
+  as_.Load(kS1, field(offsetof(TlbEntry, addend)));
+  as_.Store(AddendOf(number), kS1);
+  cold_.push_back({.kind = Cold::kAsk, .from = from, .back = as_.run(), .site = 0, .offset = 0,
+                   .target = nullptr});
+}
+
+// The host's address of a checked access, in one of S0 and S1; the other is spoilt. The flags stay.
 HostMem Translator::Map(const UnitInsn& u, const MemoryAccess& access) {
   const Insn& insn = u.insn;
-  as_.Load(kS0, SlotAddend(unit_.group(static_cast<unsigned>(access.group)).slot));
+  const bool held = held_ == access.group;
+  const HostReg to = held ? kS1 : kS0, spare = held ? kS0 : kS1;
+  held_ = -1;
+  if (!held) as_.Load(to, AddendOf(static_cast<unsigned>(access.group)));
   if (access.key.segment != 0) {
-    as_.Load(kS1, SegmentBase(access.key.segment));
-    as_.Lea(kS0, {.base = kS0, .index = kS1});
+    as_.Load(spare, SegmentBase(access.key.segment));
+    as_.Lea(to, {.base = to, .index = spare});
   }
   int64_t disp = insn.disp;
   HostReg base = kNoReg;
   if (insn.base == kBaseRip) {
-    as_.Load(kS1, PageBase());
-    base = kS1;
+    as_.Load(spare, PageBase());
+    base = spare;
     disp += u.offset + insn.length;
   } else if (insn.base != kNoRegister) {
     base = HostOf(insn.base);
     if (base == kNoReg) {
-      as_.Load(kS1, GprAt(insn.base));
-      base = kS1;
+      as_.Load(spare, GprAt(insn.base));
+      base = spare;
     }
   }
   if (insn.index == kNoRegister) {
-    if (base == kS1) {
-      as_.Lea(kS0, {.base = kS0, .index = kS1});
+    if (base == spare) {
+      as_.Lea(to, {.base = to, .index = spare});
       base = kNoReg;
     }
   } else {
-    if (base != kNoReg) as_.Lea(kS0, {.base = kS0, .index = base});
+    if (base != kNoReg) as_.Lea(to, {.base = to, .index = base});
     base = HostOf(insn.index);
     if (base == kNoReg) {
-      as_.Load(kS1, GprAt(insn.index));
-      as_.Lea(kS0, {.base = kS0, .index = kS1, .scale = insn.scale});
+      as_.Load(spare, GprAt(insn.index));
+      as_.Lea(to, {.base = to, .index = spare, .scale = insn.scale});
     }
   }
   if (disp != static_cast<int32_t>(disp)) {  // RIP-relative at the very edge
-    as_.MovImm64(kS1, static_cast<uint64_t>(disp));
-    as_.Lea(kS0, {.base = kS0, .index = kS1});
+    as_.MovImm64(spare, static_cast<uint64_t>(disp));
+    as_.Lea(to, {.base = to, .index = spare});
     disp = 0;
   }
-  return {.base = kS0,
+  return {.base = to,
           .index = base,
           .scale = insn.index == kNoRegister ? uint8_t{0} : insn.scale,
           .disp = static_cast<int32_t>(disp)};
 }
 
 HostMem Translator::StackAt(const MemoryAccess& access, HostReg base, int32_t disp) {
-  as_.Load(kS0, SlotAddend(unit_.group(static_cast<unsigned>(access.group)).slot));
+  as_.Load(kS0, AddendOf(static_cast<unsigned>(access.group)));
   return {.base = kS0, .index = base, .disp = disp};
 }
 
@@ -418,7 +470,7 @@ void Translator::Copy(const UnitInsn& u) {
       if (!first || form.reads_first) as_.Load(temps[t].host, GprAt(reg));
       return temps[t].host;
     }
-    const HostReg scratch = memory || temp_count == 1 ? kS1 : kS0;
+    const HostReg scratch = memory ? (mem.base == kS0 ? kS1 : kS0) : temp_count == 1 ? kS1 : kS0;
     VERIFY(temp_count < (memory ? 1u : 2u));
     temps[temp_count++] = {reg, scratch, result};
     if (!first || form.reads_first || narrow || !result) as_.Load(scratch, GprAt(reg));
@@ -771,6 +823,15 @@ void Translator::ColdPaths() {
         as_.Add(kS0, SlotPage(Site::Unpack(cold.site).slot));
         as_.MovImm64(kS1, cold.site);
         as_.Call(context_.stubs->fill);
+        as_.Jmp(cold.back);
+        break;
+      case Cold::kAsk:
+        GroupAddress(unit_.group(cold.group), cold.at);
+        as_.MovImm64(kS1, cold.site);
+        as_.Call(context_.stubs->fill);
+        as_.Load(kS1, Gs(offsetof(State, slots) + unit_.group(cold.group).slot * sizeof(Slot) +
+                         offsetof(Slot, addend)));
+        as_.Store(AddendOf(cold.group), kS1);
         as_.Jmp(cold.back);
         break;
       case Cold::kVectors:

@@ -1,6 +1,7 @@
 // A unit becomes host code.
 #pragma once
 
+#include <bitset>
 #include <cstdint>
 #include <vector>
 
@@ -24,10 +25,11 @@ struct Site {
   uint16_t span = 0, slot = 0;  // slot: index in State::slots, all classes
   uint16_t unit = 0;            // offset of the unit's first instruction
   bool shared = false;          // a check for more than one access
+  uint8_t group = 0;            // its number in the unit
   uint64_t Pack() const {
     return offset | uint64_t{count} << 12 | uint64_t{vectors} << kVectorsBit |
            uint64_t{write} << kWriteBit | uint64_t{span} << kSpanShift | uint64_t{slot} << kSlotShift | uint64_t{unit} << kUnitShift |
-           uint64_t{shared} << kSharedBit;
+           uint64_t{shared} << kSharedBit | uint64_t{group} << kGroupShift;
   }
   static Site Unpack(uint64_t bits) {
     return {.offset = static_cast<uint16_t>(bits & 0xfff),
@@ -37,10 +39,11 @@ struct Site {
             .span = static_cast<uint16_t>(bits >> kSpanShift & 0xfff),
             .slot = static_cast<uint16_t>(bits >> kSlotShift & 0xfff),
             .unit = static_cast<uint16_t>(bits >> kUnitShift & 0xfff),
-            .shared = (bits >> kSharedBit & 1) != 0};
+            .shared = (bits >> kSharedBit & 1) != 0,
+            .group = static_cast<uint8_t>(bits >> kGroupShift)};
   }
   static constexpr unsigned kVectorsBit = 18, kWriteBit = 19, kSpanShift = 20, kSlotShift = 32, kUnitShift = 44,
-                            kSharedBit = 56;
+                            kSharedBit = 56, kGroupShift = 57;
 };
 
 // Where an instruction's code begins: for host exceptions, which are the guest's.
@@ -74,6 +77,7 @@ struct TranslationContext {
   unsigned first_slot = 0;   // of State::slots, all classes; wraps within the class
   unsigned code_slot = 0;    // of State::code_pages
   uint32_t first_exit = 0;   // number of the unit's first exit
+  std::bitset<128> polymorphic;  // groups whose page changes all the time
 };
 
 class Translator {
@@ -83,7 +87,7 @@ class Translator {
 
  private:
   struct Cold {
-    enum Kind : uint8_t { kFill, kVectors, kPollLoop, kExecute } kind;
+    enum Kind : uint8_t { kFill, kAsk, kVectors, kPollLoop, kExecute } kind;
     uint8_t* from;        // distance to patch
     uint8_t* back;        // as it runs
     uint64_t site;
@@ -91,6 +95,7 @@ class Translator {
     uint8_t* target;
     const UnitInsn* insn = nullptr;  // kExecute
     bool vectors = false;
+    unsigned group = 0, at = 0;  // kAsk
   };
   struct Fixup {
     uint8_t* distance;
@@ -107,7 +112,10 @@ class Translator {
   void Entries();
   void Label(unsigned i);
   void Checks(unsigned i);
-  void Check(const AccessGroup& group, unsigned at);
+  void Check(unsigned number, unsigned at);
+  void GroupAddress(const AccessGroup& group, unsigned at);
+  void AskTlb(unsigned number, unsigned span);
+  HostMem AddendOf(unsigned group) const;
   void Instruction(unsigned i);
   void Interpret(const UnitInsn& u);
   void CallInterpreter(const UnitInsn& u, bool vectors);
@@ -158,6 +166,7 @@ class Translator {
   uint8_t* labels_[kMaxUnitInsns] = {};
   bool host_flags_ = true, saved_flags_ = false;
   bool vectors_checked_ = false;
+  int held_ = -1;  // the group whose addend is in S1
 };
 
 }  // namespace kvartz::cpu::x86::jit

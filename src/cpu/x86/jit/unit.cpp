@@ -105,6 +105,7 @@ bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* pag
   grouping_ = grouping;
   count_ = 0;
   vectors_ = false;
+  ranges_.assign(1, {.offset = static_cast<uint16_t>(offset), .size = 0});
   while (count_ < kMaxUnitInsns && offset < 4096) {
     UnitInsn& u = insns_[count_];
     u = UnitInsn{};
@@ -118,6 +119,7 @@ bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* pag
     if (Ends(u)) break;
   }
   end_ = offset;
+  ranges_[0].size = static_cast<uint16_t>(offset - ranges_[0].offset);
   if (count_ == 0) return false;
   FindLabels();
   Liveness();
@@ -144,13 +146,15 @@ void Unit::FindLabels() {
 }
 
 // Looks a few instructions ahead; what it can't see counts as live.
-uint16_t Unit::LiveAt(unsigned offset) const {
+uint16_t Unit::LiveAt(unsigned offset) {
   uint16_t live = 0, open = kAllFlags;
+  ranges_.push_back({.offset = static_cast<uint16_t>(offset), .size = 0});
   UnitInsn u;
   for (unsigned n = 0; n < kPeekInsns && offset < 4096; ++n) {
     const size_t room = std::min<size_t>(4096 - offset, 15);
     if (Decode(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
     u.form = FormFor(u.insn, mode_);
+    ranges_.back().size = static_cast<uint16_t>(ranges_.back().size + u.insn.length);
     live |= static_cast<uint16_t>(open & Tested(u));
     open &= static_cast<uint16_t>(~Killed(u));
     if (open == 0 || live == kAllFlags) return live;

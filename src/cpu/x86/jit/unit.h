@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/x86/decode/insn.h"
 #include "cpu/x86/jit/form.h"
@@ -43,6 +44,7 @@ struct AccessGroup {
   int64_t low = 0, high = 0;
   bool write = false;
   bool shared = false;  // by more than one
+  bool polymorphic = false;  // the page changes all the time: the TLB is asked instead of the slot
   uint8_t first = 0, last = 0;  // instructions
   uint8_t check_at = 0;         // the check is made before this one
   uint16_t slot = 0;
@@ -63,6 +65,11 @@ struct UnitInsn {
 
 // Its count is or may be 0: then the flags stay.
 bool KeepsFlags(const UnitInsn& insn);
+
+// Bytes of the page that the unit depends on.
+struct CodeRange {
+  uint16_t offset = 0, size = 0;
+};
 
 // What the mode allows; the rest is left to the interpreter, which raises what is due.
 struct UnitMode {
@@ -88,12 +95,14 @@ class Unit {
   AccessGroup& group(unsigned i) { return groups_[i]; }
   // Registers before instruction `i`.
   const std::array<Symbol, 16>& symbols(unsigned i) const { return symbols_[i]; }
-  // Live flags at the target of a direct branch to `offset` of the same page.
-  uint16_t LiveAt(unsigned offset) const;
+  // Its own bytes, and what was looked at behind its exits.
+  const std::vector<CodeRange>& ranges() const { return ranges_; }
   // Same page: the target's offset; else -1.
   static int64_t TargetInPage(const UnitInsn& insn);
 
  private:
+  // Live flags at the target of a direct branch to `offset` of the same page.
+  uint16_t LiveAt(unsigned offset);
   void FindLabels();
   void Liveness();
   void Accesses();
@@ -112,6 +121,7 @@ class Unit {
   Grouping grouping_ = Grouping::kShared;
   unsigned count_ = 0, end_ = 0, group_count_ = 0, first_open_ = 0;
   bool vectors_ = false;
+  std::vector<CodeRange> ranges_;
   uint32_t next_symbol_ = 1;
   std::array<Symbol, 16> now_;
   std::array<std::array<Symbol, 16>, kMaxUnitInsns> symbols_;

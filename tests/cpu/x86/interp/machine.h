@@ -34,7 +34,7 @@ class TestMachine {
     region.size = kRamBytes;
     region.ram = ram_;
     memory_.Add(region);
-    tlb_ = std::make_unique<Tlb>(memory_);
+    tlb_ = std::make_unique<Tlb>(memory_, tables_.data());
     blocks_ = *BlockCache::Create(FeatureSet::All());
     cpu.tlb = tlb_.get();
     cpu.blocks = blocks_.get();
@@ -139,6 +139,7 @@ class TestMachine {
 
   AddressSpace memory_;
   std::shared_ptr<RamBlock> ram_;
+  std::vector<TlbEntry> tables_{Tlb::kClassCount * Tlb::kEntries};
   std::unique_ptr<Tlb> tlb_;
   std::unique_ptr<BlockCache> blocks_;
 };

@@ -243,7 +243,7 @@ void ProgramBoard::LoadCpu(const Program& program, uint64_t entry) {
   cpu.mp_state = MpState::kRunnable;
   cpu.pending_dr6 = 0;
   cpu.dr[6] = 0xffff0ff0;
-  __atomic_store_n(&cpu.requests, 0, __ATOMIC_SEQ_CST);
+  __atomic_fetch_and(&cpu.requests, request::kCodeWritten, __ATOMIC_SEQ_CST);
   cpu.tlb->FlushAll();
   UpdateMode(cpu);
 }

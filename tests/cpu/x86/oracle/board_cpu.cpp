@@ -80,7 +80,7 @@ void BoardCpu::Load(const Case& test) {
   cpu.seg[kGs].base = long_mode ? kGsBase : 0;
   cpu.cr2 = 0;
   cpu.insn_rip = cpu.rip = in.rip;
-  __atomic_store_n(&cpu.requests, 0, __ATOMIC_SEQ_CST);
+  __atomic_fetch_and(&cpu.requests, request::kCodeWritten, __ATOMIC_SEQ_CST);
   UpdateMode(cpu);
   SetRflags(cpu, cpu.rflags);
 }

@@ -20,7 +20,7 @@ SoftCpu::SoftCpu() {
   MapPages(kCode, kCodePhysical, kCodeSize, kCodePage);
   MapPages(kData, kDataPhysical, kDataWritable, kWritable);
   MapPages(kData + kDataWritable, kDataPhysical + kDataWritable, kDataReadOnly, kReadOnly);
-  tlb_ = std::make_unique<Tlb>(memory_);
+  tlb_ = std::make_unique<Tlb>(memory_, tables_.data());
   cpu_.tlb = tlb_.get();
   cpu_.cr0 = cr0::kPe | cr0::kPg | cr0::kWp | cr0::kNe | cr0::kMp | cr0::kEt;
   cpu_.cr4 = cr4::kPae | cr4::kOsfxsr | cr4::kOsxmmexcpt | cr4::kOsxsave;

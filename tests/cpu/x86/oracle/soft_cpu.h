@@ -35,6 +35,7 @@ class SoftCpu final : public CaseRunner {
 
   std::shared_ptr<RamBlock> ram_;
   AddressSpace memory_{"memory", uint64_t{1} << 40};
+  std::vector<TlbEntry> tables_{Tlb::kClassCount * Tlb::kEntries};
   std::unique_ptr<Tlb> tlb_;
   Cpu cpu_;
   uint64_t next_table_ = kTables + 0x1000;

@@ -20,6 +20,7 @@ constexpr size_t kUnitRoom = 32 << 10;
 constexpr uint64_t kPageMask = ~0xfffull;
 constexpr uint16_t kSingleAfter = 32;  // failures
 constexpr uint64_t kNoPage = 1;  // State::code_pages
+constexpr unsigned kIdleRechecks = 8;
 constexpr uint16_t kSingle = 64;  // with Mode(): accesses are checked one by one
 
 Engine& EngineOf(void* state) {
@@ -133,9 +134,12 @@ Engine::Block* Engine::Locate(Grouping grouping) {
           std::fill_n(state_.jumps[cls], kJumpEntries, Go(stubs_.dispatch));
         }
         state_.page = c.rip & kPageMask;
+        block->page->rechecks = 0;
         uint64_t& entered = state_.code_pages[block->page->slot];
-        if (entered == kNoPage) entered_.push_back(block->page->slot);
-        entered = state_.page;
+        if (entered != state_.page) {
+          (state_.page >> 63 ? entered_upper_ : entered_lower_).push_back(block->page->slot);
+          entered = state_.page;
+        }
         if (grouping == Grouping::kShared) {
           state_.jumps[cls][JumpIndex(c.rip)] = Go(block->code.checked);
         }
@@ -227,6 +231,7 @@ uint64_t Engine::Fill(uint64_t address, Site site) {
         (site.write ? entry.write : entry.read) == tlb.Tag(address)) {
       ++counters_.fills;
       (&state_.slots[0][0])[site.slot] = {address & kPageMask, entry.addend};
+      state_.used[site.slot / kSlots] = 1;
       if (tlb.data_class() == Tlb::kSupervisor && address >> 63 == 0) state_.lower_in_supervisor = 1;
       return 0;
     }
@@ -312,8 +317,16 @@ uint64_t Engine::Execute(uint64_t s0, const Insn& insn, bool ends) {
   c.rip = next;
   insn.exec(c, insn);
   if (ends) return Branched();
-  if (Requested(c) || c.rip != next || c.tlb->changes() != seen_changes_ || Mode() != running_mode_)
-    return Dispatch();
+  if (Requested(c) || c.rip != next || Mode() != running_mode_) return Dispatch();
+  if (c.tlb->changes() != seen_changes_) {
+    // Is the rest of the unit still what comes next?
+    const uint8_t* host;
+    std::memcpy(&host, &insn + 1, sizeof(host));
+    if (next % kPageSize == 0) return Dispatch();
+    c.insn_rip = next;
+    if (FetchCode(c, next) != host) return Dispatch();
+    Entered(running_mode_);
+  }
   GiveFlags();
   return 0;
 }
@@ -339,7 +352,8 @@ Engine::Page* Engine::PageOf(const uint8_t* host, uint16_t mode) {
     page->host = base;
     page->mode = mode;
     page->watch = WatchCode(cpu(), base);
-    watched_.emplace(page->watch.word, page.get());
+    page->word = page->watch.word;
+    watched_.emplace(page->word, page.get());
     page->slot = free_code_slots_.back();
     free_code_slots_.pop_back();
   }
@@ -352,7 +366,7 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   Page* page = PageOf(host, mode);
   // The watch may have been taken by somebody else's write since.
   if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value) {
-    Recheck(page);
+    if (Recheck(page) == nullptr) page = PageOf(host, mode);
   }
   const DecodeContext context{.mode = CodeMode::k64,
                               .protected_mode = true,
@@ -373,7 +387,8 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
                                     .first_slot = next_slot_[cls],
                                     .code_slot = page->slot,
                                     .first_exit = static_cast<uint32_t>(exits_.size()),
-                                    .polymorphic = polymorphic};
+                                    .polymorphic = polymorphic,
+                                    .page = page->host};
   next_slot_[cls] = (next_slot_[cls] + unit_.group_count()) % kSlots;
   auto block = std::make_unique<Block>();
   block->host = host;
@@ -414,14 +429,28 @@ void Engine::Kill(Block* block) {
   blocks_.erase(it);
 }
 
-// Watches the page anew; units that are as they were stay.
-void Engine::Recheck(Page* page) {
-  page->watch = WatchCode(cpu(), page->host);
+// After a write to a page of code: units that are as they were stay, and the page is watched anew.
+// Null: it holds code no more, or is written again and again while nothing of it runs.
+Engine::Page* Engine::Recheck(Page* page) {
+  const bool idle = ++page->rechecks > kIdleRechecks;
+  if (!idle) page->watch = WatchCode(cpu(), page->host);
   std::vector<Block*> changed;
   for (Block* block : page->blocks) {
-    if (Digest(page->host, block->ranges) != block->digest) changed.push_back(block);
+    if (idle || Digest(page->host, block->ranges) != block->digest) changed.push_back(block);
   }
   for (Block* block : changed) Kill(block);
+  if (!page->blocks.empty()) return page;
+  if (!idle) Unwatch(page->watch);
+  const auto [first, last] = watched_.equal_range(page->word);
+  for (auto it = first; it != last; ++it) {
+    if (it->second != page) continue;
+    watched_.erase(it);
+    break;
+  }
+  state_.code_pages[page->slot] = kNoPage;
+  free_code_slots_.push_back(page->slot);
+  pages_.erase(Key(page->host, page->mode));
+  return nullptr;
 }
 
 void Engine::NoteWritten(const uint32_t* word) {
@@ -432,12 +461,13 @@ void Engine::NoteWritten(const uint32_t* word) {
 void Engine::CheckPages() {
   std::vector<const uint32_t*> words;
   std::swap(words, *written_.Lock());
+  std::vector<Page*> pages;
   for (const uint32_t* word : words) {
     const auto [first, last] = watched_.equal_range(word);
-    for (auto it = first; it != last; ++it) {
-      Page* page = it->second;
-      if (__atomic_load_n(word, __ATOMIC_SEQ_CST) != page->watch.value) Recheck(page);
-    }
+    for (auto it = first; it != last; ++it) pages.push_back(it->second);
+  }
+  for (Page* page : pages) {
+    if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value) Recheck(page);
   }
 }
 
@@ -449,7 +479,8 @@ void Engine::Flush() {
   by_code_.clear();
   watched_.clear();
   exits_.clear();
-  entered_.clear();
+  entered_lower_.clear();
+  entered_upper_.clear();
   free_code_slots_.clear();
   for (unsigned i = kCodeSlots; i-- > 0;) free_code_slots_.push_back(i);
   std::fill_n(state_.code_pages, kCodeSlots, kNoPage);
@@ -465,25 +496,30 @@ void Engine::Flush() {
 
 // ---- slots and entered pages mirror the TLB
 
+void Engine::ClearSlots(unsigned cls) {
+  if (!state_.used[cls]) return;
+  state_.used[cls] = 0;
+  std::memset(static_cast<void*>(state_.slots[cls]), kSlotClear, sizeof(state_.slots[cls]));
+}
+
+void Engine::LeavePages(std::vector<unsigned>& entered) {
+  for (const unsigned slot : entered) state_.code_pages[slot] = kNoPage;
+  entered.clear();
+}
+
 void Engine::DropAll() {
-  std::memset(static_cast<void*>(state_.slots), kSlotClear, sizeof(state_.slots));
+  ClearSlots(Tlb::kSupervisor);
   state_.lower_in_supervisor = 0;
-  for (const unsigned slot : entered_) state_.code_pages[slot] = kNoPage;
-  entered_.clear();
+  LeavePages(entered_upper_);
+  DropLowerHalf();
 }
 
 void Engine::DropLowerHalf() {
-  for (const unsigned cls : {Tlb::kUser, Tlb::kSupervisor, Tlb::kNoSmap}) {
-    if (cls == Tlb::kSupervisor && !state_.lower_in_supervisor) continue;
-    std::memset(static_cast<void*>(state_.slots[cls]), kSlotClear, sizeof(state_.slots[cls]));
-  }
+  ClearSlots(Tlb::kUser);
+  ClearSlots(Tlb::kNoSmap);
+  if (state_.lower_in_supervisor) ClearSlots(Tlb::kSupervisor);
   state_.lower_in_supervisor = 0;
-  std::erase_if(entered_, [this](unsigned slot) {
-    uint64_t& page = state_.code_pages[slot];
-    if (page >> 63 != 0) return false;
-    page = kNoPage;
-    return true;
-  });
+  LeavePages(entered_lower_);
 }
 
 void Engine::DropWrites(const uint8_t* host_page) {

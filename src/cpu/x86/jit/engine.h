@@ -84,6 +84,8 @@ class Engine final : private Tlb::Follower {
     const uint8_t* host = nullptr;
     uint16_t mode = 0;
     CodeWatch watch{};
+    const uint32_t* word = nullptr;  // as it is in watched_
+    unsigned rechecks = 0;           // since a unit of it was looked up
     unsigned slot = 0;
     std::vector<Block*> blocks;
   };
@@ -121,7 +123,9 @@ class Engine final : private Tlb::Follower {
   Block* Translate(const uint8_t* host, uint16_t mode);
   Page* PageOf(const uint8_t* host, uint16_t mode);
   void Kill(Block* block);
-  void Recheck(Page* page);
+  Page* Recheck(Page* page);
+  void ClearSlots(unsigned cls);
+  void LeavePages(std::vector<unsigned>& entered);
   // ---- Tlb::Follower
   void DropAll() override;
   void DropLowerHalf() override;
@@ -148,7 +152,7 @@ class Engine final : private Tlb::Follower {
   uint64_t since_[kClassCount * kSlots] = {};  // time stamp when a slot's misses were looked at last
   std::unordered_set<uint64_t> single_;  // blocks whose accesses are checked one by one
   std::vector<Exit> exits_;
-  std::vector<unsigned> entered_;  // code_pages in use
+  std::vector<unsigned> entered_lower_, entered_upper_;  // code_pages in use
   std::vector<unsigned> free_code_slots_;
   uint16_t jump_modes_[kClassCount] = {};
   unsigned next_slot_[kClassCount] = {};

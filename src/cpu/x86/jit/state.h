@@ -37,6 +37,7 @@ struct State {
 
   uint64_t page = 0;         // linear address of the page that runs; RIP is that and an offset
   uint16_t saved_flags = 0;  // low byte: OF as 0 or 1; high byte: as LAHF
+  uint8_t used[kClassCount] = {};  // slots of the class were filled since they were cleared
   uint8_t lower_in_supervisor = 0;  // slots of that class may hold pages of the lower half
   uint8_t vector_live = 0;   // the guest's vector registers and MXCSR are in the host's
   uint64_t jump_to = 0, host_rsp = 0;

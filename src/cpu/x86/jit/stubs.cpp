@@ -222,6 +222,9 @@ class StubEmitter {
     as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, page), .gs = true}, kS0);
     as_.Load(kRegAx, {.base = kRegCx, .disp = offsetof(TlbEntry, addend)});
     as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, addend), .gs = true}, kRegAx);
+    as_.Mov(kRegCx, kS1);
+    ShiftRight(kRegCx, 4 + 9);  // the class
+    as_.StoreByte({.base = kRegCx, .disp = offsetof(State, used), .gs = true}, 1);
     for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
     as_.Ret();
     as_.PatchHere(often);

@@ -386,6 +386,7 @@ void Translator::CallInterpreter(const UnitInsn& u, bool vectors) {
   while (reinterpret_cast<uintptr_t>(as_.here()) % alignof(Insn) != 0) as_.Byte(0xcc);
   const auto where = reinterpret_cast<uint64_t>(as_.here());
   as_.Put(&u.insn, sizeof(u.insn));
+  as_.Qword(reinterpret_cast<uint64_t>(context_.page + u.offset + u.insn.length));
   std::memcpy(load + 2, &where, 8);
   if (over != nullptr) as_.PatchHere(over);
 }
@@ -451,6 +452,15 @@ void Translator::Copy(const UnitInsn& u) {
   if (memory || form.may_trap) Mark(u);
   HostMem mem;
   if (memory) mem = Map(u, u.operand);
+  // AH..BH can't stand beside a memory operand here, since that takes a REX prefix: a scratch
+  // register's low byte stands in. RORX leaves the flags.
+  HostReg high = kNoReg;
+  if (memory && form.reg_is_gpr && insn.reg >= kHighByte) {
+    high = mem.base == kS0 ? kS1 : kS0;
+    as_.Byte(0xc4), as_.Byte(0x63), as_.Byte(0x7b), as_.Byte(0xf0);  // high 32 bits are dropped
+    as_.Byte(0xc0 | (high & 7) << 3 | (insn.reg & 3));
+    as_.Byte(8);
+  }
   // Registers that live in memory go through scratch ones.
   struct {
     unsigned guest;
@@ -486,7 +496,7 @@ void Translator::Copy(const UnitInsn& u) {
       default: break;
     }
   }
-  const HostReg reg = host(form.reg_is_gpr, insn.reg, reg_operand);
+  const HostReg reg = high != kNoReg ? high : host(form.reg_is_gpr, insn.reg, reg_operand);
   const HostReg rm = memory ? kNoReg : host(form.rm_is_gpr, insn.rm, rm_operand);
   const HostReg vvvv = host(form.vvvv_is_gpr, insn.vvvv, vvvv_operand);
   CopyEncoding(u, memory ? &mem : nullptr, reg, rm, vvvv);
@@ -516,7 +526,7 @@ void Translator::CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg
     return false;
   };
   // Fields as the host is to see them: 4-bit numbers.
-  const unsigned reg_number = form.reg_is_gpr ? (insn.reg >= kHighByte ? 4u + (insn.reg & 3) : unsigned{reg})
+  const unsigned reg_number = form.reg_is_gpr ? (insn.reg >= kHighByte && mem == nullptr ? 4u + (insn.reg & 3) : unsigned{reg})
                                               : insn.digit() | (insn.rex & 4u) << 1;
   const unsigned rm_number =
       mem != nullptr ? 0

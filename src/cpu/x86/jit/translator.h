@@ -78,6 +78,7 @@ struct TranslationContext {
   unsigned code_slot = 0;    // of State::code_pages
   uint32_t first_exit = 0;   // number of the unit's first exit
   std::bitset<128> polymorphic;  // groups whose page changes all the time
+  const uint8_t* page = nullptr;  // host address of the code's page
 };
 
 class Translator {

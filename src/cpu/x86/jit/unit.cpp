@@ -31,7 +31,12 @@ bool InMemory(unsigned reg) { return reg == kR10 || reg == kR11 || reg == kR15; 
 
 // A byte register as AH..BH can't be named where a REX prefix is needed.
 bool HighByteFits(const Insn& insn, const RowForm& form) {
-  if (insn.has_memory() || insn.w()) return false;
+  // Beside memory: as a source, through a scratch register.
+  if (insn.has_memory()) {
+    static const bool has_rorx = __builtin_cpu_supports("bmi2") != 0;
+    return has_rorx && form.reg_is_gpr && form.memory_operand == 0 && !form.writes_second;
+  }
+  if (insn.w()) return false;
   const auto plain = [&](bool is_gpr, unsigned reg, unsigned operand) {
     if (!is_gpr || reg >= kHighByte) return true;
     return reg < 4 || (reg < 8 && reg != kRsp && OperandSize(insn, insn.row->operands[operand]) > 1);

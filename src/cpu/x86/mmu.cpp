@@ -222,7 +222,9 @@ bool TryMap(Cpu& cpu, uint64_t linear, Access access) {
   if (cls == Tlb::kNever || !Canonical(cpu, linear)) return false;
   Mapping mapping;
   uint32_t error = 0;
-  if (!Walk(cpu, cls, linear, access, kSetAccessed, &mapping, &error)) return false;
+  // The D bit is set by a write that happens, not by one that is looked ahead to.
+  if (!Walk(cpu, cls, linear, access, kSetAccessedOnly, &mapping, &error)) return false;
+  if (access == Access::kWrite && !mapping.dirty) return false;
   if (IsLocalApic(tlb, mapping.physical)) return false;
   const FlatRange* range = tlb.Find(mapping.physical);
   if (!range || range->region->kind == RegionKind::kIo) return false;

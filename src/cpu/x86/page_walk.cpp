@@ -103,7 +103,8 @@ Outcome Walk32(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEff
     return Outcome::kFault;
   }
   if (effect == kNoEffect) return Outcome::kDone;
-  uint64_t leaf = kA | (access == Access::kWrite ? kD : 0);
+  mapping->dirty = ((large ? pde.value : pte.value) & kD) != 0;
+  uint64_t leaf = kA | (access == Access::kWrite && effect == kSetAccessed ? kD : 0);
   if (!SetBits(pde, large ? leaf : kA)) return Outcome::kAgain;
   if (!large && !SetBits(pte, leaf)) return Outcome::kAgain;
   return Outcome::kDone;
@@ -162,8 +163,10 @@ Outcome Walk64(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEff
     return Outcome::kFault;
   }
   if (effect == kNoEffect) return Outcome::kDone;
+  mapping->dirty = (entries[level].value & kD) != 0;
   for (unsigned i = pae ? 2 : top; i >= level; i--) {
-    uint64_t bits = kA | (i == level && access == Access::kWrite ? kD : 0);
+    const bool dirties = i == level && access == Access::kWrite && effect == kSetAccessed;
+    uint64_t bits = kA | (dirties ? kD : 0);
     if (!SetBits(entries[i], bits)) return Outcome::kAgain;
   }
   return Outcome::kDone;

@@ -186,7 +186,15 @@ uint64_t Engine::OnDispatch(void* state, uint64_t target, uint64_t) {
   Engine& engine = EngineOf(state);
   engine.TakeFlags();
   engine.cpu().rip = target;
+  if (!mmu::Canonical(engine.cpu(), target)) [[unlikely]]
+    return engine.Undo(Branch::Unpack(engine.state_.branch));
   return engine.Dispatch();
+}
+
+// The branch raises its exception when it is interpreted.
+uint64_t Engine::Undo(Branch branch) {
+  cpu().gpr[kRsp] -= branch.popped;
+  return Interpret({.offset = branch.offset, .count = 1});
 }
 
 uint64_t Engine::OnLink(void* state, uint64_t target, uint64_t exit) {
@@ -258,7 +266,7 @@ const uint8_t* Engine::UnitCode(const Site& site) {
 // After 256 misses of a slot: true if they came so fast that the unit is better off asking the TLB
 // there; then the unit is gone.
 bool Engine::Polymorphic(const Site& site) {
-  constexpr uint64_t kTicksAMiss = 150;
+  constexpr uint64_t kTicksAMiss = 1000;
   state_.misses[0][site.slot] = 1;
   const uint64_t now = __builtin_ia32_rdtsc();
   const bool fast = now - since_[site.slot] < 256 * kTicksAMiss;

@@ -115,6 +115,7 @@ class Engine final : private Tlb::Follower {
   // The unit at Cpu::rip, or null: leave.
   Block* Locate(Grouping grouping = Grouping::kShared);
   uint64_t Branched();
+  uint64_t Undo(Branch branch);
   uint64_t Resume(uint16_t offset, Grouping grouping = Grouping::kShared);
   bool Polymorphic(const Site& site);
   const uint8_t* UnitCode(const Site& site);

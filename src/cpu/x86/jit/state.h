@@ -43,6 +43,7 @@ struct State {
   uint64_t jump_to = 0, host_rsp = 0;
   uint64_t site = 0;  // what a slow path needs to know of its site (Site in runtime.h)
   uint64_t spare = 0;  // a branch target across a push
+  uint64_t branch = 0;  // Branch: the indirect branch that ran last
   uint32_t host_mxcsr = 0x1f80;
   State* self = nullptr;
   void* engine = nullptr;  // Engine

@@ -34,6 +34,7 @@ Translation Translator::Run() {
     if (unit_[i].label) Label(i);
     Checks(i);
     Instruction(i);
+    held_ = -1;
   }
   const UnitInsn& last = unit_[unit_.count() - 1];
   const bool branched = last.form->form == Form::kCall || last.form->form == Form::kReturn ||
@@ -225,7 +226,7 @@ void Translator::Check(unsigned number, unsigned at) {
     cold_.back().site = site.Pack();
     cold_.back().group = number;
     cold_.back().at = at;
-    held_ = static_cast<int>(number);
+    if (group.first == at) held_ = static_cast<int>(number);
     return;
   }
   as_.Sub(kS0, SlotPage(group.slot));
@@ -700,8 +701,10 @@ void Translator::CrossPage(int64_t page_offset) {
 }
 
 // To the address in S0.
-void Translator::Indirect() {
+void Translator::Indirect(const UnitInsn& u, unsigned popped) {
   if (!saved_flags_) SaveFlags();
+  as_.StoreImm(Gs(offsetof(State, branch)),
+               static_cast<int32_t>(Branch{.offset = u.offset, .popped = popped}.Pack()));
   as_.Mov(kS1, kS0);
   as_.RegReg(Assembler::k64, 0xc1, 5, kS1);  // shr
   as_.Byte(12);
@@ -745,12 +748,23 @@ void Translator::LoadTarget(const UnitInsn& u) {
 void Translator::Call(const UnitInsn& u) {
   Mark(u);
   if (u.form->memory_operand >= 0) {
+    // A target that can't be one is found before anything is pushed.
+    if (!saved_flags_) SaveFlags();
+    host_flags_ = false;
     LoadTarget(u);
     as_.Store(Gs(offsetof(State, spare)), kS0);
+    as_.Mov(kS1, kS0);
+    as_.RegReg(Assembler::k64, 0xc1, 4, kS1);  // shl
+    as_.Byte(16);
+    as_.RegReg(Assembler::k64, 0xc1, 7, kS1);  // sar
+    as_.Byte(16);
+    as_.RegReg(Assembler::k64, 0x3b, kS1, kS0);  // cmp
+    const Site site = {.offset = u.offset, .count = 1};
+    cold_.push_back({.kind = Cold::kInterpret, .from = as_.Jcc(kCcNe, as_.run()), .back = nullptr,
+                     .site = site.Pack(), .offset = 0, .target = nullptr});
     PushReturn(u);
-    if (!saved_flags_) SaveFlags();
     as_.Load(kS0, Gs(offsetof(State, spare)));
-    return Indirect();
+    return Indirect(u, 0);
   }
   PushReturn(u);
   const int64_t target = int64_t{u.offset} + u.insn.length + u.insn.imm;
@@ -764,15 +778,14 @@ void Translator::Return(const UnitInsn& u) {
   as_.Load(kS0, StackAt(u.stack, kGuestSp, 0));
   const auto extra = u.insn.row->imm[0] == ImmKind::kNone ? 0 : static_cast<uint16_t>(u.insn.imm);
   as_.Lea(kGuestSp, {.base = kGuestSp, .disp = 8 + extra});
-  if (!saved_flags_) SaveFlags();
-  Indirect();
+  Indirect(u, 8u + extra);
 }
 
 void Translator::Jump(const UnitInsn& u) {
   Mark(u);
   if (u.form->memory_operand >= 0) {
     LoadTarget(u);
-    return Indirect();
+    return Indirect(u, 0);
   }
   const int64_t target = int64_t{u.offset} + u.insn.length + u.insn.imm;
   if (target < 0 || target >= 4096) return CrossPage(target);
@@ -847,6 +860,10 @@ void Translator::ColdPaths() {
       case Cold::kVectors:
         as_.Call(context_.stubs->load_vectors);
         as_.Jmp(cold.back);
+        break;
+      case Cold::kInterpret:
+        as_.MovImm64(kS1, cold.site);
+        as_.Jmp(context_.stubs->interpret);
         break;
       case Cold::kExecute:
         CallInterpreter(*cold.insn, cold.vectors);

@@ -46,6 +46,16 @@ struct Site {
                             kSharedBit = 56, kGroupShift = 57;
 };
 
+// An indirect branch whose target turns out to be none: it is undone and interpreted.
+struct Branch {
+  uint16_t offset = 0;  // in its page
+  uint32_t popped = 0;  // bytes
+  uint64_t Pack() const { return offset | uint64_t{popped} << 12; }
+  static Branch Unpack(uint64_t bits) {
+    return {.offset = static_cast<uint16_t>(bits & 0xfff), .popped = static_cast<uint32_t>(bits >> 12)};
+  }
+};
+
 // Where an instruction's code begins: for host exceptions, which are the guest's.
 struct InsnMark {
   uint16_t begin;  // from the unit's first byte of code
@@ -88,7 +98,7 @@ class Translator {
 
  private:
   struct Cold {
-    enum Kind : uint8_t { kFill, kAsk, kVectors, kPollLoop, kExecute } kind;
+    enum Kind : uint8_t { kFill, kAsk, kVectors, kPollLoop, kExecute, kInterpret } kind;
     uint8_t* from;        // distance to patch
     uint8_t* back;        // as it runs
     uint64_t site;
@@ -151,7 +161,7 @@ class Translator {
   void NeedVectors(const UnitInsn& u);
   void LeaveTo(uint8_t* branch, int64_t page_offset);
   void CrossPage(int64_t page_offset);
-  void Indirect();
+  void Indirect(const UnitInsn& u, unsigned popped);
   void Internal(uint8_t* distance, unsigned insn);
   void PageAddress(HostReg to, int64_t page_offset);
   void PushReturn(const UnitInsn& u);

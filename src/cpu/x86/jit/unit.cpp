@@ -58,7 +58,7 @@ const RowForm* FormFor(const Insn& insn, UnitMode mode) {
     case Form::kPop:
       return memory || insn.operand_size != 8 ? &kInterpreted : &form;
     case Form::kMoveFromSegment:
-      return memory || insn.operand_size < 4 ? &kInterpreted : &form;
+      return memory || insn.operand_size < 4 || insn.reg > kGs ? &kInterpreted : &form;
     case Form::kClearInterrupts:
     case Form::kSetInterrupts:
       return mode.supervisor ? &form : &kInterpreted;

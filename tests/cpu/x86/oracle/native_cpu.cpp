@@ -138,7 +138,7 @@ void Handler(int signal, siginfo_t* info, void* raw) {
   context.host_rsp = 0;
 }
 
-constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+constexpr int kSignals[] = {SIGBUS, SIGILL, SIGTRAP};
 
 struct sigaction OurAction() {
   struct sigaction action = {};
@@ -201,12 +201,14 @@ Outcome NativeCpu::Run(const Registers& registers, Mode mode) {
   context.fpu = registers.fpu;
   context.fpu.xstate_bv = 7;
   context.fpu.xcomp_bv = 0;
-  // SIGFPE belongs to the engine when no case runs.
+  // These belong to the engine when no case runs.
   const struct sigaction action = OurAction();
-  struct sigaction engine;
-  sigaction(SIGFPE, &action, &engine);
+  struct sigaction engine_fpe, engine_segv;
+  sigaction(SIGFPE, &action, &engine_fpe);
+  sigaction(SIGSEGV, &action, &engine_segv);
   OracleEnter(&context);
-  sigaction(SIGFPE, &engine, nullptr);
+  sigaction(SIGFPE, &engine_fpe, nullptr);
+  sigaction(SIGSEGV, &engine_segv, nullptr);
   _mm_setcsr(0x1f80);
   // A trap is the expected end.
   if (outcome.fault == kDB) {

@@ -232,8 +232,6 @@ struct CodeWatch {
   uint32_t value;
 };
 CodeWatch WatchCode(Cpu& cpu, const uint8_t* host);
-// Takes it back if nothing was written since: others who watch the page find their code changed.
-void Unwatch(const CodeWatch& watch);
 
 // ---- segment.h: to be called after any change of CS, SS, CR0, CR4, EFER, RFLAGS.{VM,TF,AC,RF};
 // cheap.

@@ -399,15 +399,6 @@ CodeWatch WatchCode(Cpu& cpu, const uint8_t* host) {
   }
 }
 
-void Unwatch(const CodeWatch& watch) {
-  uint32_t expected = watch.value;
-  const uint32_t after = (watch.value + PageWatch::kGeneration) & ~PageWatch::kWatched;
-  // The word belongs to a PageWatch; the map's own "gone" word never has the watched bit.
-  if ((watch.value & PageWatch::kWatched) == 0) return;
-  __atomic_compare_exchange_n(const_cast<uint32_t*>(watch.word), &expected, after, false,
-                              __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
-}
-
 void BusLock(Cpu& cpu) {
   if (cpu.tlb->bus_locks++ == 0 && cpu.tlb->world) cpu.tlb->world->Stop(cpu);
 }

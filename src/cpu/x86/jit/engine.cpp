@@ -448,7 +448,7 @@ Engine::Page* Engine::Recheck(Page* page) {
   }
   for (Block* block : changed) Kill(block);
   if (!page->blocks.empty()) return page;
-  if (!idle) Unwatch(page->watch);
+  // It may be watched for nothing now: until the next write.
   const auto [first, last] = watched_.equal_range(page->word);
   for (auto it = first; it != last; ++it) {
     if (it->second != page) continue;

@@ -425,6 +425,9 @@ void Engine::Kill(Block* block) {
   block->page = nullptr;
   Assembler as = memory_.At(memory_.OffsetOf(block->code.body_write));
   as.Jmp(block->code.leave);
+  // Jump tables keep its checked entry. From there flags are in saved_flags, where a unit that had
+  // no use for them wouldn't leave them.
+  memory_.At(memory_.OffsetOf(block->code.checked - memory_.delta())).Jmp(stubs_.dispatch);
   for (const uint32_t number : block->incoming) {
     if (exits_[number].from->page == nullptr) continue;  // killed: its code isn't what it was
     as.Patch(exits_[number].site.distance, exits_[number].site.thunk);

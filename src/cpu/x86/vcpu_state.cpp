@@ -34,6 +34,7 @@ void SoftVcpu::LoadXsave(const std::vector<uint8_t>& area) {
   fresh.mxcsr_mask = 0xffff;
   fresh.xstate_bv = limits_.xcr0 & 7;
   fresh.xcomp_bv = 0;
+  std::memset(fresh.header_reserved, 0, sizeof(fresh.header_reserved));
   cpu.fpu = fresh;
 }
 

@@ -101,6 +101,7 @@ void ExecX87(Cpu& cpu, const Insn& insn, const VectorPlan& plan) {
   frame.flags = cpu.rflags & rflags::kStatus;
   XsaveArea& fpu = cpu.fpu;
   const uint32_t mxcsr_mask = fpu.mxcsr_mask;
+  const uint64_t fdp = fpu.fdp;  // without a memory operand it stays, whatever the host does
   // With CR0.NE clear a pending error is ignored (as with IGNNE#): masked, or the host would raise
   // it.
   const auto pending = static_cast<uint16_t>(fpu.fsw & ~fpu.fcw & 0x3f);
@@ -117,10 +118,8 @@ void ExecX87(Cpu& cpu, const Insn& insn, const VectorPlan& plan) {
   fpu.mxcsr_mask = mxcsr_mask;
   fpu.fip = cpu.insn_rip;
   fpu.fop = static_cast<uint16_t>((insn.opcode & 7) << 8 | insn.modrm);
-  if (insn.has_memory()) {
-    fpu.fdp = offset;
-    if (plan.memory_written) WriteMemBytes(cpu, insn.seg(), offset, frame.memory, plan.memory_size);
-  }
+  fpu.fdp = insn.has_memory() ? offset : fdp;
+  if (plan.memory_written) WriteMemBytes(cpu, insn.seg(), offset, frame.memory, plan.memory_size);
   if (plan.flags_written)
     cpu.rflags = (cpu.rflags & ~rflags::kStatus) | (frame.flags & rflags::kStatus);
 }

@@ -118,6 +118,10 @@ class Assembler {
     RegMem(k32, 0xc6, 0, mem);
     Byte(value);
   }
+  void StoreDword(const HostMem& mem, uint32_t value) {
+    RegMem(k32, 0xc7, 0, mem);
+    Dword(value);
+  }
   void StoreImm(const HostMem& mem, int32_t value) {  // 8 bytes, sign-extended
     RegMem(k64, 0xc7, 0, mem);
     Dword(static_cast<uint32_t>(value));

@@ -41,6 +41,9 @@ uint64_t Digest(const uint8_t* page, const std::vector<CodeRange>& ranges) {
   return digest;
 }
 
+// Then the host also has XSAVE, and allows it.
+bool HostHasAvx() { return __builtin_cpu_supports("avx") != 0; }
+
 size_t JumpIndex(uint64_t target) { return ((target >> 12) ^ target) % kJumpEntries; }
 
 }  // namespace
@@ -63,7 +66,8 @@ Result<std::unique_ptr<Engine>> Engine::Create(State& state, const FeatureSet& f
                                .interpret = OnInterpret,
                                .dispatch = OnDispatch,
                                .link = OnLink,
-                               .avx = __builtin_cpu_supports("avx") != 0};
+                               .avx = HostHasAvx(),
+                               .xsave = HostHasAvx()};
   engine->stubs_ = EmitStubs(as, targets);
   engine->stubs_end_ = engine->memory_.OffsetOf(as.here());
   engine->Flush();
@@ -83,8 +87,10 @@ uint16_t Engine::Mode() const {
   const bool busy = (cpu.cr0 & cr0::kTs) != 0;
   const bool sse = !busy && !(cpu.cr0 & cr0::kEm) && (cpu.cr4 & cr4::kOsfxsr);
   const bool avx = !busy && (cpu.cr4 & cr4::kOsxsave) && (cpu.xcr0 & 6) == 6;
+  // Without CR0.NE a pending exception does nothing.
+  const bool x87 = HostHasAvx() && (cpu.cr0 & (cr0::kTs | cr0::kEm | cr0::kNe)) == cr0::kNe;
   return static_cast<uint16_t>((cpu.cpl == 3 ? 1 : 0) | cpu.tlb->data_class() << 1 |
-                               (sse ? 8 : 0) | (avx ? 16 : 0));
+                               (sse ? 8 : 0) | (avx ? 16 : 0) | (x87 ? 32 : 0));
 }
 
 void Engine::AttachThread() {
@@ -112,7 +118,7 @@ void Engine::Run() {
   Block* block = Locate();
   if (block == nullptr) return;
   GiveFlags();
-  state_.vector_live = 0;
+  state_.vector_live = state_.x87_live = 0;
   stubs_.enter(&state_, block->code.body);
 }
 
@@ -384,7 +390,7 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   const Grouping grouping =
       (mode & kSingle) != 0 || single_.contains(key) ? Grouping::kSingle : Grouping::kShared;
   const UnitMode allowed{.sse = (mode & 8) != 0, .avx = (mode & 16) != 0,
-                         .supervisor = (mode & 1) == 0};
+                         .x87 = (mode & 32) != 0, .supervisor = (mode & 1) == 0};
   if (!unit_.Build(context, allowed, page->host, offset, grouping)) return nullptr;
   const unsigned cls = mode >> 1 & 3;
   Assembler as = memory_.At(used_);

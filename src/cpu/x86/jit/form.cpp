@@ -20,12 +20,16 @@ constexpr std::string_view kCopied[] = {
     "BLSMSK", "BLSI", "BEXTR", "BZHI",      "MULX",       "PDEP",  "PEXT", "RORX",  "SARX",
     "SHLX",  "SHRX",  "CLC",   "STC",       "CMC",        "LAHF",  "SAHF", "FENCE", "VZEROUPPER",
     "VZEROALL"};
+// Rows of x87 control that the host runs as they are; those of the second list don't wait for
+// pending exceptions.
+constexpr std::string_view kX87Waiting[] = {"FLDCW", "FWAIT", "EMMS"};
+constexpr std::string_view kX87Control[] = {"FNSTCW", "FNSTSW", "FNCLEX"};
 constexpr std::string_view kPureWrites[] = {"MOV",   "MOVZX",  "MOVSX", "MOVSXD", "MOVBE",
                                             "MOVNTI", "ANDN",  "BLSR",  "BLSMSK", "BLSI",
                                             "BEXTR", "BZHI",   "MULX",  "PDEP",   "PEXT",
                                             "RORX",  "SARX",   "SHLX",  "SHRX",   "POPCNT",
                                             "TZCNT", "LZCNT"};
-constexpr std::string_view kReadOnly[] = {"CMP", "TEST", "BT", "MUL", "DIV", "IDIV"};
+constexpr std::string_view kReadOnly[] = {"CMP", "TEST", "BT", "MUL", "DIV", "IDIV", "FLDCW"};
 constexpr std::string_view kVariableCount[] = {"ROL", "ROR", "RCL",  "RCR", "SHL",
                                                "SHR", "SAR", "SHLD", "SHRD"};
 
@@ -42,10 +46,8 @@ bool HasOperand(const Row& row, OperandKind kind) {
 Form FormOf(const Row& row) {
   const std::string_view name = row.mnemonic;
   if ((row.attributes & kNo64) != 0) return Form::kInterpret;
-  if ((row.attributes & kNative) != 0) {
-    const VectorPlan& plan = VectorPlan::Of(row);
-    return plan.x87 || plan.mmx ? Form::kInterpret : Form::kCopy;
-  }
+  if ((row.attributes & kNative) != 0) return Form::kCopy;
+  if (In(kX87Waiting, name) || In(kX87Control, name)) return Form::kCopy;
   if (name == "CLI") return Form::kClearInterrupts;
   if (name == "STI") return Form::kSetInterrupts;
   if (name == "PUSHF") return Form::kPushFlags;
@@ -71,14 +73,21 @@ Form FormOf(const Row& row) {
 RowForm::RowForm(const Row& row) : form(FormOf(row)) {
   const std::string_view name = row.mnemonic;
   const bool native = (row.attributes & kNative) != 0;
-  vector = native || name == "VZEROUPPER" || name == "VZEROALL";
-  may_trap = name == "DIV" || name == "IDIV" || (row.attributes & (kAlign | kFp)) != 0;
+  const VectorPlan& plan = VectorPlan::Of(row);
+  const bool x87_waiting = (native && (plan.x87 || plan.mmx)) || In(kX87Waiting, name);
+  x87 = x87_waiting || In(kX87Control, name);
+  x87_pointers = native && plan.x87;
+  vector = native ? !x87 || plan.vector_class == VectorClass::kSse
+                  : name == "VZEROUPPER" || name == "VZEROALL";
+  may_trap =
+      name == "DIV" || name == "IDIV" || (row.attributes & (kAlign | kFp)) != 0 || x87_waiting;
   for (int i = 0; i < row.operand_count; ++i) {
     switch (row.operands[i].kind) {
       case OperandKind::kRm:
       case OperandKind::kMem:
       case OperandKind::kXmmRm:
       case OperandKind::kYmmRm:
+      case OperandKind::kMmRm:
         memory_operand = static_cast<int8_t>(i);
         rm_is_gpr = row.operands[i].kind == OperandKind::kRm;
         break;
@@ -100,6 +109,7 @@ RowForm::RowForm(const Row& row) : form(FormOf(row)) {
     reads_first = row.operands[0].kind != OperandKind::kReg &&
                   row.operands[0].kind != OperandKind::kRm &&
                   row.operands[0].kind != OperandKind::kRmReg;
+    keeps_flags_sometimes = x87 && row.flags.written() != 0;  // FCOMI with an unmasked exception
   } else {
     const bool one_operand = row.operand_count == 1;
     writes_first = !In(kReadOnly, name) && !(name == "IMUL" && one_operand);

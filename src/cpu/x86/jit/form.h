@@ -34,11 +34,13 @@ struct RowForm {
 
   Form form = Form::kInterpret;
   bool vector = false;       // uses vector registers or MXCSR
-  bool may_trap = false;     // the host may raise #DE, #GP (alignment) or #XM for it
+  bool x87 = false;          // uses x87 or MMX registers, or control, status or tags of theirs
+  bool x87_pointers = false; // sets FIP, FOP and, with a memory operand, FDP
+  bool may_trap = false;     // the host may raise #DE, #GP (alignment), #MF or #XM for it
   bool writes_first = false; // the first operand is written
   bool reads_first = true;   // ... and read
   bool writes_second = false;
-  bool keeps_flags_sometimes = false;  // a count of 0 leaves the flags alone
+  bool keeps_flags_sometimes = false;  // a count of 0 or an exception leaves the flags alone
   int8_t memory_operand = -1;          // index of the operand that may be memory
   // Which ModRM fields name general registers.
   bool reg_is_gpr = false, rm_is_gpr = false, vvvv_is_gpr = false;

@@ -40,6 +40,11 @@ struct State {
   uint8_t used[kClassCount] = {};  // slots of the class were filled since they were cleared
   uint8_t lower_in_supervisor = 0;  // slots of that class may hold pages of the lower half
   uint8_t vector_live = 0;   // the guest's vector registers and MXCSR are in the host's
+  uint8_t x87_live = 0;      // so are its x87 and MMX registers, control, status and tags; not FIP...
+  // ... which are kept here meanwhile: of the x87 instruction that ran last its page and offset,
+  // its opcode, and the address of the last memory operand. The host's own are of no use.
+  uint16_t x87_offset = 0, x87_opcode = 0;
+  uint64_t x87_page = 0, x87_address = 0;
   uint64_t jump_to = 0, host_rsp = 0;
   uint64_t site = 0;  // what a slow path needs to know of its site (Site in runtime.h)
   uint64_t spare = 0;  // a branch target across a push

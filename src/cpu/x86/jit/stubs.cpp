@@ -25,6 +25,10 @@ class StubEmitter {
     SaveVectors();
     stubs.load_vectors = load_vectors_ = as_.run();
     LoadVectors();
+    save_x87_ = as_.run();
+    SaveX87();
+    stubs.load_x87 = load_x87_ = as_.run();
+    LoadX87();
     stubs.enter = reinterpret_cast<Stubs::Enter>(as_.run());
     Enter();
     stubs.exit = as_.run();
@@ -103,6 +107,54 @@ class StubEmitter {
     as_.Ret();
   }
 
+  // XSAVE64 and XRSTOR64 of the x87 component alone, by digit of 0F AE. It counts as in use
+  // meanwhile; the header's bit is put back. RAX, RDX are used.
+  void MoveX87(unsigned digit) {
+    const HostMem in_use = Gs(Fpu(offsetof(XsaveArea, xstate_bv)));
+    as_.RegMem(Assembler::k32, 0xff, 6, in_use);  // push
+    as_.RegMem(Assembler::k32, 0x80, 1, in_use);  // or
+    as_.Byte(1);
+    as_.MovImm32(kRegAx, 1);
+    as_.MovImm32(kRegDx, 0);
+    as_.RegMem(Assembler::k64, 0xae0f, digit, Gs(Fpu(0)));
+    as_.RegMem(Assembler::k32, 0x8f, 0, in_use);  // pop
+  }
+  // None of it waits for a pending exception.
+  void SaveX87() {
+    if (!targets_.xsave) return;
+    MoveX87(4);
+    as_.Byte(0xdb), as_.Byte(0xe3);  // fninit
+    as_.RegMem(Assembler::k32, 0xb70f, kRegAx, Gs(offsetof(State, x87_offset)));  // movzx
+    as_.Add(kRegAx, Gs(offsetof(State, x87_page)));
+    as_.Store(Gs(Fpu(offsetof(XsaveArea, fip))), kRegAx);
+    as_.Load(kRegAx, Gs(offsetof(State, x87_address)));
+    as_.Store(Gs(Fpu(offsetof(XsaveArea, fdp))), kRegAx);
+    as_.LoadAx(Gs(offsetof(State, x87_opcode)));
+    as_.StoreAx(Gs(Fpu(offsetof(XsaveArea, fop))));
+    as_.StoreByte(Gs(offsetof(State, x87_live)), 0);
+    as_.Ret();
+  }
+  void LoadX87() {
+    if (!targets_.xsave) return;
+    as_.Byte(0x50 | kRegAx), as_.Byte(0x50 | kRegDx);
+    as_.Load(kRegAx, Gs(Fpu(offsetof(XsaveArea, fdp))));
+    as_.Store(Gs(offsetof(State, x87_address)), kRegAx);
+    as_.LoadAx(Gs(Fpu(offsetof(XsaveArea, fop))));
+    as_.StoreAx(Gs(offsetof(State, x87_opcode)));
+    as_.Load(kRegDx, Gs(Fpu(offsetof(XsaveArea, fip))));
+    as_.Mov(kRegAx, kRegDx);
+    as_.RegReg(Assembler::k32, 0x81, 4, kRegAx);  // and
+    as_.Dword(0xfff);
+    as_.StoreAx(Gs(offsetof(State, x87_offset)));
+    as_.RegReg(Assembler::k64, 0x81, 4, kRegDx);
+    as_.Dword(0xfffff000);
+    as_.Store(Gs(offsetof(State, x87_page)), kRegDx);
+    MoveX87(5);
+    as_.StoreByte(Gs(offsetof(State, x87_live)), 1);
+    as_.Byte(0x58 | kRegDx), as_.Byte(0x58 | kRegAx);
+    as_.Ret();
+  }
+
   void Enter() {  // (rdi: State*, rsi: target)
     for (HostReg reg : kHostSaved) as_.Rex(Assembler::k32, 0, 0, reg), as_.Byte(0x50 | (reg & 7));
     as_.Lea(kRegSp, {.base = kRegSp, .disp = -8});
@@ -122,15 +174,26 @@ class StubEmitter {
     as_.Ret();
   }
 
+  void SaveIfLive(size_t live, const uint8_t* save) {
+    as_.CmpByte(Gs(live), 0);
+    uint8_t* none = as_.Jcc(kCcE, as_.run());
+    as_.Call(save);
+    as_.PatchHere(none);
+  }
+  void LoadIfTold(unsigned bit, const uint8_t* load) {
+    as_.RegMem(Assembler::k32, 0xf7, 0, Gs(offsetof(State, site)));  // test dword
+    as_.Dword(1u << bit);
+    uint8_t* none = as_.Jcc(kCcE, as_.run());
+    as_.Call(load);
+    as_.PatchHere(none);
+  }
   // The guest's registers to memory, the call; then the flags are those of TEST RAX,RAX.
   void CallHelper(Helper helper, int32_t align) {
     StoreGprs();
+    SaveIfLive(offsetof(State, vector_live), save_vectors_);
+    SaveIfLive(offsetof(State, x87_live), save_x87_);
     as_.Mov(kRegSi, kS0);
     as_.Mov(kRegDx, kS1);
-    as_.CmpByte(Gs(offsetof(State, vector_live)), 0);
-    uint8_t* none = as_.Jcc(kCcE, as_.run());
-    as_.Call(save_vectors_);
-    as_.PatchHere(none);
     as_.Load(kRegDi, Gs(offsetof(State, self)));
     if (align) as_.Lea(kRegSp, {.base = kRegSp, .disp = -align});
     as_.MovImm64(kRegAx, reinterpret_cast<uint64_t>(helper));
@@ -149,16 +212,13 @@ class StubEmitter {
     CallHelper(helper, 0);
     GoTo();
   }
-  // Returns to the unit if the helper says 0. S0 bit 18: with its vector registers loaded.
+  // Returns to the unit if the helper says 0, with what the site uses loaded.
   void Called(Helper helper) {
     as_.Store(Gs(offsetof(State, site)), helper == targets_.execute ? kS0 : kS1);
     CallHelper(helper, 8);
     uint8_t* elsewhere = as_.Jcc(kCcNe, as_.run());
-    as_.RegMem(Assembler::k32, 0xf7, 0, Gs(offsetof(State, site)));  // test dword
-    as_.Dword(1u << Site::kVectorsBit);
-    uint8_t* none = as_.Jcc(kCcE, as_.run());
-    as_.Call(load_vectors_);
-    as_.PatchHere(none);
+    LoadIfTold(Site::kVectorsBit, load_vectors_);
+    LoadIfTold(Site::kX87Bit, load_x87_);
     LoadGprs();
     as_.Ret();
     as_.PatchHere(elsewhere);
@@ -181,7 +241,7 @@ class StubEmitter {
     as_.Mov(kRegDx, kS1);  // the tag that the last byte's page must have
     ShiftRight(kRegDx, Site::kSpanShift);
     as_.RegReg(Assembler::k32, 0x81, 4, kRegDx);
-    as_.Dword(0xfff);
+    as_.Dword(Site::kSpanMask);
     as_.Lea(kRegDx, {.base = kRegDx, .index = kS0, .disp = -1});
     as_.RegReg(Assembler::k64, 0x81, 4, kRegDx);
     as_.Dword(0xfffff000);
@@ -247,6 +307,8 @@ class StubEmitter {
   const StubTargets& targets_;
   const uint8_t* save_vectors_ = nullptr;
   const uint8_t* load_vectors_ = nullptr;
+  const uint8_t* save_x87_ = nullptr;
+  const uint8_t* load_x87_ = nullptr;
 };
 
 }  // namespace

@@ -14,12 +14,13 @@ struct Stubs {
   Enter enter = nullptr;              // from C++: loads registers and goes to the target
   const uint8_t* exit = nullptr;      // back to C++; everything is in Cpu
   const uint8_t* fill = nullptr;      // call. S0: linear address; S1: Site. Fills the slot, or goes elsewhere
-  const uint8_t* execute = nullptr;   // call. S0: offset, and bit 18 as in Site; S1: Insn*
+  const uint8_t* execute = nullptr;   // call. S0: offset, and Site's bits for what to load; S1: Insn*
   const uint8_t* execute_end = nullptr;  // jump. The same, and the unit ends
   const uint8_t* interpret = nullptr; // jump. S1: Site
   const uint8_t* dispatch = nullptr;  // jump. S0: the target
   const uint8_t* link = nullptr;      // jump. S0: the target; S1: number of the exit
   const uint8_t* load_vectors = nullptr;  // call
+  const uint8_t* load_x87 = nullptr;      // call; spoils flags
 };
 
 // Emits them. Aborts only on a bug: `assembler` must have 4 KiB of room.
@@ -30,6 +31,7 @@ using Helper = uint64_t (*)(void* state, uint64_t s0, uint64_t s1);
 struct StubTargets {
   Helper fill, execute, execute_end, interpret, dispatch, link;
   bool avx;
+  bool xsave;  // else x87 is left to the interpreter
 };
 
 }  // namespace kvartz::cpu::x86::jit

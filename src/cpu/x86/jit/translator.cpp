@@ -134,7 +134,7 @@ void Translator::Label(unsigned i) {
   if (u.live_before != 0) NeedFlags();
   host_flags_ = true;
   saved_flags_ = false;
-  vectors_checked_ = false;
+  vectors_checked_ = x87_checked_ = x87_page_kept_ = false;
   labels_[i] = as_.run();
   if (u.loop && u.live_before == 0) {
     as_.CmpDword(Requests(), 0);
@@ -217,6 +217,7 @@ void Translator::Check(unsigned number, unsigned at) {
   const Site site = {.offset = unit_[at].offset,
                      .count = static_cast<uint8_t>(group.last - at + 1),
                      .vectors = vectors_checked_,
+                     .x87 = x87_checked_,
                      .write = group.write,
                      .span = static_cast<uint16_t>(span),
                      .slot = group.slot,
@@ -327,6 +328,49 @@ void Translator::NeedVectors(const UnitInsn& u) {
   vectors_checked_ = true;
 }
 
+void Translator::NeedX87(const UnitInsn& u) {
+  if (x87_checked_) return;
+  SpoilFlags(u.live_before);
+  as_.CmpByte(Gs(offsetof(State, x87_live)), 0);
+  uint8_t* from = as_.Jcc(kCcE, as_.run());
+  cold_.push_back({.kind = Cold::kX87, .from = from, .back = as_.run(), .site = 0, .offset = 0,
+                   .target = nullptr});
+  x87_checked_ = true;
+}
+
+// After an x87 instruction: what FIP, FOP and FDP hold from now on. S0 and S1 are spoilt.
+void Translator::KeepX87Pointers(const UnitInsn& u) {
+  const Insn& insn = u.insn;
+  if (!x87_page_kept_) {
+    as_.Load(kS1, PageBase());
+    as_.Store(Gs(offsetof(State, x87_page)), kS1);
+    x87_page_kept_ = true;
+  }
+  static_assert(offsetof(State, x87_opcode) == offsetof(State, x87_offset) + 2);
+  const uint32_t opcode = (insn.opcode & 7u) << 8 | insn.modrm;
+  as_.StoreDword(Gs(offsetof(State, x87_offset)), opcode << 16 | u.offset);
+  if (!insn.has_memory()) return;
+  const HostMem to = Gs(offsetof(State, x87_address));
+  HostMem address{.disp = static_cast<int32_t>(insn.disp)};
+  if (insn.base == kBaseRip) {
+    as_.Load(kS1, PageBase());
+    as_.Lea(kS1, {.base = kS1, .disp = u.offset + insn.length});
+    address.base = kS1;
+  } else if (insn.base != kNoRegister) {
+    address.base = HostOf(insn.base);
+    if (address.base == kNoReg) as_.Load(address.base = kS1, GprAt(insn.base));
+  }
+  if (insn.index != kNoRegister) {
+    address.index = HostOf(insn.index);
+    address.scale = insn.scale;
+    if (address.index == kNoReg) as_.Load(address.index = kS0, GprAt(insn.index));
+  }
+  if (address.index == kNoReg && address.base == kNoReg) return as_.StoreImm(to, address.disp);
+  if (address.index == kNoReg && address.disp == 0) return as_.Store(to, address.base);
+  as_.Lea(kS1, address);
+  as_.Store(to, kS1);
+}
+
 // ---- instructions
 
 void Translator::Instruction(unsigned i) {
@@ -368,16 +412,17 @@ void Translator::Instruction(unsigned i) {
 
 void Translator::Interpret(const UnitInsn& u) {
   if (!saved_flags_) SaveFlags();
-  CallInterpreter(u, vectors_checked_);
+  CallInterpreter(u, Loaded());
+  x87_page_kept_ = false;
   host_flags_ = false;
   saved_flags_ = true;
 }
 
 // Flags are in saved_flags, before and after.
-void Translator::CallInterpreter(const UnitInsn& u, bool vectors) {
+void Translator::CallInterpreter(const UnitInsn& u, uint32_t loaded) {
   const bool ends = u.insn.has(kBranch);
   // The instruction itself lies in the code, jumped over.
-  as_.MovImm32(kS0, u.offset | (vectors && !ends ? 1u << Site::kVectorsBit : 0u));
+  as_.MovImm32(kS0, u.offset | (ends ? 0 : loaded));
   uint8_t* load = as_.here();
   as_.MovImm64(kS1, 0);
   if (ends) {
@@ -420,7 +465,7 @@ void Translator::SetInterrupts(unsigned i) {
   as_.RegMem(Assembler::k64, 0x81, 1, Rflags());  // or
   as_.Dword(static_cast<uint32_t>(rflags::kIf));
   cold_.push_back({.kind = Cold::kExecute, .from = from, .back = as_.run(), .site = 0, .offset = 0,
-                   .target = nullptr, .insn = &u, .vectors = vectors_checked_});
+                   .target = nullptr, .insn = &u, .loaded = Loaded()});
 }
 
 void Translator::PushFlags(const UnitInsn& u) {
@@ -445,6 +490,7 @@ void Translator::Copy(const UnitInsn& u) {
   const Insn& insn = u.insn;
   const RowForm& form = *u.form;
   if (form.vector) NeedVectors(u);
+  if (form.x87) NeedX87(u);
   const FlagEffects& effects = insn.row->flags;
   const auto status = static_cast<uint16_t>(rflags::kStatus);
   const uint16_t written = effects.written() & status;
@@ -506,6 +552,7 @@ void Translator::Copy(const UnitInsn& u) {
   for (unsigned t = 0; t < temp_count; ++t) {
     if (temps[t].written) as_.Store(GprAt(temps[t].guest), temps[t].host);
   }
+  if (form.x87_pointers) KeepX87Pointers(u);
   if (written != 0) {
     host_flags_ = true;
     saved_flags_ = false;
@@ -863,12 +910,16 @@ void Translator::ColdPaths() {
         as_.Call(context_.stubs->load_vectors);
         as_.Jmp(cold.back);
         break;
+      case Cold::kX87:
+        as_.Call(context_.stubs->load_x87);
+        as_.Jmp(cold.back);
+        break;
       case Cold::kInterpret:
         as_.MovImm64(kS1, cold.site);
         as_.Jmp(context_.stubs->interpret);
         break;
       case Cold::kExecute:
-        CallInterpreter(*cold.insn, cold.vectors);
+        CallInterpreter(*cold.insn, cold.loaded);
         as_.Jmp(cold.back);
         break;
       case Cold::kPollLoop:

@@ -21,6 +21,7 @@ struct Site {
   uint16_t offset = 0;      // of the instruction to begin with, in its page
   uint8_t count = 0;        // instructions to interpret if the access can't be mapped
   bool vectors = false;     // vector registers are in use
+  bool x87 = false;         // x87 and MMX registers are
   bool write = false;
   uint16_t span = 0, slot = 0;  // slot: index in State::slots, all classes
   uint16_t unit = 0;            // offset of the unit's first instruction
@@ -28,6 +29,7 @@ struct Site {
   uint8_t group = 0;            // its number in the unit
   uint64_t Pack() const {
     return offset | uint64_t{count} << 12 | uint64_t{vectors} << kVectorsBit |
+           uint64_t{x87} << kX87Bit |
            uint64_t{write} << kWriteBit | uint64_t{span} << kSpanShift | uint64_t{slot} << kSlotShift | uint64_t{unit} << kUnitShift |
            uint64_t{shared} << kSharedBit | uint64_t{group} << kGroupShift;
   }
@@ -35,8 +37,9 @@ struct Site {
     return {.offset = static_cast<uint16_t>(bits & 0xfff),
             .count = static_cast<uint8_t>(bits >> 12 & 0x3f),
             .vectors = (bits >> kVectorsBit & 1) != 0,
+            .x87 = (bits >> kX87Bit & 1) != 0,
             .write = (bits >> kWriteBit & 1) != 0,
-            .span = static_cast<uint16_t>(bits >> kSpanShift & 0xfff),
+            .span = static_cast<uint16_t>(bits >> kSpanShift & kSpanMask),
             .slot = static_cast<uint16_t>(bits >> kSlotShift & 0xfff),
             .unit = static_cast<uint16_t>(bits >> kUnitShift & 0xfff),
             .shared = (bits >> kSharedBit & 1) != 0,
@@ -44,6 +47,8 @@ struct Site {
   }
   static constexpr unsigned kVectorsBit = 18, kWriteBit = 19, kSpanShift = 20, kSlotShift = 32, kUnitShift = 44,
                             kSharedBit = 56, kGroupShift = 57;
+  static constexpr unsigned kSpanMask = 0x7ff, kX87Bit = 31;
+  static_assert(kMaxGroupSpan <= kSpanMask);
 };
 
 // An indirect branch whose target turns out to be none: it is undone and interpreted.
@@ -98,14 +103,14 @@ class Translator {
 
  private:
   struct Cold {
-    enum Kind : uint8_t { kFill, kAsk, kVectors, kPollLoop, kExecute, kInterpret } kind;
+    enum Kind : uint8_t { kFill, kAsk, kVectors, kX87, kPollLoop, kExecute, kInterpret } kind;
     uint8_t* from;        // distance to patch
     uint8_t* back;        // as it runs
     uint64_t site;
     uint16_t offset;      // kPollLoop: leaves to it
     uint8_t* target;
     const UnitInsn* insn = nullptr;  // kExecute
-    bool vectors = false;
+    uint32_t loaded = 0;
     unsigned group = 0, at = 0;  // kAsk
   };
   struct Fixup {
@@ -129,7 +134,7 @@ class Translator {
   HostMem AddendOf(unsigned group) const;
   void Instruction(unsigned i);
   void Interpret(const UnitInsn& u);
-  void CallInterpreter(const UnitInsn& u, bool vectors);
+  void CallInterpreter(const UnitInsn& u, uint32_t loaded);
   void Copy(const UnitInsn& u);
   void CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg, HostReg rm, HostReg vvvv);
   void Lea(const UnitInsn& u);
@@ -159,6 +164,13 @@ class Translator {
   HostMem StackAt(const MemoryAccess& access, HostReg base, int32_t disp);
   void LoadTarget(const UnitInsn& u);
   void NeedVectors(const UnitInsn& u);
+  void NeedX87(const UnitInsn& u);
+  void KeepX87Pointers(const UnitInsn& u);
+  // Bits of Site: what a helper's return has to load again.
+  uint32_t Loaded() const {
+    return (vectors_checked_ ? 1u << Site::kVectorsBit : 0) |
+           (x87_checked_ ? 1u << Site::kX87Bit : 0);
+  }
   void LeaveTo(uint8_t* branch, int64_t page_offset);
   void CrossPage(int64_t page_offset);
   void Indirect(const UnitInsn& u, unsigned popped);
@@ -177,6 +189,7 @@ class Translator {
   uint8_t* labels_[kMaxUnitInsns] = {};
   bool host_flags_ = true, saved_flags_ = false;
   bool vectors_checked_ = false;
+  bool x87_checked_ = false, x87_page_kept_ = false;  // State::x87_live, State::x87_page
   int held_ = -1;  // the group whose addend is in S1
 };
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <string_view>
 
+#include "cpu/x86/interp/vector_plan.h"
+
 namespace kvartz::cpu::x86::jit {
 namespace {
 
@@ -54,6 +56,9 @@ const RowForm* FormFor(const Insn& insn, UnitMode mode) {
   if ((insn.flags & kHas67) != 0) return &kInterpreted;
   if (form.vector && !(insn.row->vex ? mode.avx : mode.sse)) return &kInterpreted;
   const bool memory = insn.has_memory();
+  if (form.x87 && !mode.x87) return &kInterpreted;
+  // CVTPI2PS with a memory operand leaves the x87 unit alone, or some hosts don't.
+  if (form.x87 && memory && VectorPlan::Of(*insn.row).mmx_in_rm) return &kInterpreted;
   switch (form.form) {
     case Form::kPop:
       return memory || insn.operand_size != 8 ? &kInterpreted : &form;

@@ -73,7 +73,7 @@ struct CodeRange {
 
 // What the mode allows; the rest is left to the interpreter, which raises what is due.
 struct UnitMode {
-  bool sse = true, avx = true;
+  bool sse = true, avx = true, x87 = true;
   bool supervisor = false;  // CPL 0
 };
 

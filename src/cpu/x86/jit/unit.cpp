@@ -420,6 +420,8 @@ void Unit::PlaceChecks() {
       if (at == 0 || insns_[at].label || insns_[at - 1].form->form == Form::kInterpret ||
           group.first - at > 12)
         break;
+      const Form before = insns_[at - 1].form->form;
+      if (group.write && (before == Form::kJcc || before == Form::kJcxz)) break;
     }
   }
 }

@@ -2,6 +2,7 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <charconv>
 
 #include "base/text.h"
@@ -11,6 +12,10 @@ namespace {
 
 constexpr std::string_view kEngines[] = {"kvm", "kvartz", "tcg"};
 constexpr std::string_view kKvmOptions[] = {"kernel-irqchip", "dirty-ring-size"};
+constexpr std::string_view kSoftOptions[] = {"jit", "tb-size", "thread"};
+
+// Branches of translated code reach 2 GiB.
+constexpr uint64_t kMiB = 1 << 20, kCodeMiBMost = 2047, kCodeMiBOfCpu = 4, kCodeMiBDefault = 64;
 
 Result<bool> WantsKvm(std::string_view name) {
   if (name == "kvm") return true;
@@ -95,6 +100,60 @@ Result<KvmOptions> ParseKvmOptions(
     }
   }
   return parsed;
+}
+
+Result<SoftOptions> ParseSoftOptions(
+    const std::vector<std::pair<std::string, std::string>>& options) {
+  SoftOptions parsed;
+  for (const auto& [name, value] : options) {
+    if (name == "jit") {
+      if (value != "on" && value != "off") {
+        return Fail(ErrorCode::kInvalid,
+                    fmt::format("-accel kvartz: jit='{}' is neither on nor off", value));
+      }
+      parsed.jit = value == "on";
+    } else if (name == "tb-size") {
+      uint64_t mib = 0;
+      auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), mib);
+      if (error != std::errc() || end != value.data() + value.size() || mib < kCodeMiBOfCpu ||
+          mib > kCodeMiBMost) {
+        return Fail(ErrorCode::kInvalid,
+                    fmt::format("-accel kvartz: tb-size='{}' is no number of MiB from {} to {}",
+                                value, kCodeMiBOfCpu, kCodeMiBMost));
+      }
+      parsed.code_bytes = mib * kMiB;
+    } else if (name == "thread") {
+      if (value == "single") {
+        return Fail(ErrorCode::kUnsupported,
+                    "-accel kvartz: thread=single is not supported: each CPU has a thread of its "
+                    "own (thread=multi)");
+      }
+      if (value != "multi") {
+        return Fail(ErrorCode::kInvalid,
+                    fmt::format("-accel kvartz: thread='{}' is not multi", value));
+      }
+    } else {
+      std::string_view nearest = NearestName(name, kSoftOptions);
+      return Fail(ErrorCode::kNotFound,
+                  fmt::format("-accel kvartz: unknown option '{}': {}", name,
+                              nearest.empty() ? "there are jit, tb-size and thread"
+                                              : fmt::format("did you mean '{}'?", nearest)));
+    }
+  }
+  return parsed;
+}
+
+Result<uint64_t> CodeBytesOfCpu(const SoftOptions& options, unsigned cpu_count) {
+  const uint64_t fewest = kCodeMiBOfCpu * kMiB * cpu_count;
+  if (options.code_bytes == 0)
+    return std::max(fewest, kCodeMiBDefault * kMiB) / cpu_count & ~uint64_t{4095};
+  if (options.code_bytes < fewest) {
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("-accel kvartz: tb-size={} is too little for {} CPUs: {} MiB a CPU are "
+                            "needed, {} together",
+                            options.code_bytes / kMiB, cpu_count, kCodeMiBOfCpu, fewest / kMiB));
+  }
+  return options.code_bytes / cpu_count & ~uint64_t{4095};
 }
 
 }  // namespace kvartz::cpu

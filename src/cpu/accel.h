@@ -50,9 +50,15 @@ Result<KvmOptions> ParseKvmOptions(const std::vector<std::pair<std::string, std:
 
 // -accel kvartz,NAME=VALUE,...
 struct SoftOptions {
-  bool jit = true;                     // translate guest code; off: interpret it
-  uint64_t code_bytes = 64ull << 20;  // for translated code, all CPUs together
+  bool jit = true;          // translate guest code; off: interpret it
+  uint64_t code_bytes = 0;  // tb-size=MIB: for translated code, all CPUs together; 0: the default
 };
+// Errors: as above.
+Result<SoftOptions> ParseSoftOptions(
+    const std::vector<std::pair<std::string, std::string>>& options);
+// Each CPU's part of the memory for translated code, whole pages. The default is 64 MiB together,
+// and more where that would be less than 4 MiB a CPU. Errors: less than that was asked for.
+Result<uint64_t> CodeBytesOfCpu(const SoftOptions& options, unsigned cpu_count);
 
 struct AccelConfig {
   AddressSpace* memory = nullptr;

@@ -79,6 +79,7 @@ Result<> Board::Build() {
   if (env_.accel == "kvm" && config_.kvm.irqchip) irqchip_ = *config_.kvm.irqchip;
   accel.irqchip = irqchip_;
   accel.kvm = config_.kvm;
+  accel.soft = config_.soft;
   accel.cpu_count = config_.cpu_count;
   accel.topology = config_.topology;
   accel.model = config_.cpu_model;

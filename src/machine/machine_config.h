@@ -70,7 +70,8 @@ struct MachineConfig {
   unsigned cpu_count = 1;
   cpu::CpuTopology topology;
   cpu::CpuModelRequest cpu_model;
-  cpu::KvmOptions kvm;  // -accel kvm,...; kernel-irqchip= of the machine comes second
+  cpu::SoftOptions soft;  // -accel kvartz,...
+  cpu::KvmOptions kvm;    // -accel kvm,...; kernel-irqchip= of the machine comes second
 
   BootConfig boot;
   RtcConfig rtc;

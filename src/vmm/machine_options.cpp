@@ -95,20 +95,40 @@ Result<> Accel(CommandLine& line, std::string_view argument) {
   std::string names = Take(&properties, "accel");
   if (names == "help" || names == "?") {
     line.information =
-        "Accelerators:\nkvm      the host's KVM\nkvartz   the own engine (alias: tcg)\n";
+        "Accelerators:\n"
+        "kvm      the host's KVM (kernel-irqchip=on|split, dirty-ring-size=N, force=on)\n"
+        "kvartz   the own engine, alias tcg (jit=on|off, tb-size=MIB, thread=multi)\n";
     return {};
   }
+  size_t first = line.config.accels.size();
   AddAccels(line, names);
-  if (Take(&properties, "thread", "multi") != "multi")
-    return Refuse("thread=single; each processor has its thread");
-  Take(&properties, "tb-size");  // a hint for translators
-  line.config.force_kvm = TRY(TakeBool(&properties, "force", line.config.force_kvm));
-  std::vector<std::pair<std::string, std::string>> kvm_options;
-  for (const char* name : {"kernel-irqchip", "dirty-ring-size"}) {
-    if (properties.Find(name)) kvm_options.emplace_back(name, Take(&properties, name));
+  // Whose options may follow; a name that isn't known is refused later.
+  bool kvm = names.empty(), soft = names.empty();
+  for (size_t i = first; i < line.config.accels.size(); ++i) {
+    const std::string& name = line.config.accels[i];
+    kvm |= name != "kvartz" && name != "tcg";
+    soft |= name != "kvm";
   }
-  if (!kvm_options.empty()) line.config.machine.kvm = TRY(cpu::ParseKvmOptions(kvm_options));
-  return RefuseRest(properties, "thread kernel-irqchip dirty-ring-size tb-size force");
+  const auto take = [&](std::initializer_list<const char*> wanted) {
+    std::vector<std::pair<std::string, std::string>> options;
+    for (const char* name : wanted) {
+      if (properties.Find(name)) options.emplace_back(name, Take(&properties, name));
+    }
+    return options;
+  };
+  std::string known;
+  if (kvm) {
+    line.config.force_kvm = TRY(TakeBool(&properties, "force", line.config.force_kvm));
+    auto options = take({"kernel-irqchip", "dirty-ring-size"});
+    if (!options.empty()) line.config.machine.kvm = TRY(cpu::ParseKvmOptions(options));
+    known = "kernel-irqchip dirty-ring-size force";
+  }
+  if (soft) {
+    auto options = take({"jit", "tb-size", "thread"});
+    if (!options.empty()) line.config.machine.soft = TRY(cpu::ParseSoftOptions(options));
+    known += known.empty() ? "jit tb-size thread" : " jit tb-size thread";
+  }
+  return RefuseRest(properties, known);
 }
 
 Result<> EnableKvm(CommandLine& line, std::string_view) {

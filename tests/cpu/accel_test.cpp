@@ -89,5 +89,43 @@ TEST(ParseKvmOptions, RefusesTheRest) {
   EXPECT_THAT(error("dirty-ring-size", "x"), HasSubstr("no power of two"));
 }
 
+TEST(ParseSoftOptions, TakesTheKnownOnes) {
+  Result<SoftOptions> options =
+      ParseSoftOptions({{"jit", "off"}, {"tb-size", "2047"}, {"thread", "multi"}});
+  ASSERT_TRUE(options.has_value());
+  EXPECT_FALSE(options->jit);
+  EXPECT_EQ(options->code_bytes, 2047ull << 20);
+  EXPECT_TRUE(ParseSoftOptions({{"jit", "on"}})->jit);
+  EXPECT_TRUE(ParseSoftOptions({})->jit);
+  EXPECT_EQ(ParseSoftOptions({{"tb-size", "4"}})->code_bytes, 4ull << 20);
+}
+
+TEST(ParseSoftOptions, RefusesTheRest) {
+  auto error = [](const std::string& name, const std::string& value) {
+    Result<SoftOptions> options = ParseSoftOptions({{name, value}});
+    return options ? "" : options.error().what;
+  };
+  EXPECT_THAT(error("jit", "maybe"), HasSubstr("neither on nor off"));
+  EXPECT_THAT(error("thread", "single"), HasSubstr("thread=single is not supported"));
+  EXPECT_THAT(error("thread", "many"), HasSubstr("'many' is not multi"));
+  for (const char* size : {"3", "2048", "0", "-1", "64M", "", "99999999999999999999"})
+    EXPECT_THAT(error("tb-size", size), HasSubstr("no number of MiB from 4 to 2047")) << size;
+  EXPECT_THAT(error("tb-sise", "64"), HasSubstr("did you mean 'tb-size'?"));
+  EXPECT_THAT(error("one-insn-per-tb", "on"), HasSubstr("there are jit, tb-size and thread"));
+}
+
+TEST(CodeBytesOfCpu, SharesTheMemoryOut) {
+  constexpr uint64_t kMiB = 1 << 20;
+  EXPECT_EQ(CodeBytesOfCpu({}, 1), 64 * kMiB);
+  EXPECT_EQ(CodeBytesOfCpu({}, 3), 64 * kMiB / 3 / 4096 * 4096);
+  EXPECT_EQ(CodeBytesOfCpu({}, 255), 4 * kMiB);
+  EXPECT_EQ(CodeBytesOfCpu({.code_bytes = 2047 * kMiB}, 1), 2047 * kMiB);
+  EXPECT_EQ(CodeBytesOfCpu({.code_bytes = 8 * kMiB}, 2), 4 * kMiB);
+  Result<uint64_t> refused = CodeBytesOfCpu({.code_bytes = 8 * kMiB}, 3);
+  ASSERT_FALSE(refused.has_value());
+  EXPECT_THAT(refused.error().what, HasSubstr("tb-size=8 is too little for 3 CPUs"));
+  EXPECT_THAT(refused.error().what, HasSubstr("12 together"));
+}
+
 }  // namespace
 }  // namespace kvartz::cpu

@@ -1,11 +1,14 @@
 #include "vmm/command_line.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <set>
 
 namespace kvartz::vmm {
 namespace {
+
+using testing::HasSubstr;
 
 Result<CommandLine> Parse(const std::vector<const char*>& arguments) {
   return ParseCommandLine(arguments);
@@ -262,6 +265,23 @@ TEST(CommandLineTest, WhatScriptsPassIsAccepted) {
   EXPECT_EQ(config.shutdown, ShutdownAction::kPause);
   EXPECT_EQ(config.accels, std::vector<std::string>{"tcg"});
   EXPECT_EQ((*config.machine.uuid)[4], 0x9a);
+}
+
+TEST(CommandLineTest, EnginesTakeTheirOptions) {
+  VmConfig config = Config({"-accel", "tcg,tb-size=128,jit=off,thread=multi"});
+  EXPECT_EQ(config.accels, std::vector<std::string>{"tcg"});
+  EXPECT_FALSE(config.machine.soft.jit);
+  EXPECT_EQ(config.machine.soft.code_bytes, 128ull << 20);
+  EXPECT_TRUE(Config({"-accel", "kvartz"}).machine.soft.jit);
+  config = Config({"-accel", "kvm:kvartz,kernel-irqchip=split,tb-size=32"});
+  EXPECT_EQ(config.machine.kvm.irqchip, cpu::IrqchipMode::kUser);
+  EXPECT_EQ(config.machine.soft.code_bytes, 32ull << 20);
+
+  EXPECT_THAT(Refusal({"-accel", "kvartz,jti=off"}), HasSubstr("did you mean jit=?"));
+  EXPECT_THAT(Refusal({"-accel", "kvartz,thread=single"}), HasSubstr("thread=single"));
+  EXPECT_THAT(Refusal({"-accel", "kvartz,tb-size=2"}), HasSubstr("tb-size='2'"));
+  EXPECT_THAT(Refusal({"-accel", "kvartz,kernel-irqchip=on"}), HasSubstr("kernel-irqchip="));
+  EXPECT_THAT(Refusal({"-accel", "kvm,tb-size=64"}), HasSubstr("tb-size="));
 }
 
 TEST(CommandLineTest, ListsAreInformation) {

@@ -112,8 +112,9 @@ Result<std::unique_ptr<SoftVcpu>> SoftVcpu::Create(SoftAccel& accel, unsigned in
     return Fail(ErrnoError(errno, "cannot set up the vCPU timer signal"));
   const SoftOptions& options = accel.config().soft;
   if (options.jit) {
-    vcpu->jit_ = TRY(jit::Engine::Create(*vcpu->state_, FeatureSet::FromCpuid(vcpu->cpuid_),
-                                         options.code_bytes / accel.config().cpu_count));
+    const uint64_t code_bytes = TRY(CodeBytesOfCpu(options, accel.config().cpu_count));
+    vcpu->jit_ = TRY(
+        jit::Engine::Create(*vcpu->state_, FeatureSet::FromCpuid(vcpu->cpuid_), code_bytes));
   }
   TRY(vcpu->Reset());
   return vcpu;

@@ -27,6 +27,7 @@ constexpr uint8_t kSlotClear = 0x80;
 // and a jump table of its own, so that CPL changes invalidate nothing.
 constexpr unsigned kClassCount = 3;
 constexpr unsigned kSlots = 512;          // a class
+constexpr unsigned kWriteSlots = kSlots / 2;  // from here on: for what writes, and nothing else
 constexpr unsigned kCodeSlots = 8192;     // pages of translated code
 constexpr unsigned kJumpEntries = 4096;   // a class
 constexpr unsigned kJumpShift = 32 - 12;  // of the CRC-32C of the target

@@ -21,12 +21,12 @@ HostMem PageBase() { return Gs(offsetof(State, page)); }
 
 Translator::Translator(Unit& unit, Assembler& assembler, const TranslationContext& context)
     : unit_(unit), as_(assembler), context_(context) {
-  // Places share slots; one that a read filled says nothing of writes.
   for (unsigned g = 0; g < unit_.group_count(); ++g) {
-    unit_.group(g).slot = static_cast<uint16_t>(
-        context_.data_class * kSlots + (unit_.group(g).write ? kSlots / 2 : 0) +
-        (context_.first_slot + g) % (kSlots / 2));
-    unit_.group(g).polymorphic = context_.polymorphic[g];
+    AccessGroup& group = unit_.group(g);
+    group.slot = static_cast<uint16_t>(context_.data_class * kSlots +
+                                       (group.write ? kWriteSlots : 0) +
+                                       (context_.first_slot + g) % kWriteSlots);
+    group.polymorphic = context_.polymorphic[g];
   }
 }
 

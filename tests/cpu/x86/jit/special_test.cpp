@@ -167,6 +167,31 @@ TEST_P(SpecialProgramTest, TimerInterruptsLeaveNoTrace) {
   EXPECT_EQ(end.state.gpr[kRbx], high);
 }
 
+// A page may be read and not written. What one instruction learnt when it read there isn't enough
+// for another that writes, also when both would keep their translations in the same place: there
+// are at most 512.
+GUEST_CODE(special_read_only, R"(
+  mov 0x100000, %eax
+  .set special_at, 0x20000
+  .rept 511
+  mov special_at, %eax
+  .set special_at, special_at + 0x800
+  .endr
+  mov %eax, 0x100000
+  out %al, $0xf4)")
+
+TEST_P(SpecialProgramTest, ReadingAllowsNoWriting) {
+  guest_.Load(CODE_OF(special_read_only));
+  guest_.SetPte(kTestPage, kTestPage | 1);
+  guest_.Put<uint32_t>(kTestPage, 0x1234);
+  guest_.initial.cr0 |= cr0::kWp;
+  Outcome end = guest_.Run();
+  EXPECT_EQ(end.vector, kPF);
+  EXPECT_EQ(end.error, 3u);  // present, a write
+  EXPECT_EQ(end.state.cr2, kTestPage);
+  EXPECT_EQ(guest_.Get<uint32_t>(kTestPage), 0x1234u);
+}
+
 INSTANTIATE_TEST_SUITE_P(Jit, SpecialProgramTest, testing::Bool(),
                          [](const testing::TestParamInfo<bool>& param) {
                            return param.param ? "on" : "off";

@@ -94,6 +94,13 @@ struct DebugStop {
   uint8_t vector = 0;  // 1 #DB, 3 #BP
 };
 
+// A number that an engine tells of itself, for people.
+struct EngineStatistic {
+  const char* name;
+  uint64_t value;
+  const char* meaning;
+};
+
 // One virtual CPU. Everything but Kick and Nmi is called on its own thread, or while that is
 // parked.
 class Vcpu {
@@ -121,6 +128,11 @@ class Vcpu {
     return Fail(ErrorCode::kUnsupported, "not supported yet: guest debugging in this engine");
   }
   virtual DebugStop debug_stop() const { return {}; }
+  // What the translator of guest code did (info jit). Errors: nothing is translated here.
+  virtual Result<std::vector<EngineStatistic>> JitStatistics() const {
+    return Fail(ErrorCode::kUnsupported,
+                "JIT information is there with the own engine only: -accel kvartz");
+  }
 };
 
 // A virtual machine's engine. Any thread, unless said otherwise.

@@ -249,6 +249,51 @@ TEST_F(VmTest, HumanMonitorCommands) {
   }
 }
 
+// Real mode is interpreted: the numbers are there, and small.
+TEST_F(VmTest, JitInformation) {
+  VmConfig config = Config(kAlphabet);
+  config.machine.cpu_count = config.machine.topology.cores = 2;
+  auto vm = Make(std::move(config));
+  ASSERT_TRUE(vm);
+  Qmp(*vm, R"({"execute": "qmp_capabilities"})");
+  ASSERT_TRUE(vm->Continue());
+  auto answers = Qmp(*vm, R"({"execute": "x-query-jit"})");
+  ASSERT_FALSE(answers.empty());
+  const std::string text(answers.back().at("return").at("human-readable-text").as_string());
+  for (const char* part : {"CPU#0\n", "\nCPU#1\n", "\nunits translated ", "\ncode bytes used "})
+    EXPECT_NE(text.find(part), std::string::npos) << part << " in " << text;
+  EXPECT_TRUE(vm->running());
+  answers = Qmp(*vm, R"({"execute": "human-monitor-command",
+                         "arguments": {"command-line": "info jit"}})");
+  EXPECT_EQ(std::string(answers.back().at("return").as_string()).substr(0, 6), "CPU#0\n");
+}
+
+TEST_F(VmTest, JitInformationIsRefusedWithoutTranslation) {
+  VmConfig config = Config(kAlphabet);
+  config.machine.soft.jit = false;
+  auto vm = Make(std::move(config));
+  ASSERT_TRUE(vm);
+  Qmp(*vm, R"({"execute": "qmp_capabilities"})");
+  auto answers = Qmp(*vm, R"({"execute": "x-query-jit"})");
+  ASSERT_EQ(ErrorClass(answers.back()), "GenericError");
+  EXPECT_NE(std::string(answers.back().at("error").at("desc").as_string()).find("jit=off"),
+            std::string::npos);
+  answers = Qmp(*vm, R"({"execute": "human-monitor-command",
+                         "arguments": {"command-line": "info jit"}})");
+  const std::string text(answers.back().at("return").as_string());
+  EXPECT_EQ(text.substr(0, 7), "Error: ");
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 1);
+}
+
+TEST_F(VmTest, CodeMemoryMustBeEnoughForAllCpus) {
+  VmConfig config = Config(kAlphabet);
+  config.machine.cpu_count = config.machine.topology.cores = 3;
+  config.machine.soft.code_bytes = 8 << 20;
+  auto vm = Vm::Create(std::move(config));
+  ASSERT_FALSE(vm);
+  EXPECT_NE(vm.error().what.find("tb-size=8"), std::string::npos) << vm.error().what;
+}
+
 // Runs, is saved in the midst of the alphabet, goes on in a fresh machine where it stopped.
 TEST_F(VmTest, SavedMachineGoesOnInAFreshOne) {
   std::string path = dir_ + "/state";

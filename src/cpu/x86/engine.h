@@ -37,6 +37,7 @@ class SoftVcpu final : public Vcpu, public LapicBus {
   Result<> SetState(const X86State& state) override;
   Result<> Reset() override;
   unsigned index() const override { return index_; }
+  Result<std::vector<EngineStatistic>> JitStatistics() const override;
 
   // ---- for system instructions
   ViewCache& ports() { return ports_; }

@@ -127,6 +127,14 @@ SoftVcpu::~SoftVcpu() {
   std::erase(accel_.tlbs_, &tlb_);
 }
 
+Result<std::vector<EngineStatistic>> SoftVcpu::JitStatistics() const {
+  if (!jit_) {
+    return Fail(ErrorCode::kUnsupported,
+                "JIT information is not there: guest code is interpreted (jit=off)");
+  }
+  return jit_->Statistics();
+}
+
 // ---- from any thread
 
 void SoftVcpu::Request(uint32_t bits) {

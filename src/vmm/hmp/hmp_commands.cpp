@@ -121,6 +121,7 @@ constexpr HmpCommand kInfos[] = {
     {"block", nullptr, "", "disks", InfoBlock},
     {"chardev", nullptr, "", "character devices", InfoChardev},
     {"cpus", nullptr, "", "CPUs and their threads", InfoCpus},
+    {"jit", nullptr, "", "what the translator of guest code did", InfoJit},
     {"kvm", nullptr, "", "whether KVM runs the machine", InfoKvm},
     {"mtree", nullptr, "", "the maps of memory and I/O ports", InfoMtree},
     {"name", nullptr, "", "the machine's name", InfoName},

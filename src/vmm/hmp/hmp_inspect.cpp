@@ -208,6 +208,22 @@ std::string InfoRegisters(HmpContext& context, std::string_view arguments) {
   return text;
 }
 
+Result<std::string> JitText(Vm& vm) {
+  Parked parked(vm);
+  std::string text;
+  for (unsigned i = 0; i < vm.board().vcpu_count(); ++i) {
+    text += fmt::format("{}CPU#{}\n", i == 0 ? "" : "\n", i);
+    for (const cpu::EngineStatistic& row : TRY(vm.board().vcpu(i).JitStatistics()))
+      text += fmt::format("{:26}{:14}  {}\n", row.name, row.value, row.meaning);
+  }
+  return text;
+}
+
+std::string InfoJit(HmpContext& context, std::string_view) {
+  Result<std::string> text = JitText(context.vm);
+  return text ? *text : "Error: " + text.error().what + "\n";
+}
+
 std::string InfoMtree(HmpContext& context, std::string_view) {
   std::string text;
   ViewText(context.vm.board().memory(), &text);

@@ -7,6 +7,7 @@
 
 #include "device/virtio/virtio_balloon.h"
 #include "vmm/hmp/hmp_commands.h"
+#include "vmm/hmp/hmp_inspect.h"
 #include "vmm/vm.h"
 
 namespace kvartz::vmm {
@@ -230,6 +231,10 @@ Value HumanMonitorCommand(Vm& vm, const json::object& arguments) {
   return json::value(json::string(RunHmpCommand(context, Text(arguments, "command-line"))));
 }
 
+Value QueryJit(Vm& vm, const json::object&) {
+  return json::object{{"human-readable-text", TRY(JitText(vm))}};
+}
+
 Value QueryCommands(Vm&, const json::object&) {
   json::array names{json::object{{"name", "qmp_capabilities"}}};
   for (const QmpCommand& command : QmpCommands())
@@ -263,6 +268,7 @@ constexpr QmpCommand kCommands[] = {
     {"system_powerdown", kNone, SystemPowerdown},
     {"system_reset", kNone, SystemReset},
     {"x-kvartz-save-state", kSaveArguments, SaveState},
+    {"x-query-jit", kNone, QueryJit},
 };
 
 bool HasType(const json::value& value, QmpType type) {

@@ -17,6 +17,7 @@
 
 #include "base/result.h"
 #include "base/sync.h"
+#include "cpu/accel.h"
 #include "cpu/x86/cpu.h"
 #include "cpu/x86/jit/code_memory.h"
 #include "cpu/x86/jit/state.h"
@@ -62,6 +63,8 @@ class Engine final : private Tlb::Follower {
   void AttachThread();
 
   const Counters& counters() const { return counters_; }
+  // Of the parked vCPU.
+  std::vector<EngineStatistic> Statistics() const;
   // A signal came while translated code ran: continues in the interpreter. False: not of this code.
   bool OnTrap(void* ucontext);
 

@@ -33,14 +33,12 @@ enum class Category : uint32_t {
   kUnimp = 1 << 1,
   kInt = 1 << 2,
   kCpuReset = 1 << 3,
-  kInAsm = 1 << 4,
-  kOp = 1 << 5,
-  kOutAsm = 1 << 6,
-  kExec = 1 << 7,
-  kTrace = 1 << 8,
+  kInAsm = 1 << 4,   // guest code, when it is decoded or translated
+  kOutAsm = 1 << 5,  // what it is translated to
 };
 bool CategoryEnabled(Category category);
-// Comma-separated names as of -d. Errors: an unknown name (lists the known ones).
+// Comma-separated names as of -d. Errors: an unknown name (lists the known ones), one that is
+// known elsewhere only (says why).
 Result<> EnableCategories(std::string_view names);
 
 // Lets through at most 10 lines in a second a site, and says how many were dropped.

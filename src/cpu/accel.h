@@ -52,6 +52,7 @@ Result<KvmOptions> ParseKvmOptions(const std::vector<std::pair<std::string, std:
 struct SoftOptions {
   bool jit = true;          // translate guest code; off: interpret it
   uint64_t code_bytes = 0;  // tb-size=MIB: for translated code, all CPUs together; 0: the default
+  bool perf_map = false;    // -perfmap: /tmp/perf-PID.map names translated code
 };
 // Errors: as above.
 Result<SoftOptions> ParseSoftOptions(

@@ -55,6 +55,10 @@ Result<> LogCategories(CommandLine& line, std::string_view argument) {
   line.config.log_categories = argument;
   return {};
 }
+Result<> PerfMap(CommandLine& line, std::string_view) {
+  line.config.perf_map = true;
+  return {};
+}
 Result<> Serial(CommandLine& line, std::string_view argument) {
   if (line.serials.size() >= 4)
     return Fail(ErrorCode::kNoSpace, "a machine has at most 4 serial ports");
@@ -168,7 +172,9 @@ constexpr OptionRow kRows[] = {
     {"daemonize", nullptr, "go to the background when the machine is set up", Daemonize},
     {"pidfile", "FILE", "write the process id there", Pidfile},
     {"D", "FILE", "write the log there", LogFile},
-    {"d", "ITEM[,ITEM...]", "log items: guest_errors, unimp, int, cpu_reset...", LogCategories},
+    {"d", "ITEM[,ITEM...]", "log items: guest_errors, unimp, int, cpu_reset, in_asm, out_asm",
+     LogCategories},
+    {"perfmap", nullptr, "name translated code for perf, in /tmp/perf-PID.map", PerfMap},
     {"overcommit", "mem-lock=on|off", "keep guest memory out of swap", Overcommit},
     {"nodefaults", nullptr, "no default serial port, monitor and network card", NoDefaults},
     {"sandbox", "off", "a confined process is not supported yet", Sandbox},

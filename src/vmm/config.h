@@ -60,6 +60,7 @@ struct VmConfig {
   std::string process_name;
   std::string log_file;
   std::string log_categories;
+  bool perf_map = false;  // -perfmap
   std::string load_path;  // -incoming file:PATH
 };
 

@@ -104,6 +104,15 @@ Result<> Vm::Setup() {
   } else {
     engine_ = TRY(cpu::ChooseAccel(config_.accels));
   }
+  if (config_.perf_map) {
+    if (engine_.name != "kvartz" || !config_.machine.soft.jit) {
+      return Fail(ErrorCode::kUnsupported,
+                  fmt::format("-perfmap: {}; add -accel kvartz,jit=on",
+                              engine_.name == "kvartz" ? "guest code is interpreted (jit=off)"
+                                                       : "KVM translates no guest code"));
+    }
+    config_.machine.soft.perf_map = true;
+  }
   loop_ = TRY(EventLoop::Create());
   // With signals at their defaults still: one of these may wait for a client.
   TRY(OpenChardevs());

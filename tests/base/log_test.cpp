@@ -79,6 +79,17 @@ TEST_F(LogTest, UnknownCategoriesAreRefusedWithTheKnownOnes) {
   EXPECT_FALSE(log::CategoryEnabled(log::Category::kInt));
 }
 
+TEST_F(LogTest, CategoriesThatAreKnownElsewhereAreRefusedWithTheReason) {
+  for (const char* name : {"op", "exec", "trace"}) {
+    auto result = log::EnableCategories(std::string("int,") + name);
+    ASSERT_FALSE(result) << name;
+    EXPECT_EQ(result.error().code, ErrorCode::kUnsupported);
+    EXPECT_THAT(result.error().what,
+                HasSubstr("not supported yet: log item '" + std::string(name) + "': "));
+  }
+  EXPECT_FALSE(log::CategoryEnabled(log::Category::kInt));
+}
+
 TEST_F(LogTest, LinesOfSeveralThreadsStayWhole) {
   {
     std::vector<Thread> threads;

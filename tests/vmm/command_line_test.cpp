@@ -284,6 +284,11 @@ TEST(CommandLineTest, EnginesTakeTheirOptions) {
   EXPECT_THAT(Refusal({"-accel", "kvm,tb-size=64"}), HasSubstr("tb-size="));
 }
 
+TEST(CommandLineTest, PerfMapIsOffUnlessAskedFor) {
+  EXPECT_FALSE(Config({}).perf_map);
+  EXPECT_TRUE(Config({"-perfmap", "-accel", "kvartz,tb-size=32"}).perf_map);
+}
+
 TEST(CommandLineTest, ListsAreInformation) {
   for (std::vector<const char*> arguments : {std::vector<const char*>{"-help"},
                                              {"-version"},

@@ -285,6 +285,15 @@ TEST_F(VmTest, JitInformationIsRefusedWithoutTranslation) {
   EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 1);
 }
 
+TEST_F(VmTest, PerfMapIsRefusedWithoutTranslation) {
+  VmConfig config = Config(kAlphabet);
+  config.perf_map = true;
+  config.machine.soft.jit = false;
+  auto vm = Vm::Create(std::move(config));
+  ASSERT_FALSE(vm);
+  EXPECT_NE(vm.error().what.find("-perfmap: guest code is interpreted"), std::string::npos);
+}
+
 TEST_F(VmTest, CodeMemoryMustBeEnoughForAllCpus) {
   VmConfig config = Config(kAlphabet);
   config.machine.cpu_count = config.machine.topology.cores = 3;

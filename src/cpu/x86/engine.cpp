@@ -52,6 +52,8 @@ void AddEngineLeaves(CpuidTable* table) {
 Result<std::unique_ptr<Accel>> SoftAccel::Create(const AccelConfig& config) {
   TRY(PrepareStubs());
   std::unique_ptr<SoftAccel> accel(new SoftAccel(config));
+  if (config.soft.perf_map)
+    accel->perf_map_ = TRY(jit::PerfMap::Create(jit::PerfMap::PathOfProcess()));
   CpuidTable supported = SoftCpuid(config.model);
   std::vector<std::string> dropped;
   for (unsigned i = 0; i < config.cpu_count; i++) {

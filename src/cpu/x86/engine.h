@@ -4,12 +4,14 @@
 #include <csetjmp>
 #include <ctime>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "base/sync.h"
 #include "cpu/accel.h"
 #include "cpu/x86/cpu.h"
+#include "cpu/x86/jit/perf_map.h"
 #include "cpu/x86/lapic.h"
 #include "cpu/x86/mmu.h"
 #include "cpu/x86/msr.h"
@@ -135,6 +137,8 @@ class SoftAccel final : public Accel,
   Result<> ResetVm() override { return {}; }
 
   const AccelConfig& config() const { return config_; }
+  // Null: nobody asked for one.
+  const jit::PerfMap* perf_map() const { return perf_map_ ? &*perf_map_ : nullptr; }
   // An interrupt message to every APIC that it names. `icr_like`: delivery mode, trigger, level,
   // vector as in an ICR's low half.
   void Deliver(uint32_t destination, bool logical, bool x2apic_destination, uint32_t icr_like,
@@ -166,6 +170,7 @@ class SoftAccel final : public Accel,
   void RequestAll(uint32_t bits);
 
   AccelConfig config_;
+  std::optional<jit::PerfMap> perf_map_;
   std::vector<CpuidTable> cpuid_;
   std::vector<SoftVcpu*> vcpus_;  // by index; null: not made (yet)
   std::vector<Tlb*> tlbs_;

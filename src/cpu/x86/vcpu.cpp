@@ -113,8 +113,9 @@ Result<std::unique_ptr<SoftVcpu>> SoftVcpu::Create(SoftAccel& accel, unsigned in
   const SoftOptions& options = accel.config().soft;
   if (options.jit) {
     const uint64_t code_bytes = TRY(CodeBytesOfCpu(options, accel.config().cpu_count));
-    vcpu->jit_ = TRY(
-        jit::Engine::Create(*vcpu->state_, FeatureSet::FromCpuid(vcpu->cpuid_), code_bytes));
+    vcpu->jit_ =
+        TRY(jit::Engine::Create(*vcpu->state_, FeatureSet::FromCpuid(vcpu->cpuid_), code_bytes));
+    if (accel.perf_map() != nullptr) vcpu->jit_->PublishStubs(*accel.perf_map());
   }
   TRY(vcpu->Reset());
   return vcpu;

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "cpu/x86/code_log.h"
+
 namespace kvartz::cpu::x86 {
 namespace {
 
@@ -143,6 +145,14 @@ Block* BlockCache::Build(Cpu& cpu, uint64_t linear, const uint8_t* host, uint16_
     }
   }
   block->bytes = static_cast<uint16_t>(done);
+  if (LogsGuestCode()) {
+    LogGuestCode(cpu, "interpreted block", linear, block->count);
+    uint64_t at = linear;
+    for (const Insn& insn : std::span<const Insn>(block->insns, block->count)) {
+      LogGuestInsn(cpu, at, insn);
+      at += insn.length;
+    }
+  }
   const Insn& last = block->insns[block->count - 1];
   block->direct =
       !last.has(kBranch) || last.row->imm[0] == ImmKind::kCb || last.row->imm[0] == ImmKind::kCz;

@@ -4,22 +4,24 @@
 
 #include <cerrno>
 
-#include "base/fd.h"
-
 namespace kvartz::cpu::x86::jit {
 
 Result<> CodeMemory::Map(size_t bytes) {
-  UniqueFd fd = TRY(CreateMemFd("kvartz-code", bytes));
-  void* write = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
+  // Not a memfd: perf takes code in one for a file's, and looks for no map of names.
+  void* write = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                     MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (write == MAP_FAILED) return Fail(ErrnoError(errno, "cannot map memory for translated code"));
   write_ = static_cast<uint8_t*>(write);
   size_ = bytes;
-  void* run = mmap(nullptr, bytes, PROT_READ | PROT_EXEC, MAP_SHARED, fd.get(), 0);
-  if (run == MAP_FAILED) {
-    return Fail(ErrnoError(errno, "the host allows no executable memory for translated code "
-                                  "(-accel kvartz,jit=off does without)"));
-  }
+  // An old size of 0 maps the same pages once more (mremap(2)).
+  void* run = mremap(write, 0, bytes, MREMAP_MAYMOVE);
+  if (run == MAP_FAILED) return Fail(ErrnoError(errno, "cannot map translated code a second time"));
   run_ = static_cast<uint8_t*>(run);
+  if (mprotect(run, bytes, PROT_READ | PROT_EXEC) != 0) {
+    return Fail(ErrnoError(errno,
+                           "the host allows no executable memory for translated code "
+                           "(-accel kvartz,jit=off does without)"));
+  }
   return {};
 }
 

@@ -420,6 +420,7 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   by_code_[block->code.checked] = block.get();
   ++counters_.units;
   counters_.unit_insns += unit_.count();
+  Publish(*block);
   Block* result = block.get();
   blocks_[key] = std::move(block);
   return result;

@@ -20,6 +20,7 @@
 #include "cpu/accel.h"
 #include "cpu/x86/cpu.h"
 #include "cpu/x86/jit/code_memory.h"
+#include "cpu/x86/jit/perf_map.h"
 #include "cpu/x86/jit/state.h"
 #include "cpu/x86/jit/stubs.h"
 #include "cpu/x86/jit/translator.h"
@@ -63,6 +64,8 @@ class Engine final : private Tlb::Follower {
   void AttachThread();
 
   const Counters& counters() const { return counters_; }
+  // The stubs get a name.
+  void PublishStubs(const PerfMap& map);
   // Of the parked vCPU.
   std::vector<EngineStatistic> Statistics() const;
   // A signal came while translated code ran: continues in the interpreter. False: not of this code.
@@ -125,6 +128,7 @@ class Engine final : private Tlb::Follower {
   void Entered(uint16_t mode);
   Block* Find(const uint8_t* host, uint16_t mode);
   Block* Translate(const uint8_t* host, uint16_t mode);
+  void Publish(const Block& block) const;
   Page* PageOf(const uint8_t* host, uint16_t mode);
   void Kill(Block* block);
   Page* Recheck(Page* page);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -103,6 +104,17 @@ class Tlb {
   void DropRetiredViews() { retired_.clear(); }
   const FlatRange* Find(uint64_t physical);
   void NoteLargePage(uint64_t linear, unsigned shift);
+  // The last-level table of a 2 MiB region of long mode, found by a walk whose upper entries have A
+  // set: a paging-structure cache (SDM vol. 3 4.10.3).
+  struct TableEntry {
+    uint64_t tag = 0;
+    uint64_t table = 0;  // physical
+    bool user = false, write = false, no_execute = false;
+  };
+  TableEntry& TableOf(uint64_t linear) { return walked_[(linear >> 21) % std::size(walked_)]; }
+  uint64_t TableTag(uint64_t linear) const {
+    return (linear & ~0x1fffffull) | uint64_t{walk_epoch_} << 12 | now_.asid[linear >> 63];
+  }
   // There is an entry of the upper half that isn't global.
   void NoteUpperLocal() { upper_local_ = true; }
 
@@ -117,6 +129,7 @@ class Tlb {
 
  private:
   uint16_t NewAsid();
+  void ForgetTables();
   struct Pcid {
     uint32_t epoch = 0;
     uint16_t asid = 0;
@@ -128,6 +141,8 @@ class Tlb {
 
   uint64_t changes_ = 0;
   bool upper_local_ = false;
+  TableEntry walked_[128];
+  unsigned walk_epoch_ = 1;  // 9 bits
   Class data_class_ = kSupervisor;
   TlbEntry* const tables_;
   ViewCache view_;

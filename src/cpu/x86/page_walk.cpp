@@ -131,9 +131,17 @@ Outcome Walk64(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEff
   bool pae = !cpu.long_mode();
   unsigned top = pae ? 3 : cpu.cr4 & cr4::kLa57 ? 5 : 4;
   Entry<uint64_t> entries[6];
-  Rights rights;
+  Rights rights, above;  // above: without the last level's
   uint64_t table = pae ? cpu.cr3 & 0xffffffe0 : cpu.cr3 & address_mask;
-  unsigned level = top;
+  unsigned first = top;
+  Tlb::TableEntry& known = tlb.TableOf(linear);
+  const uint64_t tag = tlb.TableTag(linear);
+  if (known.tag == tag && !pae) {
+    first = 1;
+    table = known.table;
+    rights = {.user = known.user, .write = known.write, .no_execute = known.no_execute};
+  }
+  unsigned level = first;
   for (;; level--) {
     unsigned shift = 12 + 9 * (level - 1);
     auto& entry = entries[level] =
@@ -157,6 +165,7 @@ Outcome Walk64(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEff
       break;
     }
     table = entry.value & address_mask;
+    above = rights;
   }
   if (!Permitted(cpu, cls, access, rights)) {
     *error |= pf::kPresent;
@@ -164,10 +173,17 @@ Outcome Walk64(Cpu& cpu, Tlb::Class cls, uint64_t linear, Access access, WalkEff
   }
   if (effect == kNoEffect) return Outcome::kDone;
   mapping->dirty = (entries[level].value & kD) != 0;
-  for (unsigned i = pae ? 2 : top; i >= level; i--) {
+  for (unsigned i = pae ? 2 : first; i >= level; i--) {
     const bool dirties = i == level && access == Access::kWrite && effect == kSetAccessed;
     uint64_t bits = kA | (dirties ? kD : 0);
     if (!SetBits(entries[i], bits)) return Outcome::kAgain;
+  }
+  if (level == 1 && first != 1 && !pae) {
+    known = {.tag = tag,
+             .table = table,
+             .user = above.user,
+             .write = above.write,
+             .no_execute = above.no_execute};
   }
   return Outcome::kDone;
 }

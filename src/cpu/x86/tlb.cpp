@@ -1,5 +1,7 @@
 #include "cpu/x86/mmu.h"
 
+#include <algorithm>
+
 namespace kvartz::cpu::x86 {
 
 Tlb::Tlb(const AddressSpace& memory, TlbEntry* tables)
@@ -12,11 +14,17 @@ Tlb::Tlb(const AddressSpace& memory, TlbEntry* tables)
   pcids_[0] = {epoch_, static_cast<uint16_t>(now_.asid[0])};
 }
 
+void Tlb::ForgetTables() {
+  std::fill(std::begin(walked_), std::end(walked_), TableEntry{});
+  walk_epoch_ = 1;
+}
+
 uint16_t Tlb::NewAsid() {
   if (next_asid_ == 4096) {
     std::memset(static_cast<void*>(tables_), 0, kClassCount * kEntries * sizeof(TlbEntry));
     std::memset(large_2m_, 0, sizeof(large_2m_));
     std::memset(large_1g_, 0, sizeof(large_1g_));
+    ForgetTables();
     epoch_++;
     next_asid_ = 1;
     now_.asid[1] = next_asid_++;
@@ -67,6 +75,7 @@ void Tlb::NoteLargePage(uint64_t linear, unsigned shift) {
 }
 
 void Tlb::FlushPage(uint64_t linear) {
+  if (++walk_epoch_ == 512) ForgetTables();
   Tell(linear >> 63 ? &Follower::DropAll : &Follower::DropLowerHalf);
   unsigned shift = 12;
   if (large_2m_[(linear >> 27) % 64] >> ((linear >> 21) % 64) & 1) shift = 22;  // at least

@@ -7,8 +7,8 @@
 
 #include "base/check.h"
 #include "base/log.h"
-#include "cpu/x86/jit/engine.h"
 #include "cpu/x86/interp/native.h"
+#include "cpu/x86/jit/engine.h"
 
 namespace kvartz::cpu {
 
@@ -216,8 +216,8 @@ void SoftAccel::CodeWritten(const uint32_t* word) {
 
 // Decoded code is known by its host address: it may stay while all RAM and ROM does.
 void SoftAccel::ViewChanged(const FlatView& before, const FlatView& after) {
-  const bool kept = std::all_of(
-      before.ranges().begin(), before.ranges().end(), [&after](const FlatRange& range) {
+  const bool kept =
+      std::all_of(before.ranges().begin(), before.ranges().end(), [&after](const FlatRange& range) {
         if (range.region->kind == RegionKind::kIo) return true;
         const FlatRange* now = after.Find(range.base);
         return now && now->region->kind != RegionKind::kIo && now->end() >= range.end() &&

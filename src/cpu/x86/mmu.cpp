@@ -230,7 +230,8 @@ bool TryMap(Cpu& cpu, uint64_t linear, Access access) {
   if (!range || range->region->kind == RegionKind::kIo) return false;
   bool write_ok = false;
   if (access == Access::kWrite) {
-    if (range->region->kind != RegionKind::kRam || IsWatched(*range, mapping.physical)) return false;
+    if (range->region->kind != RegionKind::kRam || IsWatched(*range, mapping.physical))
+      return false;
     write_ok = PrepareWrite(cpu, *range, mapping.physical);
   }
   if (!WholePage(*range, mapping.physical)) return false;

@@ -3,7 +3,8 @@
 namespace kvartz::cpu::x86 {
 namespace {
 
-constexpr uint64_t kP = 1, kRw = 2, kUs = 4, kA = 0x20, kD = 0x40, kPs = 0x80, kG = 0x100, kNx = 1ull << 63;
+constexpr uint64_t kP = 1, kRw = 2, kUs = 4, kA = 0x20, kD = 0x40, kPs = 0x80, kG = 0x100,
+                   kNx = 1ull << 63;
 
 // A paging-structure entry: where it is, and what was read. `host` null: not in RAM.
 template <typename T>

@@ -1,13 +1,11 @@
-#include "cpu/x86/mmu.h"
-
 #include <algorithm>
+
+#include "cpu/x86/mmu.h"
 
 namespace kvartz::cpu::x86 {
 
 Tlb::Tlb(const AddressSpace& memory, TlbEntry* tables)
-    : tables_(tables),
-      view_(memory),
-      pcids_(std::make_unique<Pcid[]>(4096)) {
+    : tables_(tables), view_(memory), pcids_(std::make_unique<Pcid[]>(4096)) {
   SetClasses(kSupervisor, kSupervisor);
   now_.asid[0] = NewAsid();
   now_.asid[1] = NewAsid();

@@ -8,8 +8,22 @@
 namespace kvartz::cpu::x86::jit {
 
 enum HostReg : uint8_t {
-  kRegAx, kRegCx, kRegDx, kRegBx, kRegSp, kRegBp, kRegSi, kRegDi,
-  kReg8, kReg9, kReg10, kReg11, kReg12, kReg13, kReg14, kReg15,
+  kRegAx,
+  kRegCx,
+  kRegDx,
+  kRegBx,
+  kRegSp,
+  kRegBp,
+  kRegSi,
+  kRegDi,
+  kReg8,
+  kReg9,
+  kReg10,
+  kReg11,
+  kReg12,
+  kReg13,
+  kReg14,
+  kReg15,
   kNoReg = 0xff
 };
 constexpr HostReg kS0 = kReg10, kS1 = kReg11;  // the translator's own
@@ -36,8 +50,8 @@ class Assembler {
  public:
   Assembler(uint8_t* at, uint8_t* end, ptrdiff_t delta) : at_(at), end_(end), delta_(delta) {}
 
-  uint8_t* here() const { return at_; }            // where the next byte is written
-  uint8_t* run() const { return at_ + delta_; }    // ... and runs
+  uint8_t* here() const { return at_; }          // where the next byte is written
+  uint8_t* run() const { return at_ + delta_; }  // ... and runs
   uint8_t* ToRun(uint8_t* write) const { return write + delta_; }
   size_t room() const { return static_cast<size_t>(end_ - at_); }
 
@@ -68,7 +82,8 @@ class Assembler {
   }
   void RegMem(Width width, uint32_t opcode, unsigned reg, const HostMem& mem) {
     if (mem.gs) Byte(0x65);
-    Rex(width, reg, mem.index == kNoReg ? 0 : mem.index & 15, mem.base == kNoReg ? 0 : mem.base & 15);
+    Rex(width, reg, mem.index == kNoReg ? 0 : mem.index & 15,
+        mem.base == kNoReg ? 0 : mem.base & 15);
     Opcode(opcode);
     ModRmMem(reg & 7, mem);
   }
@@ -82,9 +97,9 @@ class Assembler {
       return;
     }
     const bool sib = mem.index != kNoReg || (mem.base & 7) == 4;
-    const unsigned mod = mem.disp == 0 && (mem.base & 7) != 5     ? 0
+    const unsigned mod = mem.disp == 0 && (mem.base & 7) != 5        ? 0
                          : mem.disp == static_cast<int8_t>(mem.disp) ? 0x40
-                                                                  : 0x80;
+                                                                     : 0x80;
     Byte(mod | reg | (sib ? 4u : mem.base & 7u));
     if (sib) {
       Byte(unsigned{mem.scale} << 6 | (mem.index == kNoReg ? 4u : mem.index & 7u) << 3 |

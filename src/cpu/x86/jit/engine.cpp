@@ -19,13 +19,11 @@ namespace {
 constexpr size_t kUnitRoom = 32 << 10;
 constexpr uint64_t kPageMask = ~0xfffull;
 constexpr uint16_t kSingleAfter = 32;  // failures
-constexpr uint64_t kNoPage = 1;  // State::code_pages
+constexpr uint64_t kNoPage = 1;        // State::code_pages
 constexpr unsigned kIdleRechecks = 8;
 constexpr uint16_t kSingle = 64;  // with Mode(): accesses are checked one by one
 
-Engine& EngineOf(void* state) {
-  return *static_cast<Engine*>(static_cast<State*>(state)->engine);
-}
+Engine& EngineOf(void* state) { return *static_cast<Engine*>(static_cast<State*>(state)->engine); }
 
 // A change of the code changes it, but for one in 2^64.
 uint64_t Digest(const uint8_t* page, const std::vector<CodeRange>& ranges) {
@@ -89,8 +87,8 @@ uint16_t Engine::Mode() const {
   const bool avx = !busy && (cpu.cr4 & cr4::kOsxsave) && (cpu.xcr0 & 6) == 6;
   // Without CR0.NE a pending exception does nothing.
   const bool x87 = HostHasAvx() && (cpu.cr0 & (cr0::kTs | cr0::kEm | cr0::kNe)) == cr0::kNe;
-  return static_cast<uint16_t>((cpu.cpl == 3 ? 1 : 0) | cpu.tlb->data_class() << 1 |
-                               (sse ? 8 : 0) | (avx ? 16 : 0) | (x87 ? 32 : 0));
+  return static_cast<uint16_t>((cpu.cpl == 3 ? 1 : 0) | cpu.tlb->data_class() << 1 | (sse ? 8 : 0) |
+                               (avx ? 16 : 0) | (x87 ? 32 : 0));
 }
 
 void Engine::AttachThread() {
@@ -246,7 +244,8 @@ uint64_t Engine::Fill(uint64_t address, Site site) {
       ++counters_.fills;
       (&state_.slots[0][0])[site.slot] = {address & kPageMask, entry.addend};
       state_.used[site.slot / kSlots] = 1;
-      if (tlb.data_class() == Tlb::kSupervisor && address >> 63 == 0) state_.lower_in_supervisor = 1;
+      if (tlb.data_class() == Tlb::kSupervisor && address >> 63 == 0)
+        state_.lower_in_supervisor = 1;
       return 0;
     }
   }
@@ -389,8 +388,10 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   const uint64_t key = Key(host, mode);
   const Grouping grouping =
       (mode & kSingle) != 0 || single_.contains(key) ? Grouping::kSingle : Grouping::kShared;
-  const UnitMode allowed{.sse = (mode & 8) != 0, .avx = (mode & 16) != 0,
-                         .x87 = (mode & 32) != 0, .supervisor = (mode & 1) == 0};
+  const UnitMode allowed{.sse = (mode & 8) != 0,
+                         .avx = (mode & 16) != 0,
+                         .x87 = (mode & 32) != 0,
+                         .supervisor = (mode & 1) == 0};
   if (!unit_.Build(context, allowed, page->host, offset, grouping)) return nullptr;
   const unsigned cls = mode >> 1 & 3;
   Assembler as = memory_.At(used_);

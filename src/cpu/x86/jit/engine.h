@@ -31,11 +31,12 @@ namespace kvartz::cpu::x86::jit {
 
 // What happened, for -d and the curious.
 struct Counters {
-  uint64_t units = 0, unit_insns = 0;      // translated
-  uint64_t dispatches = 0, links = 0;      // asked where to go on; direct branches tied
-  uint64_t fills = 0, fill_failures = 0;   // slots filled after a look at the page tables; interpreted instead
-  uint64_t executes = 0;                   // instructions given to the interpreter's functions
-  uint64_t steps = 0;                      // instructions interpreted outside of a unit
+  uint64_t units = 0, unit_insns = 0;  // translated
+  uint64_t dispatches = 0, links = 0;  // asked where to go on; direct branches tied
+  uint64_t fills = 0,
+           fill_failures = 0;  // slots filled after a look at the page tables; interpreted instead
+  uint64_t executes = 0;       // instructions given to the interpreter's functions
+  uint64_t steps = 0;          // instructions interpreted outside of a unit
   uint64_t killed_units = 0, flushes = 0;  // code changed; code memory was full
   uint64_t traps = 0;                      // host exceptions that were the guest's
 };
@@ -83,7 +84,7 @@ class Engine final : private Tlb::Follower {
     uint32_t first_exit = 0;
     std::vector<uint32_t> incoming;
     std::vector<CodeRange> ranges;
-    uint64_t digest = 0;  // of them
+    uint64_t digest = 0;    // of them
     uint16_t failures = 0;  // accesses of a group that didn't lie in one page
   };
   struct Page {
@@ -155,9 +156,10 @@ class Engine final : private Tlb::Follower {
   std::unordered_map<uint64_t, std::unique_ptr<Page>> pages_;
   std::unordered_multimap<const uint32_t*, Page*> watched_;  // pages_ by watch
   Guarded<std::vector<const uint32_t*>> written_;
-  std::map<const uint8_t*, Block*> by_code_;  // first byte, as it runs
+  std::map<const uint8_t*, Block*> by_code_;                    // first byte, as it runs
   std::unordered_map<uint64_t, std::bitset<128>> polymorphic_;  // groups of blocks, by key
-  uint64_t since_[kClassCount * kSlots] = {};  // time stamp when a slot's misses were looked at last
+  uint64_t since_[kClassCount * kSlots] =
+      {};                                // time stamp when a slot's misses were looked at last
   std::unordered_set<uint64_t> single_;  // blocks whose accesses are checked one by one
   std::vector<Exit> exits_;
   std::vector<unsigned> entered_lower_, entered_upper_;  // code_pages in use

@@ -11,24 +11,24 @@ namespace {
 
 // General instructions that the host runs as they are. Condition codes (SETcc, CMOVcc) apart.
 constexpr std::string_view kCopied[] = {
-    "ADD",   "OR",    "ADC",   "SBB",       "AND",        "SUB",   "XOR",  "CMP",   "TEST",
-    "INC",   "DEC",   "NOT",   "NEG",       "MUL",        "IMUL",  "DIV",  "IDIV",  "ADCX",
-    "ADOX",  "ROL",   "ROR",   "RCL",       "RCR",        "SHL",   "SHR",  "SAR",   "SHLD",
-    "SHRD",  "MOV",   "MOVZX", "MOVSX",     "MOVSXD",     "MOVBE", "MOVNTI", "XCHG", "BSWAP",
-    "CMPXCHG", "XADD", "CMPXCHG8B", "CMPXCHG16B", "CBW",  "CWD",   "BT",   "BTS",   "BTR",
-    "BTC",   "BSF",   "BSR",   "TZCNT",     "LZCNT",      "POPCNT", "CRC32", "ANDN", "BLSR",
-    "BLSMSK", "BLSI", "BEXTR", "BZHI",      "MULX",       "PDEP",  "PEXT", "RORX",  "SARX",
-    "SHLX",  "SHRX",  "CLC",   "STC",       "CMC",        "LAHF",  "SAHF", "FENCE", "VZEROUPPER",
+    "ADD",     "OR",     "ADC",    "SBB",   "AND",     "SUB",   "XOR",       "CMP",
+    "TEST",    "INC",    "DEC",    "NOT",   "NEG",     "MUL",   "IMUL",      "DIV",
+    "IDIV",    "ADCX",   "ADOX",   "ROL",   "ROR",     "RCL",   "RCR",       "SHL",
+    "SHR",     "SAR",    "SHLD",   "SHRD",  "MOV",     "MOVZX", "MOVSX",     "MOVSXD",
+    "MOVBE",   "MOVNTI", "XCHG",   "BSWAP", "CMPXCHG", "XADD",  "CMPXCHG8B", "CMPXCHG16B",
+    "CBW",     "CWD",    "BT",     "BTS",   "BTR",     "BTC",   "BSF",       "BSR",
+    "TZCNT",   "LZCNT",  "POPCNT", "CRC32", "ANDN",    "BLSR",  "BLSMSK",    "BLSI",
+    "BEXTR",   "BZHI",   "MULX",   "PDEP",  "PEXT",    "RORX",  "SARX",      "SHLX",
+    "SHRX",    "CLC",    "STC",    "CMC",   "LAHF",    "SAHF",  "FENCE",     "VZEROUPPER",
     "VZEROALL"};
 // Rows of x87 control that the host runs as they are; those of the second list don't wait for
 // pending exceptions.
 constexpr std::string_view kX87Waiting[] = {"FLDCW", "FWAIT", "EMMS"};
 constexpr std::string_view kX87Control[] = {"FNSTCW", "FNSTSW", "FNCLEX"};
-constexpr std::string_view kPureWrites[] = {"MOV",   "MOVZX",  "MOVSX", "MOVSXD", "MOVBE",
-                                            "MOVNTI", "ANDN",  "BLSR",  "BLSMSK", "BLSI",
-                                            "BEXTR", "BZHI",   "MULX",  "PDEP",   "PEXT",
-                                            "RORX",  "SARX",   "SHLX",  "SHRX",   "POPCNT",
-                                            "TZCNT", "LZCNT"};
+constexpr std::string_view kPureWrites[] = {"MOV",  "MOVZX",  "MOVSX",  "MOVSXD", "MOVBE", "MOVNTI",
+                                            "ANDN", "BLSR",   "BLSMSK", "BLSI",   "BEXTR", "BZHI",
+                                            "MULX", "PDEP",   "PEXT",   "RORX",   "SARX",  "SHLX",
+                                            "SHRX", "POPCNT", "TZCNT",  "LZCNT"};
 constexpr std::string_view kReadOnly[] = {"CMP", "TEST", "BT", "MUL", "DIV", "IDIV", "FLDCW"};
 constexpr std::string_view kVariableCount[] = {"ROL", "ROR", "RCL",  "RCR", "SHL",
                                                "SHR", "SAR", "SHLD", "SHRD"};

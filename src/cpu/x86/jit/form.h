@@ -8,7 +8,8 @@
 namespace kvartz::cpu::x86::jit {
 
 enum class Form : uint8_t {
-  kInterpret,  // a call of the row's Exec function; kEndsBlock and kBranch rows end the unit with it
+  kInterpret,  // a call of the row's Exec function; kEndsBlock and kBranch rows end the unit with
+               // it
   kNothing,    // NOP and its like
   kCopy,       // the same instruction, with registers renamed and memory operands rewritten
   kLea,
@@ -33,12 +34,12 @@ struct RowForm {
   static const RowForm& Of(const Row& row);
 
   Form form = Form::kInterpret;
-  bool vector = false;       // uses vector registers or MXCSR
-  bool x87 = false;          // uses x87 or MMX registers, or control, status or tags of theirs
-  bool x87_pointers = false; // sets FIP, FOP and, with a memory operand, FDP
-  bool may_trap = false;     // the host may raise #DE, #GP (alignment), #MF or #XM for it
-  bool writes_first = false; // the first operand is written
-  bool reads_first = true;   // ... and read
+  bool vector = false;        // uses vector registers or MXCSR
+  bool x87 = false;           // uses x87 or MMX registers, or control, status or tags of theirs
+  bool x87_pointers = false;  // sets FIP, FOP and, with a memory operand, FDP
+  bool may_trap = false;      // the host may raise #DE, #GP (alignment), #MF or #XM for it
+  bool writes_first = false;  // the first operand is written
+  bool reads_first = true;    // ... and read
   bool writes_second = false;
   bool keeps_flags_sometimes = false;  // a count of 0 or an exception leaves the flags alone
   int8_t memory_operand = -1;          // index of the operand that may be memory

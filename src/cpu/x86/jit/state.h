@@ -26,11 +26,11 @@ constexpr uint8_t kSlotClear = 0x80;
 // Data classes as in Tlb::Class: user, supervisor, supervisor with AC set. Code of each has slots
 // and a jump table of its own, so that CPL changes invalidate nothing.
 constexpr unsigned kClassCount = 3;
-constexpr unsigned kSlots = 512;          // a class
+constexpr unsigned kSlots = 512;              // a class
 constexpr unsigned kWriteSlots = kSlots / 2;  // from here on: for what writes, and nothing else
-constexpr unsigned kCodeSlots = 8192;     // pages of translated code
-constexpr unsigned kJumpEntries = 4096;   // a class
-constexpr unsigned kJumpShift = 32 - 12;  // of the CRC-32C of the target
+constexpr unsigned kCodeSlots = 8192;         // pages of translated code
+constexpr unsigned kJumpEntries = 4096;       // a class
+constexpr unsigned kJumpShift = 32 - 12;      // of the CRC-32C of the target
 
 // Owned by the vCPU's thread.
 struct State {
@@ -38,17 +38,17 @@ struct State {
 
   uint64_t page = 0;         // linear address of the page that runs; RIP is that and an offset
   uint16_t saved_flags = 0;  // low byte: OF as 0 or 1; high byte: as LAHF
-  uint8_t used[kClassCount] = {};  // slots of the class were filled since they were cleared
+  uint8_t used[kClassCount] = {};   // slots of the class were filled since they were cleared
   uint8_t lower_in_supervisor = 0;  // slots of that class may hold pages of the lower half
-  uint8_t vector_live = 0;   // the guest's vector registers and MXCSR are in the host's
-  uint8_t x87_live = 0;      // so are its x87 and MMX registers, control, status and tags; not FIP...
+  uint8_t vector_live = 0;          // the guest's vector registers and MXCSR are in the host's
+  uint8_t x87_live = 0;  // so are its x87 and MMX registers, control, status and tags; not FIP...
   // ... which are kept here meanwhile: of the x87 instruction that ran last its page and offset,
   // its opcode, and the address of the last memory operand. The host's own are of no use.
   uint16_t x87_offset = 0, x87_opcode = 0;
   uint64_t x87_page = 0, x87_address = 0;
   uint64_t jump_to = 0, host_rsp = 0;
-  uint64_t site = 0;  // what a slow path needs to know of its site (Site in runtime.h)
-  uint64_t spare = 0;  // a branch target across a push
+  uint64_t site = 0;    // what a slow path needs to know of its site (Site in runtime.h)
+  uint64_t spare = 0;   // a branch target across a push
   uint64_t branch = 0;  // Branch: the indirect branch that ran last
   uint32_t host_mxcsr = 0x1f80;
   State* self = nullptr;
@@ -56,7 +56,7 @@ struct State {
 
   uint64_t asid[2] = {};  // as the TLB's tags have them: lower, upper half
   Slot slots[kClassCount][kSlots];
-  uint64_t addends[128] = {};  // of a unit's groups that ask the TLB, while it runs
+  uint64_t addends[128] = {};           // of a unit's groups that ask the TLB, while it runs
   uint8_t misses[kClassCount][kSlots];  // how often a slot was filled from the TLB, modulo 256
   // The linear page under which a page of code was last entered, 1 if none: it need not be checked
   // again until the address space changes.

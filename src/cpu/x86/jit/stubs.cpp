@@ -71,7 +71,8 @@ class StubEmitter {
   static size_t Fpu(size_t offset) { return offsetof(State, cpu) + offsetof(Cpu, fpu) + offset; }
   // (V)MOVUPS of the low half, VEXTRACTF128/VINSERTF128 of the high one.
   void MoveLow(unsigned opcode, unsigned reg) {
-    as_.RegMem(Assembler::k32, 0x0f | opcode << 8, reg, Gs(Fpu(offsetof(XsaveArea, xmm) + reg * 16)));
+    as_.RegMem(Assembler::k32, 0x0f | opcode << 8, reg,
+               Gs(Fpu(offsetof(XsaveArea, xmm) + reg * 16)));
   }
   void MoveHigh(unsigned opcode, unsigned reg) {
     const HostMem mem = Gs(Fpu(offsetof(XsaveArea, ymm_high) + reg * 16));
@@ -84,7 +85,9 @@ class StubEmitter {
     as_.ModRmMem(reg & 7, mem);
     as_.Byte(1);
   }
-  void Mxcsr(unsigned digit, size_t offset) { as_.RegMem(Assembler::k32, 0xae0f, digit, Gs(offset)); }
+  void Mxcsr(unsigned digit, size_t offset) {
+    as_.RegMem(Assembler::k32, 0xae0f, digit, Gs(offset));
+  }
 
   void SaveVectors() {
     for (unsigned reg = 0; reg < 16; ++reg) MoveLow(0x11, reg);
@@ -123,7 +126,7 @@ class StubEmitter {
   void SaveX87() {
     if (!targets_.xsave) return;
     MoveX87(4);
-    as_.Byte(0xdb), as_.Byte(0xe3);  // fninit
+    as_.Byte(0xdb), as_.Byte(0xe3);                                               // fninit
     as_.RegMem(Assembler::k32, 0xb70f, kRegAx, Gs(offsetof(State, x87_offset)));  // movzx
     as_.Add(kRegAx, Gs(offsetof(State, x87_page)));
     as_.Store(Gs(Fpu(offsetof(XsaveArea, fip))), kRegAx);
@@ -279,9 +282,11 @@ class StubEmitter {
     as_.Dword(0xfffff000);
     ShiftLeft(kS1, 4);
     static_assert(sizeof(Slot) == 16);
-    as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, page), .gs = true}, kS0);
+    as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, page), .gs = true},
+              kS0);
     as_.Load(kRegAx, {.base = kRegCx, .disp = offsetof(TlbEntry, addend)});
-    as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, addend), .gs = true}, kRegAx);
+    as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, addend), .gs = true},
+              kRegAx);
     as_.Mov(kRegCx, kS1);
     ShiftRight(kRegCx, 4 + 9);  // the class
     as_.StoreByte({.base = kRegCx, .disp = offsetof(State, used), .gs = true}, 1);

@@ -11,14 +11,16 @@ class Assembler;
 // registers in place and status flags, where live, in State::saved_flags.
 struct Stubs {
   using Enter = void (*)(void* state, const uint8_t* target);
-  Enter enter = nullptr;              // from C++: loads registers and goes to the target
-  const uint8_t* exit = nullptr;      // back to C++; everything is in Cpu
-  const uint8_t* fill = nullptr;      // call. S0: linear address; S1: Site. Fills the slot, or goes elsewhere
-  const uint8_t* execute = nullptr;   // call. S0: offset, and Site's bits for what to load; S1: Insn*
-  const uint8_t* execute_end = nullptr;  // jump. The same, and the unit ends
-  const uint8_t* interpret = nullptr; // jump. S1: Site
-  const uint8_t* dispatch = nullptr;  // jump. S0: the target
-  const uint8_t* link = nullptr;      // jump. S0: the target; S1: number of the exit
+  Enter enter = nullptr;          // from C++: loads registers and goes to the target
+  const uint8_t* exit = nullptr;  // back to C++; everything is in Cpu
+  const uint8_t* fill =
+      nullptr;  // call. S0: linear address; S1: Site. Fills the slot, or goes elsewhere
+  const uint8_t* execute =
+      nullptr;  // call. S0: offset, and Site's bits for what to load; S1: Insn*
+  const uint8_t* execute_end = nullptr;   // jump. The same, and the unit ends
+  const uint8_t* interpret = nullptr;     // jump. S1: Site
+  const uint8_t* dispatch = nullptr;      // jump. S0: the target
+  const uint8_t* link = nullptr;          // jump. S0: the target; S1: number of the exit
   const uint8_t* load_vectors = nullptr;  // call
   const uint8_t* load_x87 = nullptr;      // call; spoils flags
 };

@@ -23,9 +23,9 @@ Translator::Translator(Unit& unit, Assembler& assembler, const TranslationContex
     : unit_(unit), as_(assembler), context_(context) {
   for (unsigned g = 0; g < unit_.group_count(); ++g) {
     AccessGroup& group = unit_.group(g);
-    group.slot = static_cast<uint16_t>(context_.data_class * kSlots +
-                                       (group.write ? kWriteSlots : 0) +
-                                       (context_.first_slot + g) % kWriteSlots);
+    group.slot =
+        static_cast<uint16_t>(context_.data_class * kSlots + (group.write ? kWriteSlots : 0) +
+                              (context_.first_slot + g) % kWriteSlots);
     group.polymorphic = context_.polymorphic[g];
   }
 }
@@ -90,8 +90,12 @@ void Translator::Entries() {
   saved_flags_ = false;
   out_.body = as_.run();
   out_.body_write = as_.here();
-  cold_.push_back({.kind = Cold::kPollLoop, .from = requested, .back = nullptr, .site = 0,
-                   .offset = offset, .target = nullptr});
+  cold_.push_back({.kind = Cold::kPollLoop,
+                   .from = requested,
+                   .back = nullptr,
+                   .site = 0,
+                   .offset = offset,
+                   .target = nullptr});
 }
 
 // ---- flags
@@ -125,8 +129,9 @@ void Translator::SpoilFlags(uint16_t live) {
 // Where a group's check left host address - linear address.
 HostMem Translator::AddendOf(unsigned group) const {
   const AccessGroup& g = unit_.group(group);
-  return g.polymorphic ? Gs(offsetof(State, addends) + group * 8)
-                       : Gs(offsetof(State, slots) + g.slot * sizeof(Slot) + offsetof(Slot, addend));
+  return g.polymorphic
+             ? Gs(offsetof(State, addends) + group * 8)
+             : Gs(offsetof(State, slots) + g.slot * sizeof(Slot) + offsetof(Slot, addend));
 }
 
 void Translator::Label(unsigned i) {
@@ -138,8 +143,12 @@ void Translator::Label(unsigned i) {
   labels_[i] = as_.run();
   if (u.loop && u.live_before == 0) {
     as_.CmpDword(Requests(), 0);
-    cold_.push_back({.kind = Cold::kPollLoop, .from = as_.Jcc(kCcNe, as_.run()), .back = nullptr,
-                     .site = 0, .offset = u.offset, .target = nullptr});
+    cold_.push_back({.kind = Cold::kPollLoop,
+                     .from = as_.Jcc(kCcNe, as_.run()),
+                     .back = nullptr,
+                     .site = 0,
+                     .offset = u.offset,
+                     .target = nullptr});
   }
 }
 
@@ -191,9 +200,8 @@ void Translator::GroupAddress(const AccessGroup& group, unsigned at) {
     // Rare: a constant of more than 32 bits.
     if (address.base != kNoReg || address.index != kNoReg) as_.Lea(kS0, address);
     as_.MovImm64(kS1, static_cast<uint64_t>(constant));
-    address.base == kNoReg && address.index == kNoReg
-        ? as_.Mov(kS0, kS1)
-        : as_.Lea(kS0, {.base = kS0, .index = kS1});
+    address.base == kNoReg&& address.index == kNoReg ? as_.Mov(kS0, kS1)
+                                                     : as_.Lea(kS0, {.base = kS0, .index = kS1});
   } else {
     address.disp = static_cast<int32_t>(constant);
     if (address.base == kNoReg && address.index == kNoReg) {
@@ -235,8 +243,12 @@ void Translator::Check(unsigned number, unsigned at) {
   as_.Sub(kS0, SlotPage(group.slot));
   as_.CmpImm(kS0, static_cast<int32_t>(4096 - span));
   uint8_t* from = as_.Jcc(kCcA, as_.run());
-  cold_.push_back({.kind = Cold::kFill, .from = from, .back = as_.run(), .site = site.Pack(),
-                   .offset = 0, .target = nullptr});
+  cold_.push_back({.kind = Cold::kFill,
+                   .from = from,
+                   .back = as_.run(),
+                   .site = site.Pack(),
+                   .offset = 0,
+                   .target = nullptr});
 }
 
 // The TLB's answer to S1, and to memory for the group's other accesses.
@@ -261,7 +273,11 @@ void Translator::AskTlb(unsigned number, unsigned span) {
   uint8_t* from = as_.Jcc(kCcNe, as_.run());
   as_.Load(kS1, field(offsetof(TlbEntry, addend)));
   as_.Store(AddendOf(number), kS1);
-  cold_.push_back({.kind = Cold::kAsk, .from = from, .back = as_.run(), .site = 0, .offset = 0,
+  cold_.push_back({.kind = Cold::kAsk,
+                   .from = from,
+                   .back = as_.run(),
+                   .site = 0,
+                   .offset = 0,
                    .target = nullptr});
 }
 
@@ -323,8 +339,12 @@ void Translator::NeedVectors(const UnitInsn& u) {
   SpoilFlags(u.live_before);
   as_.CmpByte(Gs(offsetof(State, vector_live)), 0);
   uint8_t* from = as_.Jcc(kCcE, as_.run());
-  cold_.push_back({.kind = Cold::kVectors, .from = from, .back = as_.run(), .site = 0,
-                   .offset = 0, .target = nullptr});
+  cold_.push_back({.kind = Cold::kVectors,
+                   .from = from,
+                   .back = as_.run(),
+                   .site = 0,
+                   .offset = 0,
+                   .target = nullptr});
   vectors_checked_ = true;
 }
 
@@ -333,7 +353,11 @@ void Translator::NeedX87(const UnitInsn& u) {
   SpoilFlags(u.live_before);
   as_.CmpByte(Gs(offsetof(State, x87_live)), 0);
   uint8_t* from = as_.Jcc(kCcE, as_.run());
-  cold_.push_back({.kind = Cold::kX87, .from = from, .back = as_.run(), .site = 0, .offset = 0,
+  cold_.push_back({.kind = Cold::kX87,
+                   .from = from,
+                   .back = as_.run(),
+                   .site = 0,
+                   .offset = 0,
                    .target = nullptr});
   x87_checked_ = true;
 }
@@ -464,14 +488,20 @@ void Translator::SetInterrupts(unsigned i) {
   uint8_t* from = as_.Jcc(kCcNe, as_.run());
   as_.RegMem(Assembler::k64, 0x81, 1, Rflags());  // or
   as_.Dword(static_cast<uint32_t>(rflags::kIf));
-  cold_.push_back({.kind = Cold::kExecute, .from = from, .back = as_.run(), .site = 0, .offset = 0,
-                   .target = nullptr, .insn = &u, .loaded = Loaded()});
+  cold_.push_back({.kind = Cold::kExecute,
+                   .from = from,
+                   .back = as_.run(),
+                   .site = 0,
+                   .offset = 0,
+                   .target = nullptr,
+                   .insn = &u,
+                   .loaded = Loaded()});
 }
 
 void Translator::PushFlags(const UnitInsn& u) {
   NeedFlags();
   if (u.live_after != 0 && !saved_flags_) SaveFlags();
-  as_.Byte(0x9c);              // pushfq
+  as_.Byte(0x9c);  // pushfq
   as_.Byte(0x41), as_.Byte(0x58 | (kS1 & 7));
   host_flags_ = false;
   const auto status = static_cast<uint32_t>(rflags::kStatus);
@@ -538,11 +568,18 @@ void Translator::Copy(const UnitInsn& u) {
   unsigned reg_operand = 9, rm_operand = 9, vvvv_operand = 9;
   for (unsigned n = 0; n < insn.row->operand_count; ++n) {
     switch (insn.row->operands[n].kind) {
-      case OperandKind::kReg: reg_operand = n; break;
+      case OperandKind::kReg:
+        reg_operand = n;
+        break;
       case OperandKind::kRm:
-      case OperandKind::kRmReg: rm_operand = n; break;
-      case OperandKind::kVvvv: vvvv_operand = n; break;
-      default: break;
+      case OperandKind::kRmReg:
+        rm_operand = n;
+        break;
+      case OperandKind::kVvvv:
+        vvvv_operand = n;
+        break;
+      default:
+        break;
     }
   }
   const HostReg reg = high != kNoReg ? high : host(form.reg_is_gpr, insn.reg, reg_operand);
@@ -576,13 +613,14 @@ void Translator::CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg
     return false;
   };
   // Fields as the host is to see them: 4-bit numbers.
-  const unsigned reg_number = form.reg_is_gpr ? (insn.reg >= kHighByte && mem == nullptr ? 4u + (insn.reg & 3) : unsigned{reg})
-                                              : insn.digit() | (insn.rex & 4u) << 1;
-  const unsigned rm_number =
-      mem != nullptr ? 0
-      : form.rm_is_gpr
-          ? (insn.rm >= kHighByte ? 4u + (insn.rm & 3) : unsigned{rm})
-          : (insn.modrm & 7u) | (insn.rex & 1u) << 3;
+  const unsigned reg_number =
+      form.reg_is_gpr
+          ? (insn.reg >= kHighByte && mem == nullptr ? 4u + (insn.reg & 3) : unsigned{reg})
+          : insn.digit() | (insn.rex & 4u) << 1;
+  const unsigned rm_number = mem != nullptr ? 0
+                             : form.rm_is_gpr
+                                 ? (insn.rm >= kHighByte ? 4u + (insn.rm & 3) : unsigned{rm})
+                                 : (insn.modrm & 7u) | (insn.rex & 1u) << 3;
   const unsigned r = reg_number >> 3;
   const unsigned x = mem != nullptr && mem->index != kNoReg ? mem->index >> 3 : 0;
   const unsigned b = mem != nullptr ? (mem->base != kNoReg ? mem->base >> 3 : 0) : rm_number >> 3;
@@ -809,8 +847,12 @@ void Translator::Call(const UnitInsn& u) {
     as_.Byte(16);
     as_.RegReg(Assembler::k64, 0x3b, kS1, kS0);  // cmp
     const Site site = {.offset = u.offset, .count = 1};
-    cold_.push_back({.kind = Cold::kInterpret, .from = as_.Jcc(kCcNe, as_.run()), .back = nullptr,
-                     .site = site.Pack(), .offset = 0, .target = nullptr});
+    cold_.push_back({.kind = Cold::kInterpret,
+                     .from = as_.Jcc(kCcNe, as_.run()),
+                     .back = nullptr,
+                     .site = site.Pack(),
+                     .offset = 0,
+                     .target = nullptr});
     PushReturn(u);
     as_.Load(kS0, Gs(offsetof(State, spare)));
     return Indirect(u, 0);
@@ -843,8 +885,12 @@ void Translator::Jump(const UnitInsn& u) {
   if (u.jump_to < 0) return LeaveTo(branch, target);
   const auto to = static_cast<unsigned>(u.jump_to);
   if (labels_[to] != nullptr && unit_[to].live_before != 0) {
-    cold_.push_back({.kind = Cold::kPollLoop, .from = branch, .back = nullptr, .site = 0,
-                     .offset = unit_[to].offset, .target = labels_[to]});
+    cold_.push_back({.kind = Cold::kPollLoop,
+                     .from = branch,
+                     .back = nullptr,
+                     .site = 0,
+                     .offset = unit_[to].offset,
+                     .target = labels_[to]});
     return;
   }
   Internal(branch, to);
@@ -864,8 +910,12 @@ void Translator::Conditional(const UnitInsn& u) {
   if (u.jump_to >= 0) {
     const auto to = static_cast<unsigned>(u.jump_to);
     if (labels_[to] != nullptr && unit_[to].live_before != 0) {
-      cold_.push_back({.kind = Cold::kPollLoop, .from = branch, .back = nullptr, .site = 0,
-                       .offset = unit_[to].offset, .target = labels_[to]});
+      cold_.push_back({.kind = Cold::kPollLoop,
+                       .from = branch,
+                       .back = nullptr,
+                       .site = 0,
+                       .offset = unit_[to].offset,
+                       .target = labels_[to]});
       return;
     }
     return Internal(branch, to);

@@ -18,10 +18,10 @@ inline HostMem GprAt(unsigned guest) {
 
 // What a slow path is told of its site.
 struct Site {
-  uint16_t offset = 0;      // of the instruction to begin with, in its page
-  uint8_t count = 0;        // instructions to interpret if the access can't be mapped
-  bool vectors = false;     // vector registers are in use
-  bool x87 = false;         // x87 and MMX registers are
+  uint16_t offset = 0;   // of the instruction to begin with, in its page
+  uint8_t count = 0;     // instructions to interpret if the access can't be mapped
+  bool vectors = false;  // vector registers are in use
+  bool x87 = false;      // x87 and MMX registers are
   bool write = false;
   uint16_t span = 0, slot = 0;  // slot: index in State::slots, all classes
   uint16_t unit = 0;            // offset of the unit's first instruction
@@ -29,8 +29,8 @@ struct Site {
   uint8_t group = 0;            // its number in the unit
   uint64_t Pack() const {
     return offset | uint64_t{count} << 12 | uint64_t{vectors} << kVectorsBit |
-           uint64_t{x87} << kX87Bit |
-           uint64_t{write} << kWriteBit | uint64_t{span} << kSpanShift | uint64_t{slot} << kSlotShift | uint64_t{unit} << kUnitShift |
+           uint64_t{x87} << kX87Bit | uint64_t{write} << kWriteBit | uint64_t{span} << kSpanShift |
+           uint64_t{slot} << kSlotShift | uint64_t{unit} << kUnitShift |
            uint64_t{shared} << kSharedBit | uint64_t{group} << kGroupShift;
   }
   static Site Unpack(uint64_t bits) {
@@ -45,8 +45,8 @@ struct Site {
             .shared = (bits >> kSharedBit & 1) != 0,
             .group = static_cast<uint8_t>(bits >> kGroupShift)};
   }
-  static constexpr unsigned kVectorsBit = 18, kWriteBit = 19, kSpanShift = 20, kSlotShift = 32, kUnitShift = 44,
-                            kSharedBit = 56, kGroupShift = 57;
+  static constexpr unsigned kVectorsBit = 18, kWriteBit = 19, kSpanShift = 20, kSlotShift = 32,
+                            kUnitShift = 44, kSharedBit = 56, kGroupShift = 57;
   static constexpr unsigned kSpanMask = 0x7ff, kX87Bit = 31;
   static_assert(kMaxGroupSpan <= kSpanMask);
 };
@@ -57,7 +57,8 @@ struct Branch {
   uint32_t popped = 0;  // bytes
   uint64_t Pack() const { return offset | uint64_t{popped} << 12; }
   static Branch Unpack(uint64_t bits) {
-    return {.offset = static_cast<uint16_t>(bits & 0xfff), .popped = static_cast<uint32_t>(bits >> 12)};
+    return {.offset = static_cast<uint16_t>(bits & 0xfff),
+            .popped = static_cast<uint32_t>(bits >> 12)};
   }
 };
 
@@ -81,18 +82,18 @@ struct Translation {
   uint8_t* polled = nullptr;   // asks for requests; same page
   uint8_t* body = nullptr;     // same page, host flags valid if live
   uint8_t* body_write = nullptr;
-  uint8_t* leave = nullptr;    // goes to the dispatcher with the unit's own address, from its body
+  uint8_t* leave = nullptr;  // goes to the dispatcher with the unit's own address, from its body
   std::vector<ExitSite> exits;
   std::vector<InsnMark> marks;
 };
 
 struct TranslationContext {
   const Stubs* stubs = nullptr;
-  unsigned data_class = 0;   // Tlb::Class
-  unsigned first_slot = 0;   // of State::slots, all classes; wraps within the class
-  unsigned code_slot = 0;    // of State::code_pages
-  uint32_t first_exit = 0;   // number of the unit's first exit
-  std::bitset<128> polymorphic;  // groups whose page changes all the time
+  unsigned data_class = 0;        // Tlb::Class
+  unsigned first_slot = 0;        // of State::slots, all classes; wraps within the class
+  unsigned code_slot = 0;         // of State::code_pages
+  uint32_t first_exit = 0;        // number of the unit's first exit
+  std::bitset<128> polymorphic;   // groups whose page changes all the time
   const uint8_t* page = nullptr;  // host address of the code's page
 };
 
@@ -104,10 +105,10 @@ class Translator {
  private:
   struct Cold {
     enum Kind : uint8_t { kFill, kAsk, kVectors, kX87, kPollLoop, kExecute, kInterpret } kind;
-    uint8_t* from;        // distance to patch
-    uint8_t* back;        // as it runs
+    uint8_t* from;  // distance to patch
+    uint8_t* back;  // as it runs
     uint64_t site;
-    uint16_t offset;      // kPollLoop: leaves to it
+    uint16_t offset;  // kPollLoop: leaves to it
     uint8_t* target;
     const UnitInsn* insn = nullptr;  // kExecute
     uint32_t loaded = 0;
@@ -190,7 +191,7 @@ class Translator {
   bool host_flags_ = true, saved_flags_ = false;
   bool vectors_checked_ = false;
   bool x87_checked_ = false, x87_page_kept_ = false;  // State::x87_live, State::x87_page
-  int held_ = -1;  // the group whose addend is in S1
+  int held_ = -1;                                     // the group whose addend is in S1
 };
 
 }  // namespace kvartz::cpu::x86::jit

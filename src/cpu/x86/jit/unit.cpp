@@ -41,7 +41,8 @@ bool HighByteFits(const Insn& insn, const RowForm& form) {
   if (insn.w()) return false;
   const auto plain = [&](bool is_gpr, unsigned reg, unsigned operand) {
     if (!is_gpr || reg >= kHighByte) return true;
-    return reg < 4 || (reg < 8 && reg != kRsp && OperandSize(insn, insn.row->operands[operand]) > 1);
+    return reg < 4 ||
+           (reg < 8 && reg != kRsp && OperandSize(insn, insn.row->operands[operand]) > 1);
   };
   const bool rm_first = form.memory_operand == 0;
   return plain(form.reg_is_gpr, insn.reg, rm_first ? 1 : 0) &&
@@ -107,8 +108,8 @@ int64_t Unit::TargetInPage(const UnitInsn& u) {
   return target >= 0 && target < 4096 ? target : -1;
 }
 
-bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* page,
-                 unsigned offset, Grouping grouping) {
+bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* page, unsigned offset,
+                 Grouping grouping) {
   context_ = context;
   mode_ = mode;
   page_ = page;
@@ -180,8 +181,8 @@ void Unit::Liveness() {
     const UnitInsn& u = insns_[i];
     const Form form = u.form->form;
     if (u.jump_to >= 0) continue;
-    if (form == Form::kJcc || form == Form::kJcxz || (form == Form::kJump && !u.insn.has_memory() &&
-                                                      u.form->memory_operand < 0)) {
+    if (form == Form::kJcc || form == Form::kJcxz ||
+        (form == Form::kJump && !u.insn.has_memory() && u.form->memory_operand < 0)) {
       const int64_t target = TargetInPage(u);
       exits[i] = target < 0 ? kAllFlags : LiveAt(static_cast<unsigned>(target));
     } else if (Ends(u)) {
@@ -242,8 +243,8 @@ void Unit::Address(UnitInsn& u) {
   MemoryAccess& access = u.operand;
   access.present = true;
   const int operand = u.form->memory_operand;
-  access.size = static_cast<uint16_t>(
-      operand < 0 ? 0 : OperandSize(insn, insn.row->operands[operand]));
+  access.size =
+      static_cast<uint16_t>(operand < 0 ? 0 : OperandSize(insn, insn.row->operands[operand]));
   const bool first = operand == 0;
   access.write = first && u.form->writes_first && u.form->form == Form::kCopy;
   if (u.form->form == Form::kPop) access.write = true;
@@ -360,9 +361,8 @@ void Unit::Update(const UnitInsn& u) {
     }
   }
   // Implicit results: MUL, DIV, CWD, CMPXCHG, LAHF..., PCMPxSTRI.
-  static constexpr std::string_view kAxDx[] = {"MUL",     "IMUL",      "DIV",        "IDIV", "CBW",
-                                               "CWD",     "CMPXCHG",   "CMPXCHG8B",  "LAHF",
-                                               "CMPXCHG16B"};
+  static constexpr std::string_view kAxDx[] = {"MUL", "IMUL",    "DIV",       "IDIV", "CBW",
+                                               "CWD", "CMPXCHG", "CMPXCHG8B", "LAHF", "CMPXCHG16B"};
   if (std::find(std::begin(kAxDx), std::end(kAxDx), row.mnemonic) != std::end(kAxDx)) {
     Fresh(kRax);
     Fresh(kRdx);

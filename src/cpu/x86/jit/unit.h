@@ -43,7 +43,7 @@ struct AccessGroup {
   AddressKey key;
   int64_t low = 0, high = 0;
   bool write = false;
-  bool shared = false;  // by more than one
+  bool shared = false;       // by more than one
   bool polymorphic = false;  // the page changes all the time: the TLB is asked instead of the slot
   uint8_t first = 0, last = 0;  // instructions
   uint8_t check_at = 0;         // the check is made before this one
@@ -53,14 +53,14 @@ struct AccessGroup {
 struct UnitInsn {
   Insn insn;
   const RowForm* form = nullptr;
-  uint16_t offset = 0;        // of its first byte within the page
-  MemoryAccess operand;       // ModRM's
-  MemoryAccess stack;         // of PUSH, POP, CALL, RET, LEAVE
-  uint16_t live_before = 0;   // status flags that are read before they are written
+  uint16_t offset = 0;       // of its first byte within the page
+  MemoryAccess operand;      // ModRM's
+  MemoryAccess stack;        // of PUSH, POP, CALL, RET, LEAVE
+  uint16_t live_before = 0;  // status flags that are read before they are written
   uint16_t live_after = 0;
-  int8_t jump_to = -1;        // a branch to an instruction of the unit: which
-  bool label = false;         // ... and the target of one
-  bool loop = false;          // ... from further down
+  int8_t jump_to = -1;  // a branch to an instruction of the unit: which
+  bool label = false;   // ... and the target of one
+  bool loop = false;    // ... from further down
 };
 
 // Its count is or may be 0: then the flags stay.

@@ -26,7 +26,7 @@ constexpr CounterRow kRows[] = {
     {&Counters::killed_units, "units dropped",
      "their code changed, or how their accesses are checked"},
     {&Counters::flushes, "flushes", "all units dropped: code memory full, RAM or ROM moved"},
-    {&Counters::traps, "host exceptions", "that were the guest's: division, alignment, SIMD, #GP"},
+    {&Counters::traps, "host exceptions", "that were the guest's: #DE, #GP, #MF, #XM"},
 };
 static_assert(sizeof(Counters) == std::size(kRows) * sizeof(uint64_t), "a row for each counter");
 

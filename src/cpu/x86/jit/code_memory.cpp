@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cerrno>
 
 namespace kvartz::cpu::x86::jit {
@@ -30,8 +31,21 @@ CodeMemory::~CodeMemory() {
   if (run_ != nullptr) munmap(run_, size_);
 }
 
+// Page by page, each would cost two faults. What the host can't do so (before Linux 5.14), it does
+// by faults.
+void CodeMemory::Populate(size_t offset) {
+  constexpr size_t kChunk = 256 << 10;
+  while (populated_ < offset && populated_ < size_) {
+    const size_t bytes = std::min(kChunk, size_ - populated_);
+    madvise(write_ + populated_, bytes, MADV_POPULATE_WRITE);
+    madvise(run_ + populated_, bytes, MADV_POPULATE_READ);
+    populated_ += bytes;
+  }
+}
+
 void CodeMemory::Discard(size_t offset) {
   offset = (offset + 4095) & ~size_t{4095};
+  populated_ = std::min(populated_, offset);
   if (offset < size_) madvise(write_ + offset, size_ - offset, MADV_REMOVE);
 }
 

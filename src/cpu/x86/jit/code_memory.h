@@ -25,6 +25,8 @@ class CodeMemory {
   bool Contains(const uint8_t* run) const { return run >= run_ && run < run_ + size_; }
   Assembler At(size_t offset) { return {write_ + offset, write_ + size_, delta()}; }
   size_t OffsetOf(const uint8_t* write) const { return static_cast<size_t>(write - write_); }
+  // Asks the host for what lies up to `offset`, and some more, in one go.
+  void Populate(size_t offset);
   // Gives the host back what lies from `offset` on.
   void Discard(size_t offset);
 
@@ -32,6 +34,7 @@ class CodeMemory {
   uint8_t* write_ = nullptr;
   uint8_t* run_ = nullptr;
   size_t size_ = 0;
+  size_t populated_ = 0;
 };
 
 }  // namespace kvartz::cpu::x86::jit

@@ -394,6 +394,7 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
                          .supervisor = (mode & 1) == 0};
   if (!unit_.Build(context, allowed, page->host, offset, grouping)) return nullptr;
   const unsigned cls = mode >> 1 & 3;
+  memory_.Populate(used_ + kUnitRoom);
   Assembler as = memory_.At(used_);
   const auto known = polymorphic_.find(key);
   const std::bitset<128> polymorphic = known == polymorphic_.end() ? 0 : known->second;

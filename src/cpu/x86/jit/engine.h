@@ -171,8 +171,8 @@ class Engine final : private Tlb::Follower {
   struct Quick {
     uint64_t key;
     Block* block;
-  } quick_[4096] = {};  // of blocks_
-  Quick& QuickAt(uint64_t key) { return quick_[(key >> 7 ^ key >> 19) % 4096]; }
+  } quick_[1 << 14] = {};  // of blocks_
+  Quick& QuickAt(uint64_t key) { return quick_[(key >> 7 ^ key >> 19) % std::size(quick_)]; }
   Unit unit_;
   Counters counters_;
 };

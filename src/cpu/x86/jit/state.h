@@ -26,11 +26,11 @@ constexpr uint8_t kSlotClear = 0x80;
 // Data classes as in Tlb::Class: user, supervisor, supervisor with AC set. Code of each has slots
 // and a jump table of its own, so that CPL changes invalidate nothing.
 constexpr unsigned kClassCount = 3;
-constexpr unsigned kSlots = 512;              // a class
+constexpr unsigned kSlotBits = 10;
+constexpr unsigned kSlots = 1 << kSlotBits;   // a class
 constexpr unsigned kWriteSlots = kSlots / 2;  // from here on: for what writes, and nothing else
 constexpr unsigned kCodeSlots = 8192;         // pages of translated code
-constexpr unsigned kJumpEntries = 4096;       // a class
-constexpr unsigned kJumpShift = 32 - 12;      // of the CRC-32C of the target
+constexpr unsigned kJumpEntries = 16384;       // a class
 
 // Owned by the vCPU's thread.
 struct State {
@@ -47,7 +47,7 @@ struct State {
   uint16_t x87_offset = 0, x87_opcode = 0;
   uint64_t x87_page = 0, x87_address = 0;
   uint64_t jump_to = 0, host_rsp = 0;
-  uint64_t site = 0;    // what a slow path needs to know of its site (Site in runtime.h)
+  uint64_t site = 0;    // what a slow path needs to know of its site (Site in translator.h)
   uint64_t spare = 0;   // a branch target across a push
   uint64_t branch = 0;  // Branch: the indirect branch that ran last
   uint32_t host_mxcsr = 0x1f80;

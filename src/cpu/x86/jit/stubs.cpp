@@ -251,9 +251,9 @@ class StubEmitter {
     as_.RegReg(Assembler::k64, 0x85, kS0, kS0);  // test: which half?
     uint8_t* upper = as_.Jcc(kCcS, as_.run());
     as_.RegMem(Assembler::k64, 0x0b, kRegDx, {.base = kRegAx, .disp = Tlb::kAsidOffset});
-    static_assert(kSlots == 512 && Tlb::kSupervisor == 1 && kClassCount == 3);
+    static_assert(Tlb::kSupervisor == 1 && kClassCount == 3);
     as_.RegReg(Assembler::k64, 0xba0f, 4, kS1);  // bt: the supervisor's class?
-    as_.Byte(Site::kSlotShift + 9);
+    as_.Byte(Site::kSlotShift + kSlotBits);
     uint8_t* others = as_.Jcc(kCcAe, as_.run());
     as_.StoreByte(Gs(offsetof(State, lower_in_supervisor)), 1);
     as_.PatchHere(others);
@@ -288,7 +288,7 @@ class StubEmitter {
     as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, addend), .gs = true},
               kRegAx);
     as_.Mov(kRegCx, kS1);
-    ShiftRight(kRegCx, 4 + 9);  // the class
+    ShiftRight(kRegCx, 4 + kSlotBits);  // the class
     as_.StoreByte({.base = kRegCx, .disp = offsetof(State, used), .gs = true}, 1);
     for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
     as_.Ret();

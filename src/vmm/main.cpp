@@ -42,8 +42,8 @@ Result<int> RunMachine(VmConfig config, Daemon& daemon) {
   return vm->Run();
 }
 
-// A vCPU's thread allocates while it translates. With an arena of its own the heap would grow page by
-// page, each a system call.
+// A vCPU's thread allocates while it translates. With an arena of its own the heap would grow page
+// by page, each a system call.
 void SetUpHeap() {
   mallopt(M_ARENA_MAX, 1);
   mallopt(M_TOP_PAD, 1 << 20);

@@ -71,8 +71,11 @@ void LogUndefined(Cpu& cpu, unsigned index) {
 
 // What is never touched costs no memory.
 jit::State* NewState() {
-  void* map = mmap(nullptr, sizeof(jit::State), PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  // Low, if there is room: translated code names it absolutely then.
+  void* map = mmap(nullptr, sizeof(jit::State), PROT_READ | PROT_WRITE, kFlags | MAP_32BIT, -1, 0);
+  if (map == MAP_FAILED)
+    map = mmap(nullptr, sizeof(jit::State), PROT_READ | PROT_WRITE, kFlags, -1, 0);
   VERIFY(map != MAP_FAILED);
   return new (map) jit::State;
 }

@@ -36,7 +36,7 @@ constexpr HostReg HostOf(unsigned guest) {
 
 enum Condition : uint8_t { kCcO, kCcNo, kCcB, kCcAe, kCcE, kCcNe, kCcBe, kCcA, kCcS, kCcNs };
 
-// A memory operand: GS-relative (state), or base + index << scale + disp.
+// A memory operand: relative to State (gs), or base + index << scale + disp.
 struct HostMem {
   HostReg base = kNoReg, index = kNoReg;
   uint8_t scale = 0;
@@ -48,7 +48,10 @@ struct HostMem {
 // Writes to memory that is mapped twice: `at` to write, `at + delta` to run.
 class Assembler {
  public:
-  Assembler(uint8_t* at, uint8_t* end, ptrdiff_t delta) : at_(at), end_(end), delta_(delta) {}
+  // `state`: the address of State if it lies in the lowest 2 GiB (then it is named absolutely,
+  // which is shorter and faster), else 0 (then by GS).
+  Assembler(uint8_t* at, uint8_t* end, ptrdiff_t delta, int32_t state)
+      : at_(at), end_(end), delta_(delta), state_(state) {}
 
   uint8_t* here() const { return at_; }          // where the next byte is written
   uint8_t* run() const { return at_ + delta_; }  // ... and runs
@@ -81,15 +84,19 @@ class Assembler {
     Byte(0xc0 | (reg & 7) << 3 | (rm & 7));
   }
   void RegMem(Width width, uint32_t opcode, unsigned reg, const HostMem& mem) {
-    if (mem.gs) Byte(0x65);
+    StatePrefix(mem);
     Rex(width, reg, mem.index == kNoReg ? 0 : mem.index & 15,
         mem.base == kNoReg ? 0 : mem.base & 15);
     Opcode(opcode);
     ModRmMem(reg & 7, mem);
   }
+  void StatePrefix(const HostMem& mem) {
+    if (mem.gs && state_ == 0) Byte(0x65);
+  }
   // ModRM, SIB and displacement; the caller has put the upper bits of the registers in a prefix.
-  void ModRmMem(unsigned reg, const HostMem& mem) {
+  void ModRmMem(unsigned reg, HostMem mem) {
     reg <<= 3;
+    if (mem.gs) mem.disp += state_;
     if (mem.base == kNoReg) {  // [disp32] or [index*scale + disp32]: SIB without base
       Byte(reg | 4);
       Byte(unsigned{mem.scale} << 6 | (mem.index == kNoReg ? 4u : mem.index & 7u) << 3 | 5);
@@ -195,6 +202,7 @@ class Assembler {
   uint8_t* at_;
   uint8_t* end_;
   ptrdiff_t delta_;
+  int32_t state_;
 };
 
 }  // namespace kvartz::cpu::x86::jit

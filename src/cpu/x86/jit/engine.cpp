@@ -50,6 +50,8 @@ Engine::Engine(State& state, const FeatureSet& features) : state_(state), featur
   state_.self = &state_;
   state_.engine = this;
   cpu().tlb->follower = this;
+  const auto address = reinterpret_cast<uintptr_t>(&state_);
+  if (address + sizeof(State) < uintptr_t{1} << 31) memory_.SetState(static_cast<int32_t>(address));
 }
 
 Result<std::unique_ptr<Engine>> Engine::Create(State& state, const FeatureSet& features,

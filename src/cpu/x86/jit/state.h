@@ -30,7 +30,7 @@ constexpr unsigned kSlotBits = 10;
 constexpr unsigned kSlots = 1 << kSlotBits;   // a class
 constexpr unsigned kWriteSlots = kSlots / 2;  // from here on: for what writes, and nothing else
 constexpr unsigned kCodeSlots = 8192;         // pages of translated code
-constexpr unsigned kJumpEntries = 16384;       // a class
+constexpr unsigned kJumpEntries = 16384;      // a class
 
 // Owned by the vCPU's thread.
 struct State {

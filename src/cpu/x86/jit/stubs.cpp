@@ -77,7 +77,7 @@ class StubEmitter {
   void MoveHigh(unsigned opcode, unsigned reg) {
     const HostMem mem = Gs(Fpu(offsetof(XsaveArea, ymm_high) + reg * 16));
     const bool load = opcode == 0x18;
-    as_.Byte(0x65);
+    as_.StatePrefix(mem);
     as_.Byte(0xc4);
     as_.Byte((reg < 8 ? 0x80u : 0u) | 0x40 | 0x20 | 3);
     as_.Byte((load ? (~reg & 15) << 3 : 0x78u) | 4 | 1);

@@ -21,6 +21,8 @@ HostMem PageBase() { return Gs(offsetof(State, page)); }
 
 Translator::Translator(Unit& unit, Assembler& assembler, const TranslationContext& context)
     : unit_(unit), as_(assembler), context_(context) {
+  cold_.reserve(unit_.count());
+  out_.marks.reserve(unit_.count());
   for (unsigned g = 0; g < unit_.group_count(); ++g) {
     AccessGroup& group = unit_.group(g);
     group.slot =

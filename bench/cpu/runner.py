@@ -184,12 +184,13 @@ def idle_memory(machine, vmm, settle_s=3):
 
 
 def resident_kib(pid):
+    # Pss, not Rss: code memory that is mapped twice takes its pages once.
     total = guest = 0
     with open(f"/proc/{pid}/smaps", encoding="utf-8") as smaps:
         for line in smaps:
             if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
                 is_guest_ram = re.search(r"/memfd:(ram|memory-backend-memfd) ", line)
-            elif line.startswith("Rss:"):
+            elif line.startswith("Pss:"):
                 total += int(line.split()[1])
                 guest += int(line.split()[1]) if is_guest_ram else 0
     return total, guest

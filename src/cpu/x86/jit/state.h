@@ -1,4 +1,5 @@
-// What translated code keeps beside the CPU: one block of memory a vCPU, found through the GS base.
+// What translated code keeps beside the CPU: one block of memory a vCPU, below 2 GiB where the host
+// has room there (then code names it absolutely), else found through the GS base.
 //
 // Translated code runs with the guest's registers in the host's: RAX, RCX, RDX, RBX, RBP, RSI, RDI,
 // R8, R9, R12, R13, R14 are themselves, the guest's RSP is the host's R15; the guest's R10, R11 and

@@ -68,11 +68,11 @@ class Assembler {
 
   // ---- an instruction: [prefix] REX opcode ModRM. `opcode`: up to three bytes, the first one in
   // the lowest.
-  enum Width : uint8_t { k32, k64, k8 };
+  enum Width : uint8_t { k32, k64 };
   void Rex(Width width, unsigned reg, unsigned index, unsigned base) {
     unsigned rex = 0x40 | (width == k64 ? 8 : 0) | (reg >> 3 & 1) << 2 | (index >> 3 & 1) << 1 |
                    (base >> 3 & 1);
-    if (rex != 0x40 || (width == k8 && reg >= 4)) Byte(rex);
+    if (rex != 0x40) Byte(rex);
   }
   void Opcode(uint32_t opcode) {
     do Byte(opcode & 0xff);
@@ -160,7 +160,6 @@ class Assembler {
   }
   void Ret() { Byte(0xc3); }
   void JmpMem(const HostMem& mem) { RegMem(k32, 0xff, 4, mem); }
-  void CallMem(const HostMem& mem) { RegMem(k32, 0xff, 2, mem); }
 
   // Relative branches; `target` as it runs. The result is where the four bytes of the distance are
   // written.

@@ -336,32 +336,23 @@ HostMem Translator::StackAt(const MemoryAccess& access, HostReg base, int32_t di
   return {.base = kS0, .index = base, .disp = disp};
 }
 
-void Translator::NeedVectors(const UnitInsn& u) {
-  if (vectors_checked_) return;
+// Registers of the guest's are to be in the host's before `u`; `live` says whether they are.
+void Translator::NeedLoaded(const UnitInsn& u, size_t live, Cold::Kind load, bool* checked) {
+  if (*checked) return;
   SpoilFlags(u.live_before);
-  as_.CmpByte(Gs(offsetof(State, vector_live)), 0);
+  as_.CmpByte(Gs(live), 0);
   uint8_t* from = as_.Jcc(kCcE, as_.run());
-  cold_.push_back({.kind = Cold::kVectors,
-                   .from = from,
-                   .back = as_.run(),
-                   .site = 0,
-                   .offset = 0,
-                   .target = nullptr});
-  vectors_checked_ = true;
+  cold_.push_back(
+      {.kind = load, .from = from, .back = as_.run(), .site = 0, .offset = 0, .target = nullptr});
+  *checked = true;
+}
+
+void Translator::NeedVectors(const UnitInsn& u) {
+  NeedLoaded(u, offsetof(State, vector_live), Cold::kVectors, &vectors_checked_);
 }
 
 void Translator::NeedX87(const UnitInsn& u) {
-  if (x87_checked_) return;
-  SpoilFlags(u.live_before);
-  as_.CmpByte(Gs(offsetof(State, x87_live)), 0);
-  uint8_t* from = as_.Jcc(kCcE, as_.run());
-  cold_.push_back({.kind = Cold::kX87,
-                   .from = from,
-                   .back = as_.run(),
-                   .site = 0,
-                   .offset = 0,
-                   .target = nullptr});
-  x87_checked_ = true;
+  NeedLoaded(u, offsetof(State, x87_live), Cold::kX87, &x87_checked_);
 }
 
 // After an x87 instruction: what FIP, FOP and FDP hold from now on. S0 and S1 are spoilt.

@@ -164,6 +164,7 @@ class Translator {
   HostMem Map(const UnitInsn& u, const MemoryAccess& access);
   HostMem StackAt(const MemoryAccess& access, HostReg base, int32_t disp);
   void LoadTarget(const UnitInsn& u);
+  void NeedLoaded(const UnitInsn& u, size_t live, Cold::Kind load, bool* checked);
   void NeedVectors(const UnitInsn& u);
   void NeedX87(const UnitInsn& u);
   void KeepX87Pointers(const UnitInsn& u);

@@ -115,7 +115,6 @@ bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* pag
   page_ = page;
   grouping_ = grouping;
   count_ = 0;
-  vectors_ = false;
   ranges_.assign(1, {.offset = static_cast<uint16_t>(offset), .size = 0});
   while (count_ < kMaxUnitInsns && offset < 4096) {
     UnitInsn& u = insns_[count_];
@@ -124,7 +123,6 @@ bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* pag
     if (Decode(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
     u.form = FormFor(u.insn, mode_);
     u.offset = static_cast<uint16_t>(offset);
-    vectors_ |= u.form->vector && u.form->form == Form::kCopy;
     offset += u.insn.length;
     ++count_;
     if (Ends(u)) break;

@@ -90,7 +90,6 @@ class Unit {
   UnitInsn& operator[](unsigned i) { return insns_[i]; }
   const UnitInsn& operator[](unsigned i) const { return insns_[i]; }
   unsigned end_offset() const { return end_; }  // behind the last instruction, up to 4096
-  bool uses_vectors() const { return vectors_; }
   unsigned group_count() const { return group_count_; }
   AccessGroup& group(unsigned i) { return groups_[i]; }
   // Registers before instruction `i`.
@@ -120,7 +119,6 @@ class Unit {
   const uint8_t* page_ = nullptr;
   Grouping grouping_ = Grouping::kShared;
   unsigned count_ = 0, end_ = 0, group_count_ = 0, first_open_ = 0;
-  bool vectors_ = false;
   std::vector<CodeRange> ranges_;
   uint32_t next_symbol_ = 1;
   std::array<Symbol, 16> now_;

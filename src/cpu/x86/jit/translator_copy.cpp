@@ -1,0 +1,175 @@
+// Instructions that the host runs as the guest has them, but for registers and memory operands.
+#include "base/check.h"
+#include "cpu/x86/jit/state_operands.h"
+#include "cpu/x86/jit/translator.h"
+
+namespace kvartz::cpu::x86::jit {
+
+void Translator::Copy(const UnitInsn& u) {
+  const Insn& insn = u.insn;
+  const RowForm& form = *u.form;
+  if (form.vector) NeedVectors(u);
+  if (form.x87) NeedX87(u);
+  const FlagEffects& effects = insn.row->flags;
+  const auto status = static_cast<uint16_t>(rflags::kStatus);
+  const uint16_t written = effects.written() & status;
+  const uint16_t kept = KeepsFlags(u) ? status : static_cast<uint16_t>(~written);
+  if ((effects.tested & status) != 0 || (written != 0 && (u.live_after & kept) != 0)) NeedFlags();
+
+  const bool memory = insn.has_memory();
+  if (memory || form.may_trap) Mark(u);
+  HostMem mem;
+  if (memory) mem = Map(u, u.operand);
+  // AH..BH can't stand beside a memory operand here, since that takes a REX prefix: a scratch
+  // register's low byte stands in. RORX leaves the flags.
+  HostReg high = kNoReg;
+  if (memory && form.reg_is_gpr && insn.reg >= kHighByte) {
+    high = mem.base == kS0 ? kS1 : kS0;
+    as_.Byte(0xc4), as_.Byte(0x63), as_.Byte(0x7b), as_.Byte(0xf0);  // high 32 bits are dropped
+    as_.Byte(0xc0 | (high & 7) << 3 | (insn.reg & 3));
+    as_.Byte(8);
+  }
+  // Registers that live in memory go through scratch ones.
+  struct {
+    unsigned guest;
+    HostReg host;
+    bool written;
+  } temps[2];
+  unsigned temp_count = 0;
+  const bool narrow = insn.operand_size < 4;
+  const auto host = [&](bool is_gpr, unsigned reg, unsigned field_operand) {
+    if (!is_gpr || reg >= kHighByte) return static_cast<HostReg>(reg);
+    if (HostOf(reg) != kNoReg) return HostOf(reg);
+    const bool first = field_operand == 0;
+    const bool result = first ? form.writes_first : field_operand == 1 && form.writes_second;
+    for (unsigned t = 0; t < temp_count; ++t) {
+      if (temps[t].guest != reg) continue;
+      temps[t].written |= result;
+      if (!first || form.reads_first) as_.Load(temps[t].host, GprAt(reg));
+      return temps[t].host;
+    }
+    const HostReg scratch = memory ? (mem.base == kS0 ? kS1 : kS0) : temp_count == 1 ? kS1 : kS0;
+    VERIFY(temp_count < (memory ? 1u : 2u));
+    temps[temp_count++] = {reg, scratch, result};
+    if (!first || form.reads_first || narrow || !result) as_.Load(scratch, GprAt(reg));
+    return scratch;
+  };
+  unsigned reg_operand = 9, rm_operand = 9, vvvv_operand = 9;
+  for (unsigned n = 0; n < insn.row->operand_count; ++n) {
+    switch (insn.row->operands[n].kind) {
+      case OperandKind::kReg:
+        reg_operand = n;
+        break;
+      case OperandKind::kRm:
+      case OperandKind::kRmReg:
+        rm_operand = n;
+        break;
+      case OperandKind::kVvvv:
+        vvvv_operand = n;
+        break;
+      default:
+        break;
+    }
+  }
+  const HostReg reg = high != kNoReg ? high : host(form.reg_is_gpr, insn.reg, reg_operand);
+  const HostReg rm = memory ? kNoReg : host(form.rm_is_gpr, insn.rm, rm_operand);
+  const HostReg vvvv = host(form.vvvv_is_gpr, insn.vvvv, vvvv_operand);
+  CopyEncoding(u, memory ? &mem : nullptr, reg, rm, vvvv);
+  for (unsigned t = 0; t < temp_count; ++t) {
+    if (temps[t].written) as_.Store(GprAt(temps[t].guest), temps[t].host);
+  }
+  if (form.x87_pointers) KeepX87Pointers(u);
+  if (written != 0) {
+    host_flags_ = true;
+    saved_flags_ = false;
+  }
+}
+
+void Translator::CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg, HostReg rm,
+                              HostReg vvvv) {
+  const Insn& insn = u.insn;
+  const Row& row = *insn.row;
+  const RowForm& form = *u.form;
+  const auto byte_register = [&](unsigned operand_kind_first, bool is_gpr, unsigned number) {
+    if (!is_gpr || number >= kHighByte) return false;
+    for (unsigned n = 0; n < row.operand_count; ++n) {
+      const OperandKind kind = row.operands[n].kind;
+      const bool match = operand_kind_first == 0
+                             ? kind == OperandKind::kReg
+                             : kind == OperandKind::kRm || kind == OperandKind::kRmReg;
+      if (match) return OperandSize(insn, row.operands[n]) == 1 && number >= 4;
+    }
+    return false;
+  };
+  // Fields as the host is to see them: 4-bit numbers.
+  const unsigned reg_number =
+      form.reg_is_gpr
+          ? (insn.reg >= kHighByte && mem == nullptr ? 4u + (insn.reg & 3) : unsigned{reg})
+          : insn.digit() | (insn.rex & 4u) << 1;
+  const unsigned rm_number = mem != nullptr ? 0
+                             : form.rm_is_gpr
+                                 ? (insn.rm >= kHighByte ? 4u + (insn.rm & 3) : unsigned{rm})
+                                 : (insn.modrm & 7u) | (insn.rex & 1u) << 3;
+  const unsigned r = reg_number >> 3;
+  const unsigned x = mem != nullptr && mem->index != kNoReg ? mem->index >> 3 : 0;
+  const unsigned b = mem != nullptr ? (mem->base != kNoReg ? mem->base >> 3 : 0) : rm_number >> 3;
+  if (row.vex) {
+    const unsigned map = row.map == OpcodeMap::k0f ? 1 : row.map == OpcodeMap::k0f38 ? 2 : 3;
+    const unsigned v = form.vvvv_is_gpr ? unsigned{vvvv} : unsigned{insn.vvvv};
+    as_.Byte(0xc4);
+    as_.Byte((r ? 0u : 0x80u) | (x ? 0u : 0x40u) | (b ? 0u : 0x20u) | map);
+    as_.Byte((insn.w() ? 0x80u : 0u) | (~v & 15) << 3 | unsigned{insn.vex_l} << 2 | insn.vex_pp);
+    as_.Byte(insn.opcode);
+  } else {
+    if (insn.locked()) as_.Byte(0xf0);
+    if ((insn.flags & kHas66) != 0 || row.prefix == PrefixRule::k66) as_.Byte(0x66);
+    if (row.prefix == PrefixRule::kF2) as_.Byte(0xf2);
+    if (row.prefix == PrefixRule::kF3) as_.Byte(0xf3);
+    const bool forced = byte_register(0, form.reg_is_gpr, insn.reg) ||
+                        (mem == nullptr && byte_register(1, form.rm_is_gpr, insn.rm));
+    if (row.opcode_register) {
+      const unsigned rex = 0x40 | (insn.w() ? 8u : 0u) | reg_number >> 3;
+      if (rex != 0x40 || forced) as_.Byte(rex);
+    } else {
+      const unsigned rex = 0x40 | (insn.w() ? 8u : 0u) | r << 2 | x << 1 | b;
+      if (rex != 0x40 || forced) as_.Byte(rex);
+    }
+    if (row.map != OpcodeMap::kPrimary) as_.Byte(0x0f);
+    if (row.map == OpcodeMap::k0f38) as_.Byte(0x38);
+    if (row.map == OpcodeMap::k0f3a) as_.Byte(0x3a);
+    as_.Byte(row.opcode_register ? (row.opcode & ~7u) | (reg_number & 7) : row.opcode);
+  }
+  if (row.has_modrm) {
+    if (mem != nullptr) {
+      as_.ModRmMem(reg_number & 7, *mem);
+    } else {
+      as_.Byte(0xc0 | (reg_number & 7) << 3 | (rm_number & 7));
+    }
+  }
+  size_t immediate = 0;
+  for (const ImmKind kind : row.imm) {
+    switch (kind) {
+      case ImmKind::kIb:
+      case ImmKind::kIs4:
+        immediate += 1;
+        break;
+      case ImmKind::kIw:
+        immediate += 2;
+        break;
+      case ImmKind::kId:
+        immediate += 4;
+        break;
+      case ImmKind::kIz:
+        immediate += insn.operand_size == 2 ? 2 : 4;
+        break;
+      case ImmKind::kIv:
+        immediate += insn.operand_size;
+        break;
+      default:
+        break;
+    }
+  }
+  as_.Put(insn.bytes + insn.length - immediate, immediate);
+}
+
+}  // namespace kvartz::cpu::x86::jit

@@ -1,0 +1,198 @@
+// Checks of memory accesses, and the operands that they allow.
+#include "base/check.h"
+#include "cpu/x86/jit/state_operands.h"
+#include "cpu/x86/jit/translator.h"
+
+namespace kvartz::cpu::x86::jit {
+
+// Where a group's check left host address - linear address.
+HostMem Translator::AddendOf(unsigned group) const {
+  const AccessGroup& g = unit_.group(group);
+  return g.polymorphic
+             ? Gs(offsetof(State, addends) + group * 8)
+             : Gs(offsetof(State, slots) + g.slot * sizeof(Slot) + offsetof(Slot, addend));
+}
+
+void Translator::Checks(unsigned i) {
+  for (unsigned g = 0; g < unit_.group_count(); ++g) {
+    if (unit_.group(g).check_at == i) Check(g, i);
+  }
+}
+
+// The group's lowest address to S0; S1 is spoilt.
+void Translator::GroupAddress(const AccessGroup& group, unsigned at) {
+  const AddressKey& key = group.key;
+  int64_t constant = group.low;
+  HostMem address;
+  const auto find = [&](uint32_t id) {
+    const auto& symbols = unit_.symbols(at);
+    for (unsigned reg = 0; reg < 16; ++reg) {
+      if (symbols[reg].id == id && HostOf(reg) != kNoReg) return reg;
+    }
+    for (unsigned reg = 0; reg < 16; ++reg) {
+      if (symbols[reg].id == id) return reg;
+    }
+    VERIFY(false);
+    return 0u;
+  };
+  if (key.rip) {
+    as_.Load(kS0, PageBase());
+    address.base = kS0;
+  } else if (key.base != 0) {
+    const unsigned reg = find(key.base);
+    constant -= unit_.symbols(at)[reg].offset;
+    address.base = HostOf(reg);
+    if (address.base == kNoReg) {
+      as_.Load(kS0, GprAt(reg));
+      address.base = kS0;
+    }
+  }
+  if (key.index != 0) {
+    const unsigned reg = find(key.index);
+    constant -= unit_.symbols(at)[reg].offset << key.scale;
+    address.index = HostOf(reg);
+    address.scale = key.scale;
+    if (address.index == kNoReg) {
+      as_.Load(kS1, GprAt(reg));
+      address.index = kS1;
+    }
+  }
+  if (constant != static_cast<int32_t>(constant)) {
+    // Rare: a constant of more than 32 bits.
+    if (address.base != kNoReg || address.index != kNoReg) as_.Lea(kS0, address);
+    as_.MovImm64(kS1, static_cast<uint64_t>(constant));
+    address.base == kNoReg&& address.index == kNoReg ? as_.Mov(kS0, kS1)
+                                                     : as_.Lea(kS0, {.base = kS0, .index = kS1});
+  } else {
+    address.disp = static_cast<int32_t>(constant);
+    if (address.base == kNoReg && address.index == kNoReg) {
+      as_.RegReg(Assembler::k64, 0xc7, 0, kS0);  // sign-extended
+      as_.Dword(static_cast<uint32_t>(constant));
+    } else if (address.index == kNoReg && address.disp == 0) {
+      if (address.base != kS0) as_.Mov(kS0, address.base);
+    } else {
+      as_.Lea(kS0, address);
+    }
+  }
+  if (key.segment != 0) as_.Add(kS0, SegmentBase(key.segment));
+}
+
+void Translator::Check(unsigned number, unsigned at) {
+  const AccessGroup& group = unit_.group(number);
+  SpoilFlags(unit_[at].live_before);
+  held_ = -1;
+  GroupAddress(group, at);
+  const auto span = static_cast<unsigned>(group.high - group.low);
+  const Site site = {.offset = unit_[at].offset,
+                     .count = static_cast<uint8_t>(group.last - at + 1),
+                     .vectors = vectors_checked_,
+                     .x87 = x87_checked_,
+                     .write = group.write,
+                     .span = static_cast<uint16_t>(span),
+                     .slot = group.slot,
+                     .unit = unit_[0].offset,
+                     .shared = group.shared,
+                     .group = static_cast<uint8_t>(number)};
+  if (group.polymorphic) {
+    AskTlb(number, span);
+    cold_.back().site = site.Pack();
+    cold_.back().group = number;
+    cold_.back().at = at;
+    if (group.first == at) held_ = static_cast<int>(number);
+    return;
+  }
+  as_.Sub(kS0, SlotPage(group.slot));
+  as_.CmpImm(kS0, static_cast<int32_t>(4096 - span));
+  uint8_t* from = as_.Jcc(kCcA, as_.run());
+  cold_.push_back({.kind = Cold::kFill,
+                   .from = from,
+                   .back = as_.run(),
+                   .site = site.Pack(),
+                   .offset = 0,
+                   .target = nullptr});
+}
+
+// The TLB's answer to S1, and to memory for the group's other accesses.
+void Translator::AskTlb(unsigned number, unsigned span) {
+  const AccessGroup& group = unit_.group(number);
+  const size_t table = offsetof(State, tlb) + context_.data_class * sizeof(State::tlb[0]);
+  const auto field = [&](size_t offset) {
+    return HostMem{.base = kS1, .disp = static_cast<int32_t>(table + offset), .gs = true};
+  };
+  static_assert(sizeof(TlbEntry) == 32);
+  as_.Mov(kS1, kS0);
+  as_.RegReg(Assembler::k64, 0xc1, 5, kS1);  // shr
+  as_.Byte(7);
+  as_.RegReg(Assembler::k32, 0x81, 4, kS1);  // and
+  as_.Dword((Tlb::kEntries - 1) * sizeof(TlbEntry));
+  as_.Lea(kS0, {.base = kS0, .disp = static_cast<int32_t>(span - 1)});
+  as_.RegReg(Assembler::k64, 0x81, 4, kS0);
+  as_.Dword(0xfffff000);
+  const bool upper = context_.data_class == Tlb::kSupervisor;
+  as_.RegMem(Assembler::k64, 0x0b, kS0, Gs(offsetof(State, asid) + (upper ? 8 : 0)));  // or
+  as_.Cmp(kS0, field(group.write ? offsetof(TlbEntry, write) : offsetof(TlbEntry, read)));
+  uint8_t* from = as_.Jcc(kCcNe, as_.run());
+  as_.Load(kS1, field(offsetof(TlbEntry, addend)));
+  as_.Store(AddendOf(number), kS1);
+  cold_.push_back({.kind = Cold::kAsk,
+                   .from = from,
+                   .back = as_.run(),
+                   .site = 0,
+                   .offset = 0,
+                   .target = nullptr});
+}
+
+// The host's address of a checked access, in one of S0 and S1; the other is spoilt. The flags stay.
+HostMem Translator::Map(const UnitInsn& u, const MemoryAccess& access) {
+  const Insn& insn = u.insn;
+  const bool held = held_ == access.group;
+  const HostReg to = held ? kS1 : kS0, spare = held ? kS0 : kS1;
+  held_ = -1;
+  if (!held) as_.Load(to, AddendOf(static_cast<unsigned>(access.group)));
+  if (access.key.segment != 0) {
+    as_.Load(spare, SegmentBase(access.key.segment));
+    as_.Lea(to, {.base = to, .index = spare});
+  }
+  int64_t disp = insn.disp;
+  HostReg base = kNoReg;
+  if (insn.base == kBaseRip) {
+    as_.Load(spare, PageBase());
+    base = spare;
+    disp += u.offset + insn.length;
+  } else if (insn.base != kNoRegister) {
+    base = HostOf(insn.base);
+    if (base == kNoReg) {
+      as_.Load(spare, GprAt(insn.base));
+      base = spare;
+    }
+  }
+  if (insn.index == kNoRegister) {
+    if (base == spare) {
+      as_.Lea(to, {.base = to, .index = spare});
+      base = kNoReg;
+    }
+  } else {
+    if (base != kNoReg) as_.Lea(to, {.base = to, .index = base});
+    base = HostOf(insn.index);
+    if (base == kNoReg) {
+      as_.Load(spare, GprAt(insn.index));
+      as_.Lea(to, {.base = to, .index = spare, .scale = insn.scale});
+    }
+  }
+  if (disp != static_cast<int32_t>(disp)) {  // RIP-relative at the very edge
+    as_.MovImm64(spare, static_cast<uint64_t>(disp));
+    as_.Lea(to, {.base = to, .index = spare});
+    disp = 0;
+  }
+  return {.base = to,
+          .index = base,
+          .scale = insn.index == kNoRegister ? uint8_t{0} : insn.scale,
+          .disp = static_cast<int32_t>(disp)};
+}
+
+HostMem Translator::StackAt(const MemoryAccess& access, HostReg base, int32_t disp) {
+  as_.Load(kS0, AddendOf(static_cast<unsigned>(access.group)));
+  return {.base = kS0, .index = base, .disp = disp};
+}
+
+}  // namespace kvartz::cpu::x86::jit

@@ -25,20 +25,6 @@ constexpr uint16_t kSingle = 64;  // with Mode(): accesses are checked one by on
 
 Engine& EngineOf(void* state) { return *static_cast<Engine*>(static_cast<State*>(state)->engine); }
 
-// A change of the code changes it, but for one in 2^64.
-uint64_t Digest(const uint8_t* page, const std::vector<CodeRange>& ranges) {
-  uint64_t digest = ranges.size();
-  for (const CodeRange& range : ranges) {
-    for (unsigned done = 0; done < range.size; done += 8) {
-      uint64_t word = 0;
-      std::memcpy(&word, page + range.offset + done, std::min(8u, range.size - done));
-      digest = (digest ^ word) * 0x9e3779b97f4a7c15;
-      digest ^= digest >> 29;
-    }
-  }
-  return digest;
-}
-
 // Then the host also has XSAVE, and allows it.
 bool HostHasAvx() { return __builtin_cpu_supports("avx") != 0; }
 
@@ -131,8 +117,7 @@ Engine::Block* Engine::Locate(Grouping grouping) {
     if (host != nullptr) {
       const uint16_t mode = Mode();
       const auto key = static_cast<uint16_t>(mode | (grouping == Grouping::kSingle ? kSingle : 0));
-      Block* block = Find(host, key);
-      if (block == nullptr) block = Translate(host, key);
+      Block* block = Obtain(host, key);
       if (block != nullptr) {
         const unsigned cls = c.tlb->data_class();
         if (jump_modes_[cls] != mode) {
@@ -141,11 +126,8 @@ Engine::Block* Engine::Locate(Grouping grouping) {
         }
         state_.page = c.rip & kPageMask;
         block->page->rechecks = 0;
-        uint64_t& entered = state_.code_pages[block->page->slot];
-        if (entered != state_.page) {
-          (state_.page >> 63 ? entered_upper_ : entered_lower_).push_back(block->page->slot);
-          entered = state_.page;
-        }
+        EnterPage(*block->page, state_.page);
+        if (block->next_page != nullptr) EnterPage(*block->next_page, state_.page + kPageSize);
         if (grouping == Grouping::kShared) {
           state_.jumps[cls][JumpIndex(c.rip)] = Go(block->code.checked);
         }
@@ -348,6 +330,46 @@ uint64_t Engine::Execute(uint64_t s0, const Insn& insn, bool ends) {
 
 // ---- units
 
+// A change of the code changes it, but for one in 2^64.
+uint64_t Engine::Digest(const Block& block) {
+  uint64_t digest = block.ranges.size();
+  for (const CodeRange& range : block.ranges) {
+    const uint8_t* code = range.offset < 4096 ? block.page->host + range.offset
+                                              : block.next_page->host + (range.offset - 4096);
+    for (unsigned done = 0; done < range.size; done += 8) {
+      uint64_t word = 0;
+      std::memcpy(&word, code + done, std::min(8u, range.size - done));
+      digest = (digest ^ word) * 0x9e3779b97f4a7c15;
+      digest ^= digest >> 29;
+    }
+  }
+  return digest;
+}
+
+Engine::Block* Engine::Obtain(const uint8_t* host, uint16_t mode) {
+  Block* block = Find(host, mode);
+  if (block != nullptr && block->next_page == nullptr) return block;
+  Unit::Built built = Unit::Built::kNeedsNext;
+  if (block == nullptr) block = Translate(host, mode, nullptr, &built);
+  if (built != Unit::Built::kNeedsNext) return block;
+  // The next page's fetch may raise a fault: the instruction's.
+  const uint8_t* next = FetchCode(cpu(), (cpu().rip & kPageMask) + kPageSize);
+  if (next == nullptr) return nullptr;
+  if (block != nullptr && block->next_page->host != next) {
+    Kill(block);
+    block = nullptr;
+  }
+  return block != nullptr ? block : Translate(host, mode, next, &built);
+}
+
+// The page that runs, or follows it, holds code of `page`.
+void Engine::EnterPage(const Page& page, uint64_t linear) {
+  uint64_t& entered = state_.code_pages[page.slot];
+  if (entered == linear) return;
+  (linear >> 63 ? entered_upper_ : entered_lower_).push_back(page.slot);
+  entered = linear;
+}
+
 Engine::Block* Engine::Find(const uint8_t* host, uint16_t mode) {
   const uint64_t key = Key(host, mode);
   Quick& quick = QuickAt(key);
@@ -375,14 +397,19 @@ Engine::Page* Engine::PageOf(const uint8_t* host, uint16_t mode) {
   return page.get();
 }
 
-Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
-  if (free_code_slots_.empty() || memory_.At(used_).room() < kUnitRoom) Flush();
-  const auto offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(host) & 0xfff);
+// The watch may have been taken by somebody else's write since.
+Engine::Page* Engine::CurrentPage(const uint8_t* host, uint16_t mode) {
   Page* page = PageOf(host, mode);
-  // The watch may have been taken by somebody else's write since.
-  if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value) {
-    if (Recheck(page) == nullptr) page = PageOf(host, mode);
-  }
+  if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) == page->watch.value) return page;
+  return Recheck(page) != nullptr ? page : PageOf(host, mode);
+}
+
+Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next,
+                                 Unit::Built* built) {
+  if (free_code_slots_.size() < 2 || memory_.At(used_).room() < kUnitRoom) Flush();
+  const auto offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(host) & 0xfff);
+  Page* page = CurrentPage(host, mode);
+  Page* next_page = next == nullptr ? nullptr : CurrentPage(next, mode);
   const DecodeContext context{.mode = CodeMode::k64,
                               .protected_mode = true,
                               .cpl = static_cast<uint8_t>((mode & 1) != 0 ? 3 : 0),
@@ -394,7 +421,10 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
                          .avx = (mode & 16) != 0,
                          .x87 = (mode & 32) != 0,
                          .supervisor = (mode & 1) == 0};
-  if (!unit_.Build(context, allowed, page->host, offset, grouping)) return nullptr;
+  const Unit::Pages pages{.first = page->host, .next = next};
+  *built = unit_.Build(context, allowed, pages, offset, grouping);
+  if (*built != Unit::Built::kOk) return nullptr;
+  if (!unit_.crosses()) next_page = nullptr;
   const unsigned cls = mode >> 1 & 3;
   memory_.Populate(used_ + kUnitRoom);
   Assembler as = memory_.At(used_);
@@ -404,9 +434,10 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
                                     .data_class = cls,
                                     .first_slot = next_slot_[cls],
                                     .code_slot = page->slot,
+                                    .next_code_slot = next_page == nullptr ? 0 : next_page->slot,
                                     .first_exit = static_cast<uint32_t>(exits_.size()),
                                     .polymorphic = polymorphic,
-                                    .page = page->host};
+                                    .pages = pages};
   next_slot_[cls] = (next_slot_[cls] + unit_.group_count()) % kSlots;
   auto block = std::make_unique<Block>();
   block->host = host;
@@ -415,12 +446,14 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   block->code = Translator(unit_, as, where).Run();
   block->end = as.run();
   block->page = page;
+  block->next_page = next_page;
   block->ranges = unit_.ranges();
-  block->digest = Digest(page->host, block->ranges);
+  block->digest = Digest(*block);
   block->first_exit = where.first_exit;
   for (const ExitSite& exit : block->code.exits) exits_.push_back({exit, block.get()});
   used_ = (memory_.OffsetOf(as.here()) + 15) & ~size_t{15};
   page->blocks.push_back(block.get());
+  if (next_page != nullptr && next_page != page) next_page->blocks.push_back(block.get());
   by_code_[block->code.checked] = block.get();
   ++counters_.units;
   counters_.unit_insns += unit_.count();
@@ -433,7 +466,8 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
 void Engine::Kill(Block* block) {
   ++counters_.killed_units;
   std::erase(block->page->blocks, block);
-  block->page = nullptr;
+  if (block->next_page != nullptr) std::erase(block->next_page->blocks, block);
+  block->page = block->next_page = nullptr;
   Assembler as = memory_.At(memory_.OffsetOf(block->code.body_write));
   as.Jmp(block->code.leave);
   // Jump tables keep its checked entry. From there flags are in saved_flags, where a unit that had
@@ -458,7 +492,7 @@ Engine::Page* Engine::Recheck(Page* page) {
   if (!idle) page->watch = WatchCode(cpu(), page->host);
   std::vector<Block*> changed;
   for (Block* block : page->blocks) {
-    if (idle || Digest(page->host, block->ranges) != block->digest) changed.push_back(block);
+    if (idle || Digest(*block) != block->digest) changed.push_back(block);
   }
   for (Block* block : changed) Kill(block);
   if (!page->blocks.empty()) return page;

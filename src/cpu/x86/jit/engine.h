@@ -81,6 +81,7 @@ class Engine final : private Tlb::Follower {
     Translation code;
     uint8_t* end = nullptr;  // behind its code, as it runs
     Page* page = nullptr;
+    Page* next_page = nullptr;  // of an instruction that crosses into it
     uint32_t first_exit = 0;
     std::vector<uint32_t> incoming;
     std::vector<CodeRange> ranges;
@@ -128,11 +129,17 @@ class Engine final : private Tlb::Follower {
   const uint8_t* UnitCode(const Site& site);
   void Entered(uint16_t mode);
   Block* Find(const uint8_t* host, uint16_t mode);
-  Block* Translate(const uint8_t* host, uint16_t mode);
+  // As it is wanted at Cpu::rip.
+  Block* Obtain(const uint8_t* host, uint16_t mode);
+  // `next`: the page that follows, if that is known. Null: `built` says why.
+  Block* Translate(const uint8_t* host, uint16_t mode, const uint8_t* next, Unit::Built* built);
+  static uint64_t Digest(const Block& block);
+  void EnterPage(const Page& page, uint64_t linear);
   void Publish(const Block& block) const;
   Page* PageOf(const uint8_t* host, uint16_t mode);
   void Kill(Block* block);
   Page* Recheck(Page* page);
+  Page* CurrentPage(const uint8_t* host, uint16_t mode);
   void ClearSlots(unsigned cls);
   void LeavePages(std::vector<unsigned>& entered);
   // ---- Tlb::Follower

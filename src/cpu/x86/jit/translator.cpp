@@ -35,7 +35,7 @@ Translation Translator::Run() {
     if (unit_.end_offset() < 4096) {
       LeaveTo(as_.Jmp(as_.run()), unit_.end_offset());
     } else {
-      CrossPage(4096);
+      CrossPage(unit_.end_offset());
     }
   }
   // The body's first bytes may be replaced by a jump.
@@ -78,12 +78,23 @@ void Translator::Entries() {
   saved_flags_ = false;
   out_.body = as_.run();
   out_.body_write = as_.here();
+  if (unit_.crosses()) CheckNextPage();
   cold_.push_back({.kind = Cold::kPollLoop,
                    .from = requested,
                    .back = nullptr,
                    .site = 0,
                    .offset = offset,
                    .target = nullptr});
+}
+
+// The instruction's other part: the next page must be what it was.
+void Translator::CheckNextPage() {
+  const UnitInsn& u = unit_[0];
+  SpoilFlags(u.live_before);
+  PageAddress(kS0, u.offset);
+  as_.Lea(kS1, {.base = kS0, .disp = 4096 - u.offset});
+  as_.Cmp(kS1, Gs(offsetof(State, code_pages) + context_.next_code_slot * 8));
+  as_.Jcc(kCcNe, context_.stubs->dispatch);
 }
 
 // ---- flags
@@ -247,7 +258,10 @@ void Translator::CallInterpreter(const UnitInsn& u, uint32_t loaded) {
   while (reinterpret_cast<uintptr_t>(as_.here()) % alignof(Insn) != 0) as_.Byte(0xcc);
   const auto where = reinterpret_cast<uint64_t>(as_.here());
   as_.Put(&u.insn, sizeof(u.insn));
-  as_.Qword(reinterpret_cast<uint64_t>(context_.page + u.offset + u.insn.length));
+  // ... and where the host has the next one.
+  const unsigned next = u.offset + u.insn.length;
+  as_.Qword(reinterpret_cast<uint64_t>(next < 4096 ? context_.pages.first + next
+                                                   : context_.pages.next + (next - 4096)));
   std::memcpy(load + 2, &where, 8);
   if (over != nullptr) as_.PatchHere(over);
 }

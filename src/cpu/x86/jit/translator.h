@@ -92,9 +92,10 @@ struct TranslationContext {
   unsigned data_class = 0;        // Tlb::Class
   unsigned first_slot = 0;        // of State::slots, all classes; wraps within the class
   unsigned code_slot = 0;         // of State::code_pages
+  unsigned next_code_slot = 0;    // ... of the next page, if the unit crosses into it
   uint32_t first_exit = 0;        // number of the unit's first exit
   std::bitset<128> polymorphic;   // groups whose page changes all the time
-  const uint8_t* page = nullptr;  // host address of the code's page
+  Unit::Pages pages;
 };
 
 class Translator {
@@ -127,6 +128,7 @@ class Translator {
 
   void Mark(const UnitInsn& u);
   void Entries();
+  void CheckNextPage();
   void Label(unsigned i);
   void Checks(unsigned i);
   void Check(unsigned number, unsigned at);

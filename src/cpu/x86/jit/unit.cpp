@@ -108,19 +108,30 @@ int64_t Unit::TargetInPage(const UnitInsn& u) {
   return target >= 0 && target < 4096 ? target : -1;
 }
 
-bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* page, unsigned offset,
-                 Grouping grouping) {
+DecodeStatus Unit::DecodeAt(unsigned offset, const uint8_t* next, Insn* insn) const {
+  const size_t room = 4096 - offset;
+  if (next == nullptr || room >= 15)
+    return Decode(context_, {page_ + offset, std::min<size_t>(room, 15)}, insn);
+  uint8_t bytes[15];
+  std::memcpy(bytes, page_ + offset, room);
+  std::memcpy(bytes + room, next, sizeof(bytes) - room);
+  return Decode(context_, bytes, insn);
+}
+
+Unit::Built Unit::Build(const DecodeContext& context, UnitMode mode, Pages pages, unsigned offset,
+                        Grouping grouping) {
   context_ = context;
   mode_ = mode;
-  page_ = page;
+  page_ = pages.first;
   grouping_ = grouping;
   count_ = 0;
   ranges_.assign(1, {.offset = static_cast<uint16_t>(offset), .size = 0});
   while (count_ < kMaxUnitInsns && offset < 4096) {
     UnitInsn& u = insns_[count_];
     u = UnitInsn{};
-    const size_t room = std::min<size_t>(4096 - offset, 15);
-    if (Decode(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
+    const DecodeStatus status = DecodeAt(offset, count_ == 0 ? pages.next : nullptr, &u.insn);
+    if (status == DecodeStatus::kTruncated && count_ == 0) return Built::kNeedsNext;
+    if (status != DecodeStatus::kOk) break;
     u.form = FormFor(u.insn, mode_);
     u.offset = static_cast<uint16_t>(offset);
     offset += u.insn.length;
@@ -128,13 +139,14 @@ bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* pag
     if (Ends(u)) break;
   }
   end_ = offset;
-  ranges_[0].size = static_cast<uint16_t>(offset - ranges_[0].offset);
-  if (count_ == 0) return false;
+  if (count_ == 0) return Built::kUntranslated;
+  ranges_[0].size = static_cast<uint16_t>(std::min(offset, 4096u) - ranges_[0].offset);
+  if (crosses()) ranges_.push_back({.offset = 4096, .size = static_cast<uint16_t>(end_ - 4096)});
   FindLabels();
   Liveness();
   Accesses();
   PlaceChecks();
-  return true;
+  return Built::kOk;
 }
 
 void Unit::FindLabels() {
@@ -160,8 +172,7 @@ uint16_t Unit::LiveAt(unsigned offset) {
   ranges_.push_back({.offset = static_cast<uint16_t>(offset), .size = 0});
   UnitInsn u;
   for (unsigned n = 0; n < kPeekInsns && offset < 4096; ++n) {
-    const size_t room = std::min<size_t>(4096 - offset, 15);
-    if (Decode(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
+    if (DecodeAt(offset, nullptr, &u.insn) != DecodeStatus::kOk) break;
     u.form = FormFor(u.insn, mode_);
     ranges_.back().size = static_cast<uint16_t>(ranges_.back().size + u.insn.length);
     live |= static_cast<uint16_t>(open & Tested(u));

@@ -1,6 +1,7 @@
 // A unit of translation: instructions that follow each other within a page, with side exits and
 // jumps among themselves, and what the translator must know of them: which flags are live, which
-// memory accesses can share a check, and where it is best made.
+// memory accesses can share a check, and where it is best made. An instruction that ends in the
+// next page is a unit of its own.
 #pragma once
 
 #include <array>
@@ -66,7 +67,7 @@ struct UnitInsn {
 // Its count is or may be 0: then the flags stay.
 bool KeepsFlags(const UnitInsn& insn);
 
-// Bytes of the page that the unit depends on.
+// Bytes that the unit depends on: of its page, or from 4096 on of the one that follows.
 struct CodeRange {
   uint16_t offset = 0, size = 0;
 };
@@ -81,15 +82,26 @@ enum class Grouping : uint8_t { kShared, kSingle };  // kSingle: a check for eac
 
 class Unit {
  public:
-  // Decodes from `offset` of the page at `page`. False if the first instruction can't be translated
-  // with a unit (it crosses the page's end, or is undefined).
-  bool Build(const DecodeContext& context, UnitMode mode, const uint8_t* page, unsigned offset,
-             Grouping grouping);
+  // The host's addresses of the page that the unit begins in and of the one that follows; the
+  // latter may be left out.
+  struct Pages {
+    const uint8_t* first = nullptr;
+    const uint8_t* next = nullptr;
+  };
+  enum class Built : uint8_t {
+    kOk,
+    kNeedsNext,     // the first instruction ends in the next page, which wasn't given
+    kUntranslated,  // ... is undefined
+  };
+  // Decodes from `offset` of the first page.
+  Built Build(const DecodeContext& context, UnitMode mode, Pages pages, unsigned offset,
+              Grouping grouping);
 
   unsigned count() const { return count_; }
   UnitInsn& operator[](unsigned i) { return insns_[i]; }
   const UnitInsn& operator[](unsigned i) const { return insns_[i]; }
-  unsigned end_offset() const { return end_; }  // behind the last instruction, up to 4096
+  unsigned end_offset() const { return end_; }  // behind the last instruction
+  bool crosses() const { return end_ > 4096; }   // then it is one instruction
   unsigned group_count() const { return group_count_; }
   AccessGroup& group(unsigned i) { return groups_[i]; }
   // Registers before instruction `i`.
@@ -100,6 +112,7 @@ class Unit {
   static int64_t TargetInPage(const UnitInsn& insn);
 
  private:
+  DecodeStatus DecodeAt(unsigned offset, const uint8_t* next, Insn* insn) const;
   // Live flags at the target of a direct branch to `offset` of the same page.
   uint16_t LiveAt(unsigned offset);
   void FindLabels();

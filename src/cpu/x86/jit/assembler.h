@@ -121,6 +121,13 @@ class Assembler {
   void Load(HostReg to, const HostMem& mem) { RegMem(k64, 0x8b, to, mem); }
   void Store(const HostMem& mem, HostReg from) { RegMem(k64, 0x89, from, mem); }
   void Lea(HostReg to, const HostMem& mem) { RegMem(k64, 0x8d, to, mem); }
+  uint8_t* LeaRip(HostReg to) {  // patched as a branch is
+    Rex(k64, to, 0, 0);
+    Byte(0x8d);
+    Byte((to & 7) << 3 | 5);
+    at_ += 4;
+    return at_ - 4;
+  }
   void Add(HostReg to, const HostMem& mem) { RegMem(k64, 0x03, to, mem); }
   void Sub(HostReg to, const HostMem& mem) { RegMem(k64, 0x2b, to, mem); }
   void Cmp(HostReg left, const HostMem& mem) { RegMem(k64, 0x3b, left, mem); }

@@ -52,6 +52,8 @@ Result<std::unique_ptr<Engine>> Engine::Create(State& state, const FeatureSet& f
                                .interpret = OnInterpret,
                                .dispatch = OnDispatch,
                                .link = OnLink,
+                               .link_same = OnLinkSame,
+                               .leave = OnLeave,
                                .avx = HostHasAvx(),
                                .xsave = HostHasAvx()};
   engine->stubs_ = EmitStubs(as, targets);
@@ -105,10 +107,10 @@ void Engine::Run() {
   if (block == nullptr) return;
   GiveFlags();
   state_.vector_live = state_.x87_live = 0;
-  stubs_.enter(&state_, block->code.body);
+  stubs_.enter(&state_, block->entries.body);
 }
 
-Engine::Block* Engine::Locate(Grouping grouping) {
+Block* Engine::Locate(Grouping grouping) {
   Cpu& c = cpu();
   for (;;) {
     if (Requested(c) || !Supports(c)) return nullptr;
@@ -129,7 +131,7 @@ Engine::Block* Engine::Locate(Grouping grouping) {
         EnterPage(*block->page, state_.page);
         if (block->next_page != nullptr) EnterPage(*block->next_page, state_.page + kPageSize);
         if (grouping == Grouping::kShared) {
-          state_.jumps[cls][JumpIndex(c.rip)] = Go(block->code.checked);
+          state_.jumps[cls][JumpIndex(c.rip)] = Go(block->entries.checked);
         }
         Entered(mode);
         return block;
@@ -154,7 +156,7 @@ uint64_t Engine::Dispatch() {
   Block* block = Locate();
   if (block == nullptr) return Go(stubs_.exit);
   GiveFlags();
-  return Go(block->code.body);
+  return Go(block->entries.body);
 }
 
 // Where to go on at Cpu::rip, perhaps in another mode: the jump table knows, and what it says is
@@ -182,7 +184,7 @@ uint64_t Engine::OnDispatch(void* state, uint64_t target, uint64_t) {
 // The branch raises its exception when it is interpreted.
 uint64_t Engine::Undo(Branch branch) {
   cpu().gpr[kRsp] -= branch.popped;
-  return Interpret({.offset = branch.offset, .count = 1});
+  return Interpret({.count = 1, .offset = branch.offset});
 }
 
 uint64_t Engine::OnLink(void* state, uint64_t target, uint64_t exit) {
@@ -192,52 +194,72 @@ uint64_t Engine::OnLink(void* state, uint64_t target, uint64_t exit) {
   return engine.Link(static_cast<uint32_t>(exit));
 }
 
+uint64_t Engine::OnLinkSame(void* state, uint64_t, uint64_t number) {
+  Engine& engine = EngineOf(state);
+  engine.TakeFlags();
+  engine.cpu().rip =
+      engine.state_.page + engine.store_.exit(static_cast<uint32_t>(number)).site.offset;
+  return engine.Link(static_cast<uint32_t>(number));
+}
+
 uint64_t Engine::Link(uint32_t number) {
-  const uint64_t flushes = counters_.flushes, steps = counters_.steps;
-  Block* from = exits_[number].from;
+  const uint64_t evictions = counters_.evictions, steps = counters_.steps;
   Block* block = Locate();
   if (block == nullptr) return Go(stubs_.exit);
   GiveFlags();
-  if (counters_.flushes == flushes && counters_.steps == steps && from->page != nullptr) {
-    ++counters_.links;
-    Exit& exit = exits_[number];
-    const uint8_t* target = !exit.site.same_page           ? block->code.checked
-                            : block->offset > from->offset ? block->code.body
-                                                           : block->code.polled;
-    memory_.At(0).Patch(exit.site.distance, target);
-    block->incoming.push_back(number);
+  if (counters_.evictions == evictions && counters_.steps == steps) {
+    Exit& exit = store_.exit(number);
+    if (exit.from->page != nullptr && exit.to == nullptr) {
+      ++counters_.links;
+      const uint8_t* target = !exit.site.same_page                ? block->entries.checked
+                              : block->offset > exit.from->offset ? block->entries.body
+                                                                  : block->entries.polled;
+      memory_.At(0).Patch(exit.site.distance, target);
+      store_.Tie(number, block);
+    }
   }
-  return Go(block->code.body);
+  return Go(block->entries.body);
+}
+
+// A unit that was dropped is entered, or run into by itself, at its body.
+uint64_t Engine::OnLeave(void* state, uint64_t, uint64_t after_call) {
+  Engine& engine = EngineOf(state);
+  engine.TakeFlags();
+  const Block* block = engine.store_.At(engine.memory_.At(0).run(),
+                                        reinterpret_cast<const uint8_t*>(after_call) - 1);
+  VERIFY(block != nullptr);
+  engine.cpu().rip = engine.state_.page + block->offset;
+  return engine.Dispatch();
 }
 
 // ---- slow paths
 
 uint64_t Engine::OnFill(void* state, uint64_t address, uint64_t site) {
-  return EngineOf(state).Fill(address, Site::Unpack(site));
+  return EngineOf(state).Fill(address, *reinterpret_cast<const Site*>(site));
 }
 
-uint64_t Engine::Fill(uint64_t address, Site site) {
+uint64_t Engine::Fill(uint64_t address, const Site& site) {
   Cpu& c = cpu();
   if (state_.misses[0][site.slot] == 0 && Polymorphic(site)) return Resume(site.offset);
-  const Access access = site.write ? Access::kWrite : Access::kRead;
+  const Access access = site.write() ? Access::kWrite : Access::kRead;
   if ((address & 0xfff) + site.span <= 4096 && mmu::TryMap(c, address, access)) {
     Tlb& tlb = *c.tlb;
     const TlbEntry& entry = tlb.data(address);
     if (tlb.changes() == seen_changes_ &&
-        (site.write ? entry.write : entry.read) == tlb.Tag(address)) {
+        (site.write() ? entry.write : entry.read) == tlb.Tag(address)) {
       ++counters_.fills;
       (&state_.slots[0][0])[site.slot] = {address & kPageMask, entry.addend};
-      state_.used[site.slot / kSlots] = 1;
+      (&state_.used[0][0])[site.slot >> kSlotChunkBits] = 1;
       if (tlb.data_class() == Tlb::kSupervisor && address >> 63 == 0)
         state_.lower_in_supervisor = 1;
       return 0;
     }
   }
   ++counters_.fill_failures;
-  if ((address & 0xfff) + site.span <= 4096 || !site.shared) return Interpret(site);
+  if ((address & 0xfff) + site.span <= 4096 || !site.shared()) return Interpret(site);
   // Accesses that were checked together lie on two pages: checked one by one they do better.
   const uint8_t* host = UnitCode(site);
-  Block* block = host == nullptr ? nullptr : Find(host, running_mode_);
+  Block* block = host == nullptr ? nullptr : store_.Find(Key(host, running_mode_));
   if (block != nullptr && ++block->failures == kSingleAfter) {
     single_.insert(Key(host, running_mode_));
     Kill(block);
@@ -262,7 +284,7 @@ bool Engine::Polymorphic(const Site& site) {
   since_[site.slot] = now;
   if (!fast) return false;
   const uint8_t* host = UnitCode(site);
-  Block* block = host == nullptr ? nullptr : Find(host, running_mode_);
+  Block* block = host == nullptr ? nullptr : store_.Find(Key(host, running_mode_));
   if (block == nullptr) return false;
   polymorphic_[Key(host, running_mode_)].set(site.group);
   Kill(block);
@@ -276,18 +298,20 @@ uint64_t Engine::Resume(uint16_t offset, Grouping grouping) {
   Block* block = Locate(grouping);
   if (block == nullptr) return Go(stubs_.exit);
   GiveFlags();
-  return Go(block->code.body);
+  return Go(block->entries.body);
 }
 
 uint64_t Engine::OnInterpret(void* state, uint64_t, uint64_t site) {
-  return EngineOf(state).Interpret(Site::Unpack(site));
+  return EngineOf(state).Interpret(*reinterpret_cast<const Site*>(site));
 }
 
-uint64_t Engine::Interpret(Site site) {
+// The site may be gone when this is done with it.
+uint64_t Engine::Interpret(const Site& site) {
   Cpu& c = cpu();
+  const unsigned count = site.count;
   TakeFlags();
   c.rip = state_.page + site.offset;
-  for (unsigned i = 0; i < site.count; ++i) {
+  for (unsigned i = 0; i < count; ++i) {
     const uint64_t before = c.rip;
     ++counters_.steps;
     StepInstruction(c);
@@ -297,19 +321,20 @@ uint64_t Engine::Interpret(Site site) {
   return Dispatch();
 }
 
-uint64_t Engine::OnExecute(void* state, uint64_t s0, uint64_t insn) {
-  return EngineOf(state).Execute(s0, *reinterpret_cast<const Insn*>(insn), false);
+uint64_t Engine::OnExecute(void* state, uint64_t, uint64_t site) {
+  return EngineOf(state).Execute(*reinterpret_cast<const ExecuteSite*>(site), false);
 }
 
-uint64_t Engine::OnExecuteEnd(void* state, uint64_t s0, uint64_t insn) {
-  return EngineOf(state).Execute(s0, *reinterpret_cast<const Insn*>(insn), true);
+uint64_t Engine::OnExecuteEnd(void* state, uint64_t, uint64_t site) {
+  return EngineOf(state).Execute(*reinterpret_cast<const ExecuteSite*>(site), true);
 }
 
-uint64_t Engine::Execute(uint64_t s0, const Insn& insn, bool ends) {
+uint64_t Engine::Execute(const ExecuteSite& site, bool ends) {
+  const Insn& insn = site.insn;
   ++counters_.executes;
   Cpu& c = cpu();
   TakeFlags();
-  c.insn_rip = state_.page + (s0 & 0xfff);
+  c.insn_rip = state_.page + site.offset;
   const uint64_t next = c.insn_rip + insn.length;
   c.rip = next;
   insn.exec(c, insn);
@@ -317,11 +342,9 @@ uint64_t Engine::Execute(uint64_t s0, const Insn& insn, bool ends) {
   if (Requested(c) || c.rip != next || Mode() != running_mode_) return Dispatch();
   if (c.tlb->changes() != seen_changes_) {
     // Is the rest of the unit still what comes next?
-    const uint8_t* host;
-    std::memcpy(&host, &insn + 1, sizeof(host));
     if (next % kPageSize == 0) return Dispatch();
     c.insn_rip = next;
-    if (FetchCode(c, next) != host) return Dispatch();
+    if (FetchCode(c, next) != site.next) return Dispatch();
     Entered(running_mode_);
   }
   GiveFlags();
@@ -331,14 +354,15 @@ uint64_t Engine::Execute(uint64_t s0, const Insn& insn, bool ends) {
 // ---- units
 
 // A change of the code changes it, but for one in 2^64.
-uint64_t Engine::Digest(const Block& block) {
-  uint64_t digest = block.ranges.size();
-  for (const CodeRange& range : block.ranges) {
-    const uint8_t* code = range.offset < 4096 ? block.page->host + range.offset
-                                              : block.next_page->host + (range.offset - 4096);
-    for (unsigned done = 0; done < range.size; done += 8) {
+uint64_t Engine::Digest(const Block& block) const {
+  uint64_t digest = block.range_count;
+  const CodeRange* ranges = store_.ranges(block);
+  for (const CodeRange* range = ranges; range < ranges + block.range_count; ++range) {
+    const uint8_t* code = range->offset < 4096 ? block.page->host + range->offset
+                                               : block.next_page->host + (range->offset - 4096);
+    for (unsigned done = 0; done < range->size; done += 8) {
       uint64_t word = 0;
-      std::memcpy(&word, code + done, std::min(8u, range.size - done));
+      std::memcpy(&word, code + done, std::min(8u, range->size - done));
       digest = (digest ^ word) * 0x9e3779b97f4a7c15;
       digest ^= digest >> 29;
     }
@@ -346,8 +370,8 @@ uint64_t Engine::Digest(const Block& block) {
   return digest;
 }
 
-Engine::Block* Engine::Obtain(const uint8_t* host, uint16_t mode) {
-  Block* block = Find(host, mode);
+Block* Engine::Obtain(const uint8_t* host, uint16_t mode) {
+  Block* block = store_.Find(Key(host, mode));
   if (block != nullptr && block->next_page == nullptr) return block;
   Unit::Built built = Unit::Built::kNeedsNext;
   if (block == nullptr) block = Translate(host, mode, nullptr, &built);
@@ -363,31 +387,22 @@ Engine::Block* Engine::Obtain(const uint8_t* host, uint16_t mode) {
 }
 
 // The page that runs, or follows it, holds code of `page`.
-void Engine::EnterPage(const Page& page, uint64_t linear) {
+void Engine::EnterPage(const CodePage& page, uint64_t linear) {
   uint64_t& entered = state_.code_pages[page.slot];
   if (entered == linear) return;
   (linear >> 63 ? entered_upper_ : entered_lower_).push_back(page.slot);
   entered = linear;
 }
 
-Engine::Block* Engine::Find(const uint8_t* host, uint16_t mode) {
-  const uint64_t key = Key(host, mode);
-  Quick& quick = QuickAt(key);
-  if (quick.key == key) return quick.block;
-  const auto it = blocks_.find(key);
-  if (it == blocks_.end()) return nullptr;
-  quick = {key, it->second.get()};
-  return quick.block;
-}
-
-Engine::Page* Engine::PageOf(const uint8_t* host, uint16_t mode) {
+CodePage* Engine::PageOf(const uint8_t* host, uint16_t mode) {
   const auto* base =
       reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(host) & kPageMask);
-  std::unique_ptr<Page>& page = pages_[Key(base, mode)];
+  const uint64_t key = Key(base, mode);
+  std::unique_ptr<CodePage>& page = pages_[key];
   if (page == nullptr) {
-    page = std::make_unique<Page>();
+    page = std::make_unique<CodePage>();
+    page->key = key;
     page->host = base;
-    page->mode = mode;
     page->watch = WatchCode(cpu(), base);
     page->word = page->watch.word;
     watched_.emplace(page->word, page.get());
@@ -398,96 +413,122 @@ Engine::Page* Engine::PageOf(const uint8_t* host, uint16_t mode) {
 }
 
 // The watch may have been taken by somebody else's write since.
-Engine::Page* Engine::CurrentPage(const uint8_t* host, uint16_t mode) {
-  Page* page = PageOf(host, mode);
+CodePage* Engine::CurrentPage(const uint8_t* host, uint16_t mode) {
+  CodePage* page = PageOf(host, mode);
   if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) == page->watch.value) return page;
   return Recheck(page) != nullptr ? page : PageOf(host, mode);
 }
 
-Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next,
-                                 Unit::Built* built) {
-  if (free_code_slots_.size() < 2 || memory_.At(used_).room() < kUnitRoom) Flush();
+Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next,
+                         Unit::Built* built) {
+  if (free_code_slots_.size() < 2) Flush();
+  if (!store_.HasRoom()) Evict();
   const auto offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(host) & 0xfff);
-  Page* page = CurrentPage(host, mode);
-  Page* next_page = next == nullptr ? nullptr : CurrentPage(next, mode);
+  CodePage* page = CurrentPage(host, mode);
+  CodePage* next_page = next == nullptr ? nullptr : CurrentPage(next, mode);
   const DecodeContext context{.mode = CodeMode::k64,
                               .protected_mode = true,
                               .cpl = static_cast<uint8_t>((mode & 1) != 0 ? 3 : 0),
                               .features = features_};
-  const uint64_t key = Key(host, mode);
-  const Grouping grouping =
-      (mode & kSingle) != 0 || single_.contains(key) ? Grouping::kSingle : Grouping::kShared;
+  const Grouping grouping = (mode & kSingle) != 0 || single_.contains(Key(host, mode))
+                                ? Grouping::kSingle
+                                : Grouping::kShared;
   const UnitMode allowed{.sse = (mode & 8) != 0,
                          .avx = (mode & 16) != 0,
                          .x87 = (mode & 32) != 0,
                          .supervisor = (mode & 1) == 0};
-  const Unit::Pages pages{.first = page->host, .next = next};
-  *built = unit_.Build(context, allowed, pages, offset, grouping);
+  *built = unit_.Build(context, allowed, {.first = page->host, .next = next}, offset, grouping);
   if (*built != Unit::Built::kOk) return nullptr;
-  if (!unit_.crosses()) next_page = nullptr;
+  return Emit(page, unit_.crosses() ? next_page : nullptr, mode);
+}
+
+// What unit_ holds.
+Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode) {
+  const uint16_t offset = unit_[0].offset;
+  const uint64_t key = Key(page->host + offset, mode);
   const unsigned cls = mode >> 1 & 3;
-  memory_.Populate(used_ + kUnitRoom);
-  Assembler as = memory_.At(used_);
-  const auto known = polymorphic_.find(key);
-  const std::bitset<128> polymorphic = known == polymorphic_.end() ? 0 : known->second;
-  const TranslationContext where = {.stubs = &stubs_,
-                                    .data_class = cls,
-                                    .first_slot = next_slot_[cls],
-                                    .code_slot = page->slot,
-                                    .next_code_slot = next_page == nullptr ? 0 : next_page->slot,
-                                    .first_exit = static_cast<uint32_t>(exits_.size()),
-                                    .polymorphic = polymorphic,
-                                    .pages = pages};
-  next_slot_[cls] = (next_slot_[cls] + unit_.group_count()) % kSlots;
-  auto block = std::make_unique<Block>();
-  block->host = host;
+  BlockStore::Region& region = store_.region();
+  memory_.Populate(region.used + kUnitRoom);
+  Assembler as = memory_.At(region.used);
+  const auto known = polymorphic_.empty() ? polymorphic_.end() : polymorphic_.find(key);
+  const TranslationContext where = {
+      .stubs = &stubs_,
+      .data_class = cls,
+      .first_read_slot = next_read_slot_[cls],
+      .first_write_slot = next_write_slot_[cls],
+      .code_slot = page->slot,
+      .next_code_slot = next_page == nullptr ? 0 : next_page->slot,
+      .first_exit = store_.NextExit(),
+      .exit_step = store_.exit_step(),
+      .polymorphic = known == polymorphic_.end() ? std::bitset<128>{} : known->second,
+      .pages = {.first = page->host, .next = next_page == nullptr ? nullptr : next_page->host}};
+  const EntryPoints entries = Translator(unit_, as, where, buffers_).Run();
+  next_read_slot_[cls] = (next_read_slot_[cls] + buffers_.reads) % kWriteSlots;
+  next_write_slot_[cls] = (next_write_slot_[cls] + buffers_.writes) % (kSlots - kWriteSlots);
+  Block* block = store_.Add(buffers_, unit_.ranges());
+  block->key = key;
   block->mode = mode;
-  block->offset = static_cast<uint16_t>(offset);
-  block->code = Translator(unit_, as, where).Run();
+  block->offset = offset;
+  block->entries = entries;
   block->end = as.run();
   block->page = page;
   block->next_page = next_page;
-  block->ranges = unit_.ranges();
   block->digest = Digest(*block);
-  block->first_exit = where.first_exit;
-  for (const ExitSite& exit : block->code.exits) exits_.push_back({exit, block.get()});
-  used_ = (memory_.OffsetOf(as.here()) + 15) & ~size_t{15};
-  page->blocks.push_back(block.get());
-  if (next_page != nullptr && next_page != page) next_page->blocks.push_back(block.get());
-  by_code_[block->code.checked] = block.get();
+  region.used = (memory_.OffsetOf(as.here()) + 15) & ~size_t{15};
+  page->blocks.push_back(block);
+  if (next_page != nullptr && next_page != page) next_page->blocks.push_back(block);
+  store_.Insert(block);
   ++counters_.units;
   counters_.unit_insns += unit_.count();
   Publish(*block);
-  Block* result = block.get();
-  blocks_[key] = std::move(block);
-  return result;
+  return block;
 }
 
-void Engine::Kill(Block* block) {
-  ++counters_.killed_units;
+// Nothing finds the unit any more, and nothing of others goes there directly.
+void Engine::Forget(Block* block) {
+  while (block->incoming != kNoExit) {
+    const uint32_t number = block->incoming;
+    const ExitSite& site = store_.exit(number).site;
+    memory_.At(0).Patch(site.distance, site.thunk);
+    store_.Untie(number);
+  }
+  store_.ForExits(*block, [this](uint32_t number) { store_.Untie(number); });
   std::erase(block->page->blocks, block);
   if (block->next_page != nullptr) std::erase(block->next_page->blocks, block);
+  store_.Remove(block);
   block->page = block->next_page = nullptr;
-  Assembler as = memory_.At(memory_.OffsetOf(block->code.body_write));
-  as.Jmp(block->code.leave);
+}
+
+// It may be running now, and goes on to its end.
+void Engine::Kill(Block* block) {
+  ++counters_.killed_units;
+  Forget(block);
+  memory_.At(memory_.OffsetOf(block->entries.body_write)).Call(stubs_.leave);
   // Jump tables keep its checked entry. From there flags are in saved_flags, where a unit that had
   // no use for them wouldn't leave them.
-  memory_.At(memory_.OffsetOf(block->code.checked - memory_.delta())).Jmp(stubs_.dispatch);
-  for (const uint32_t number : block->incoming) {
-    if (exits_[number].from->page == nullptr) continue;  // killed: its code isn't what it was
-    as.Patch(exits_[number].site.distance, exits_[number].site.thunk);
+  memory_.At(memory_.OffsetOf(block->entries.checked - memory_.delta())).Jmp(stubs_.dispatch);
+}
+
+// The oldest region of code memory becomes the one that is filled. None of its code is running, or
+// will be returned to.
+void Engine::Evict() {
+  ++counters_.evictions;
+  for (Block& block : store_.oldest().blocks) {
+    CodePage* pages[] = {block.page, block.next_page};
+    if (block.page == nullptr) continue;
+    Forget(&block);
+    for (CodePage* page : pages) {
+      if (page != nullptr && page->blocks.empty()) Drop(page);
+      if (pages[0] == pages[1]) break;
+    }
   }
-  block->incoming.clear();
-  Quick& quick = QuickAt(Key(block->host, block->mode));
-  if (quick.block == block) quick = {};
-  const auto it = blocks_.find(Key(block->host, block->mode));
-  dead_.push_back(std::move(it->second));  // its exits and marks may be asked for until the flush
-  blocks_.erase(it);
+  store_.Advance();
+  for (auto& table : state_.jumps) std::fill_n(table, kJumpEntries, Go(stubs_.dispatch));
 }
 
 // After a write to a page of code: units that are as they were stay, and the page is watched anew.
 // Null: it holds code no more, or is written again and again while nothing of it runs.
-Engine::Page* Engine::Recheck(Page* page) {
+CodePage* Engine::Recheck(CodePage* page) {
   const bool idle = ++page->rechecks > kIdleRechecks;
   if (!idle) page->watch = WatchCode(cpu(), page->host);
   std::vector<Block*> changed;
@@ -496,7 +537,12 @@ Engine::Page* Engine::Recheck(Page* page) {
   }
   for (Block* block : changed) Kill(block);
   if (!page->blocks.empty()) return page;
-  // It may be watched for nothing now: until the next write.
+  Drop(page);
+  return nullptr;
+}
+
+// It may be watched for nothing now: until the next write.
+void Engine::Drop(CodePage* page) {
   const auto [first, last] = watched_.equal_range(page->word);
   for (auto it = first; it != last; ++it) {
     if (it->second != page) continue;
@@ -505,8 +551,7 @@ Engine::Page* Engine::Recheck(Page* page) {
   }
   state_.code_pages[page->slot] = kNoPage;
   free_code_slots_.push_back(page->slot);
-  pages_.erase(Key(page->host, page->mode));
-  return nullptr;
+  pages_.erase(page->key);
 }
 
 void Engine::NoteWritten(const uint32_t* word) {
@@ -517,45 +562,50 @@ void Engine::NoteWritten(const uint32_t* word) {
 void Engine::CheckPages() {
   std::vector<const uint32_t*> words;
   std::swap(words, *written_.Lock());
-  std::vector<Page*> pages;
+  std::vector<CodePage*> pages;
   for (const uint32_t* word : words) {
     const auto [first, last] = watched_.equal_range(word);
     for (auto it = first; it != last; ++it) pages.push_back(it->second);
   }
-  for (Page* page : pages) {
+  for (CodePage* page : pages) {
     if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value) Recheck(page);
   }
 }
 
 void Engine::Flush() {
   ++counters_.flushes;
-  blocks_.clear();
-  dead_.clear();
+  ++counters_.evictions;
   pages_.clear();
-  by_code_.clear();
   watched_.clear();
-  exits_.clear();
   entered_lower_.clear();
   entered_upper_.clear();
   free_code_slots_.clear();
   for (unsigned i = kCodeSlots; i-- > 0;) free_code_slots_.push_back(i);
   std::fill_n(state_.code_pages, kCodeSlots, kNoPage);
   for (auto& table : state_.jumps) std::fill_n(table, kJumpEntries, Go(stubs_.dispatch));
-  std::fill(std::begin(quick_), std::end(quick_), Quick{});
   single_.clear();
   polymorphic_.clear();
   std::memset(state_.misses, 1, sizeof(state_.misses));
-  used_ = (stubs_end_ + 63) & ~size_t{63};
-  memory_.Discard(used_);
+  const size_t begin = (stubs_end_ + 63) & ~size_t{63};
+  store_.Reset(begin, memory_.size(), kUnitRoom);
+  memory_.Discard(begin);
   std::memset(static_cast<void*>(state_.slots), kSlotClear, sizeof(state_.slots));
 }
 
 // ---- slots and entered pages mirror the TLB
 
 void Engine::ClearSlots(unsigned cls) {
-  if (!state_.used[cls]) return;
-  state_.used[cls] = 0;
-  std::memset(static_cast<void*>(state_.slots[cls]), kSlotClear, sizeof(state_.slots[cls]));
+  for (unsigned first = 0; first < kSlotChunks; first += 8) {
+    uint64_t used;
+    std::memcpy(&used, &state_.used[cls][first], 8);
+    if (used == 0) continue;
+    std::memset(&state_.used[cls][first], 0, 8);
+    for (unsigned chunk = first; used != 0; ++chunk, used >>= 8) {
+      if ((used & 0xff) == 0) continue;
+      Slot* slots = &state_.slots[cls][chunk << kSlotChunkBits];
+      std::memset(static_cast<void*>(slots), kSlotClear, sizeof(Slot) << kSlotChunkBits);
+    }
+  }
 }
 
 void Engine::LeavePages(std::vector<unsigned>& entered) {
@@ -591,25 +641,17 @@ void Engine::DropAllWrites() { DropAll(); }
 
 // ---- host exceptions
 
-Engine::Block* Engine::BlockAt(const uint8_t* run) {
-  auto it = by_code_.upper_bound(run);
-  if (it == by_code_.begin()) return nullptr;
-  Block* block = (--it)->second;
-  return run < block->end ? block : nullptr;
-}
-
 bool Engine::OnTrap(void* context) {
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   const auto* rip = reinterpret_cast<const uint8_t*>(registers[REG_RIP]);
   if (!memory_.Contains(rip)) return false;
-  const Block* block = BlockAt(rip);
+  const Block* block = store_.At(memory_.At(0).run(), rip);
   if (block == nullptr) return false;
-  const auto at = static_cast<uint32_t>(rip - block->code.checked);
+  const auto at = static_cast<uint32_t>(rip - block->entries.checked);
+  const InsnMark* marks = store_.marks(*block);
   const InsnMark* mark = nullptr;
-  for (const InsnMark& candidate : block->code.marks) {
-    if (candidate.begin > at) break;
-    mark = &candidate;
-  }
+  for (const InsnMark* next = marks; next < marks + block->mark_count && next->begin <= at; ++next)
+    mark = next;
   if (mark == nullptr) return false;
   ++counters_.traps;
   if (mark->flags_in_host) {
@@ -617,7 +659,8 @@ bool Engine::OnTrap(void* context) {
     state_.saved_flags =
         static_cast<uint16_t>((flags & 0xd5) << 8 | 0x200 | ((flags & rflags::kOf) != 0 ? 1 : 0));
   }
-  registers[REG_R11] = static_cast<greg_t>(Site{.offset = mark->offset, .count = 1}.Pack());
+  trap_site_ = {.count = 1, .offset = mark->offset};
+  registers[REG_R11] = reinterpret_cast<greg_t>(&trap_site_);
   registers[REG_RIP] = reinterpret_cast<greg_t>(stubs_.interpret);
   return true;
 }

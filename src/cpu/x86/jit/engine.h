@@ -9,7 +9,6 @@
 
 #include <bitset>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <unordered_map>
 #include <unordered_set>
@@ -19,6 +18,7 @@
 #include "base/sync.h"
 #include "cpu/accel.h"
 #include "cpu/x86/cpu.h"
+#include "cpu/x86/jit/block_store.h"
 #include "cpu/x86/jit/code_memory.h"
 #include "cpu/x86/jit/perf_map.h"
 #include "cpu/x86/jit/state.h"
@@ -37,8 +37,9 @@ struct Counters {
            fill_failures = 0;  // slots filled after a look at the page tables; interpreted instead
   uint64_t executes = 0;       // instructions given to the interpreter's functions
   uint64_t steps = 0;          // instructions interpreted outside of a unit
-  uint64_t killed_units = 0, flushes = 0;  // code changed; code memory was full
-  uint64_t traps = 0;                      // host exceptions that were the guest's
+  uint64_t killed_units = 0;   // their code changed
+  uint64_t evictions = 0, flushes = 0;  // a region was emptied; all was
+  uint64_t traps = 0;                   // host exceptions that were the guest's
 };
 
 // Owned by the vCPU's thread.
@@ -73,35 +74,6 @@ class Engine final : private Tlb::Follower {
   bool OnTrap(void* ucontext);
 
  private:
-  struct Page;
-  struct Block {
-    const uint8_t* host = nullptr;
-    uint16_t mode = 0;
-    uint16_t offset = 0;
-    Translation code;
-    uint8_t* end = nullptr;  // behind its code, as it runs
-    Page* page = nullptr;
-    Page* next_page = nullptr;  // of an instruction that crosses into it
-    uint32_t first_exit = 0;
-    std::vector<uint32_t> incoming;
-    std::vector<CodeRange> ranges;
-    uint64_t digest = 0;    // of them
-    uint16_t failures = 0;  // accesses of a group that didn't lie in one page
-  };
-  struct Page {
-    const uint8_t* host = nullptr;
-    uint16_t mode = 0;
-    CodeWatch watch{};
-    const uint32_t* word = nullptr;  // as it is in watched_
-    unsigned rechecks = 0;           // since a unit of it was looked up
-    unsigned slot = 0;
-    std::vector<Block*> blocks;
-  };
-  struct Exit {
-    ExitSite site;
-    Block* from = nullptr;
-  };
-
   Engine(State& state, const FeatureSet& features);
 
   static uint64_t OnFill(void* state, uint64_t address, uint64_t site);
@@ -110,14 +82,16 @@ class Engine final : private Tlb::Follower {
   static uint64_t OnInterpret(void* state, uint64_t, uint64_t site);
   static uint64_t OnDispatch(void* state, uint64_t target, uint64_t);
   static uint64_t OnLink(void* state, uint64_t target, uint64_t exit);
+  static uint64_t OnLinkSame(void* state, uint64_t, uint64_t exit);
+  static uint64_t OnLeave(void* state, uint64_t, uint64_t after_call);
 
   Cpu& cpu() { return state_.cpu; }
   void TakeFlags();  // State::saved_flags -> Cpu::rflags
   void GiveFlags();
   uint64_t Go(const uint8_t* target) { return reinterpret_cast<uint64_t>(target); }
-  uint64_t Fill(uint64_t address, Site site);
-  uint64_t Execute(uint64_t s0, const Insn& insn, bool ends);
-  uint64_t Interpret(Site site);
+  uint64_t Fill(uint64_t address, const Site& site);
+  uint64_t Execute(const ExecuteSite& site, bool ends);
+  uint64_t Interpret(const Site& site);
   uint64_t Dispatch();
   uint64_t Link(uint32_t exit);
   // The unit at Cpu::rip, or null: leave.
@@ -128,18 +102,21 @@ class Engine final : private Tlb::Follower {
   bool Polymorphic(const Site& site);
   const uint8_t* UnitCode(const Site& site);
   void Entered(uint16_t mode);
-  Block* Find(const uint8_t* host, uint16_t mode);
   // As it is wanted at Cpu::rip.
   Block* Obtain(const uint8_t* host, uint16_t mode);
   // `next`: the page that follows, if that is known. Null: `built` says why.
   Block* Translate(const uint8_t* host, uint16_t mode, const uint8_t* next, Unit::Built* built);
-  static uint64_t Digest(const Block& block);
-  void EnterPage(const Page& page, uint64_t linear);
+  Block* Emit(CodePage* page, CodePage* next_page, uint16_t mode);
+  uint64_t Digest(const Block& block) const;
+  void EnterPage(const CodePage& page, uint64_t linear);
   void Publish(const Block& block) const;
-  Page* PageOf(const uint8_t* host, uint16_t mode);
+  CodePage* PageOf(const uint8_t* host, uint16_t mode);
   void Kill(Block* block);
-  Page* Recheck(Page* page);
-  Page* CurrentPage(const uint8_t* host, uint16_t mode);
+  void Forget(Block* block);
+  void Evict();
+  CodePage* Recheck(CodePage* page);
+  void Drop(CodePage* page);
+  CodePage* CurrentPage(const uint8_t* host, uint16_t mode);
   void ClearSlots(unsigned cls);
   void LeavePages(std::vector<unsigned>& entered);
   // ---- Tlb::Follower
@@ -148,39 +125,32 @@ class Engine final : private Tlb::Follower {
   void DropWrites(const uint8_t* host_page) override;
   void DropAllWrites() override;
   uint16_t Mode() const;
-  Block* BlockAt(const uint8_t* run);
   static uint64_t Key(const uint8_t* host, uint16_t mode) {
-    return reinterpret_cast<uint64_t>(host) * 128 + mode;
+    return reinterpret_cast<uint64_t>(host) << 16 | mode;
   }
 
   State& state_;
   const FeatureSet features_;
   CodeMemory memory_;
   Stubs stubs_;
-  size_t stubs_end_ = 0, used_ = 0;  // of memory_
-  std::unordered_map<uint64_t, std::unique_ptr<Block>> blocks_;
-  std::vector<std::unique_ptr<Block>> dead_;
-  std::unordered_map<uint64_t, std::unique_ptr<Page>> pages_;
-  std::unordered_multimap<const uint32_t*, Page*> watched_;  // pages_ by watch
+  size_t stubs_end_ = 0;  // of memory_
+  BlockStore store_;
+  std::unordered_map<uint64_t, std::unique_ptr<CodePage>> pages_;
+  std::unordered_multimap<const uint32_t*, CodePage*> watched_;  // pages_ by watch
   Guarded<std::vector<const uint32_t*>> written_;
-  std::map<const uint8_t*, Block*> by_code_;                    // first byte, as it runs
   std::unordered_map<uint64_t, std::bitset<128>> polymorphic_;  // groups of blocks, by key
   uint64_t since_[kClassCount * kSlots] =
       {};                                // time stamp when a slot's misses were looked at last
   std::unordered_set<uint64_t> single_;  // blocks whose accesses are checked one by one
-  std::vector<Exit> exits_;
   std::vector<unsigned> entered_lower_, entered_upper_;  // code_pages in use
   std::vector<unsigned> free_code_slots_;
   uint16_t jump_modes_[kClassCount] = {};
-  unsigned next_slot_[kClassCount] = {};
+  unsigned next_read_slot_[kClassCount] = {}, next_write_slot_[kClassCount] = {};
   uint64_t seen_changes_ = 0;  // of the TLB, when a unit was entered last
   uint16_t running_mode_ = 0;
-  struct Quick {
-    uint64_t key;
-    Block* block;
-  } quick_[1 << 14] = {};  // of blocks_
-  Quick& QuickAt(uint64_t key) { return quick_[(key >> 7 ^ key >> 19) % std::size(quick_)]; }
   Unit unit_;
+  Translator::Buffers buffers_;
+  Site trap_site_;
   Counters counters_;
 };
 

@@ -15,15 +15,15 @@ void Engine::PublishStubs(const PerfMap& map) {
 // `block` was made from unit_ a moment ago, at Cpu::rip.
 void Engine::Publish(const Block& block) const {
   const Cpu& c = state_.cpu;
-  const size_t size = static_cast<size_t>(block.end - block.code.checked);
+  const size_t size = static_cast<size_t>(block.end - block.entries.checked);
   if (LogsGuestCode()) {
     LogGuestCode(c, "unit", c.rip, unit_.count());
     for (unsigned i = 0; i < unit_.count(); ++i)
       LogGuestInsn(c, c.rip - block.offset + unit_[i].offset, unit_[i].insn);
   }
-  if (LogsHostCode()) LogHostCode(c, c.rip, {block.code.checked, size});
+  if (LogsHostCode()) LogHostCode(c, c.rip, {block.entries.checked, size});
   const PerfMap* map = c.vcpu == nullptr ? nullptr : c.vcpu->accel().perf_map();
-  if (map != nullptr) map->Add(block.code.checked, size, fmt::format("guest:{:#x}", c.rip));
+  if (map != nullptr) map->Add(block.entries.checked, size, fmt::format("guest:{:#x}", c.rip));
 }
 
 }  // namespace kvartz::cpu::x86::jit

@@ -27,11 +27,12 @@ constexpr uint8_t kSlotClear = 0x80;
 // Data classes as in Tlb::Class: user, supervisor, supervisor with AC set. Code of each has slots
 // and a jump table of its own, so that CPL changes invalidate nothing.
 constexpr unsigned kClassCount = 3;
-constexpr unsigned kSlotBits = 10;
-constexpr unsigned kSlots = 1 << kSlotBits;   // a class
-constexpr unsigned kWriteSlots = kSlots / 2;  // from here on: for what writes, and nothing else
-constexpr unsigned kCodeSlots = 8192;         // pages of translated code
-constexpr unsigned kJumpEntries = 16384;      // a class
+constexpr unsigned kSlots = 4096;                 // a class
+constexpr unsigned kWriteSlots = kSlots * 5 / 8;  // from here on: for what writes, and nothing else
+constexpr unsigned kSlotChunkBits = 6;            // slots are cleared by chunks
+constexpr unsigned kSlotChunks = kSlots >> kSlotChunkBits;
+constexpr unsigned kCodeSlots = 8192;     // pages of translated code
+constexpr unsigned kJumpEntries = 16384;  // a class
 
 // Owned by the vCPU's thread.
 struct State {
@@ -39,7 +40,8 @@ struct State {
 
   uint64_t page = 0;         // linear address of the page that runs; RIP is that and an offset
   uint16_t saved_flags = 0;  // low byte: OF as 0 or 1; high byte: as LAHF
-  uint8_t used[kClassCount] = {};   // slots of the class were filled since they were cleared
+  // Slots of the chunk were filled since they were cleared.
+  alignas(8) uint8_t used[kClassCount][kSlotChunks] = {};
   uint8_t lower_in_supervisor = 0;  // slots of that class may hold pages of the lower half
   uint8_t vector_live = 0;          // the guest's vector registers and MXCSR are in the host's
   uint8_t x87_live = 0;  // so are its x87 and MMX registers, control, status and tags; not FIP...
@@ -48,9 +50,9 @@ struct State {
   uint16_t x87_offset = 0, x87_opcode = 0;
   uint64_t x87_page = 0, x87_address = 0;
   uint64_t jump_to = 0, host_rsp = 0;
-  uint64_t site = 0;    // what a slow path needs to know of its site (Site in translator.h)
-  uint64_t spare = 0;   // a branch target across a push
-  uint64_t branch = 0;  // Branch: the indirect branch that ran last
+  const void* site = nullptr;  // of a slow path: Site, ExecuteSite (translator.h)
+  uint64_t spare = 0;          // a branch target across a push
+  uint64_t branch = 0;         // Branch: the indirect branch that ran last
   uint32_t host_mxcsr = 0x1f80;
   State* self = nullptr;
   void* engine = nullptr;  // Engine

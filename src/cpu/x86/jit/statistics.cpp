@@ -25,7 +25,8 @@ constexpr CounterRow kRows[] = {
      "instructions of no unit, or whose access no slot can hold"},
     {&Counters::killed_units, "units dropped",
      "their code changed, or how their accesses are checked"},
-    {&Counters::flushes, "flushes", "all units dropped: code memory full, RAM or ROM moved"},
+    {&Counters::evictions, "evictions", "a region of code memory was full, its units are dropped"},
+    {&Counters::flushes, "flushes", "all units dropped: RAM or ROM moved"},
     {&Counters::traps, "host exceptions", "that were the guest's: #DE, #GP, #MF, #XM"},
 };
 static_assert(sizeof(Counters) == std::size(kRows) * sizeof(uint64_t), "a row for each counter");
@@ -35,9 +36,10 @@ static_assert(sizeof(Counters) == std::size(kRows) * sizeof(uint64_t), "a row fo
 std::vector<EngineStatistic> Engine::Statistics() const {
   std::vector<EngineStatistic> rows = {
       {"code bytes", memory_.size(), "memory for translated code"},
-      {"code bytes used", used_, "stubs and units, dropped ones too until the next flush"},
-      {"units", blocks_.size(), "that can be entered"},
-      {"units waiting", dead_.size(), "dropped, their memory still taken"},
+      {"code bytes used", store_.bytes_used(),
+       "units, dropped ones too until their region is emptied"},
+      {"units", store_.live(), "that can be entered"},
+      {"units waiting", store_.dropped(), "dropped, their memory still taken"},
       {"pages", pages_.size(), "of guest code with units, counted by mode"},
   };
   for (const CounterRow& row : kRows) rows.push_back({row.name, counters_.*row.value, row.meaning});

@@ -33,8 +33,14 @@ class StubEmitter {
     Enter();
     stubs.exit = as_.run();
     Exit();
-    stubs.fill = as_.run();
-    Fill();
+    for (unsigned cls = 0; cls < kClassCount; ++cls) {
+      for (unsigned write = 0; write < 2; ++write) {
+        stubs.fill[cls][write] = as_.run();
+        Fill(cls, write != 0, false);
+        stubs.fill_at[cls][write] = as_.run();
+        Fill(cls, write != 0, true);
+      }
+    }
     stubs.execute = as_.run();
     Called(targets_.execute);
     stubs.execute_end = as_.run();
@@ -45,6 +51,13 @@ class StubEmitter {
     Jumped(targets_.dispatch);
     stubs.link = as_.run();
     Jumped(targets_.link);
+    stubs.link_same = as_.run();
+    SaveFlags();
+    Jumped(targets_.link_same);
+    stubs.leave = as_.run();
+    SaveFlags();
+    as_.Byte(0x41), as_.Byte(0x58 | (kS1 & 7));  // pop: behind the call
+    Jumped(targets_.leave);
     return stubs;
   }
 
@@ -60,7 +73,14 @@ class StubEmitter {
       if (InHost(guest)) as_.Load(HostOf(guest), GprAt(guest));
     }
   }
-  // From State::saved_flags; spoils nothing else.
+  // To State::saved_flags; S0 is spoilt.
+  void SaveFlags() {
+    as_.Mov(kS0, kRegAx);
+    as_.FlagsToAx();
+    as_.StoreAx(Gs(offsetof(State, saved_flags)));
+    as_.Mov(kRegAx, kS0);
+  }
+  // From State::saved_flags; spoils nothing else but S1.
   void LoadFlags() {
     as_.Mov(kS1, kRegAx);
     as_.LoadAx(Gs(offsetof(State, saved_flags)));
@@ -183,9 +203,10 @@ class StubEmitter {
     as_.Call(save);
     as_.PatchHere(none);
   }
-  void LoadIfTold(unsigned bit, const uint8_t* load) {
-    as_.RegMem(Assembler::k32, 0xf7, 0, Gs(offsetof(State, site)));  // test dword
-    as_.Dword(1u << bit);
+  void LoadIfTold(uint8_t flag, const uint8_t* load) {
+    as_.Load(kS1, Gs(offsetof(State, site)));
+    as_.RegMem(Assembler::k32, 0xf6, 0, {.base = kS1, .disp = offsetof(Site, flags)});  // test byte
+    as_.Byte(flag);
     uint8_t* none = as_.Jcc(kCcE, as_.run());
     as_.Call(load);
     as_.PatchHere(none);
@@ -217,11 +238,11 @@ class StubEmitter {
   }
   // Returns to the unit if the helper says 0, with what the site uses loaded.
   void Called(Helper helper) {
-    as_.Store(Gs(offsetof(State, site)), helper == targets_.execute ? kS0 : kS1);
+    as_.Store(Gs(offsetof(State, site)), kS1);
     CallHelper(helper, 8);
     uint8_t* elsewhere = as_.Jcc(kCcNe, as_.run());
-    LoadIfTold(Site::kVectorsBit, load_vectors_);
-    LoadIfTold(Site::kX87Bit, load_x87_);
+    LoadIfTold(Site::kVectors, load_vectors_);
+    LoadIfTold(Site::kX87, load_x87_);
     LoadGprs();
     as_.Ret();
     as_.PatchHere(elsewhere);
@@ -230,81 +251,74 @@ class StubEmitter {
   }
 
   // Asks the TLB first.
-  void Fill() {
+  void Fill(unsigned cls, bool write, bool whole) {
     constexpr HostReg kSaved[] = {kRegAx, kRegCx, kRegDx};
     for (HostReg reg : kSaved) as_.Byte(0x50 | reg);
-    as_.Load(kRegAx, Gs(offsetof(State, cpu) + offsetof(Cpu, tlb)));
-    as_.Mov(kRegCx, kS0);  // the entry: page number modulo their number
-    ShiftRight(kRegCx, 12);
-    as_.RegReg(Assembler::k32, 0x81, 4, kRegCx);
-    as_.Dword(Tlb::kEntries - 1);
-    ShiftLeft(kRegCx, 5);
-    static_assert(sizeof(TlbEntry) == 32);
-    as_.Add(kRegCx, {.base = kRegAx, .disp = Tlb::kDataOffset});
-    as_.Mov(kRegDx, kS1);  // the tag that the last byte's page must have
-    ShiftRight(kRegDx, Site::kSpanShift);
-    as_.RegReg(Assembler::k32, 0x81, 4, kRegDx);
-    as_.Dword(Site::kSpanMask);
-    as_.Lea(kRegDx, {.base = kRegDx, .index = kS0, .disp = -1});
-    as_.RegReg(Assembler::k64, 0x81, 4, kRegDx);
-    as_.Dword(0xfffff000);
-    as_.RegReg(Assembler::k64, 0x85, kS0, kS0);  // test: which half?
-    uint8_t* upper = as_.Jcc(kCcS, as_.run());
-    as_.RegMem(Assembler::k64, 0x0b, kRegDx, {.base = kRegAx, .disp = Tlb::kAsidOffset});
-    static_assert(Tlb::kSupervisor == 1 && kClassCount == 3);
-    as_.RegReg(Assembler::k64, 0xba0f, 4, kS1);  // bt: the supervisor's class?
-    as_.Byte(Site::kSlotShift + kSlotBits);
-    uint8_t* others = as_.Jcc(kCcAe, as_.run());
-    as_.StoreByte(Gs(offsetof(State, lower_in_supervisor)), 1);
-    as_.PatchHere(others);
-    uint8_t* tagged = as_.Jmp(as_.run());
-    as_.PatchHere(upper);
-    as_.RegMem(Assembler::k64, 0x0b, kRegDx, {.base = kRegAx, .disp = Tlb::kAsidOffset + 8});
-    as_.PatchHere(tagged);
-    as_.RegReg(Assembler::k32, 0xf7, 0, kS1);  // test: a write?
-    as_.Dword(1u << Site::kWriteBit);
-    uint8_t* write = as_.Jcc(kCcNe, as_.run());
-    as_.Cmp(kRegDx, {.base = kRegCx, .disp = offsetof(TlbEntry, read)});
-    uint8_t* miss1 = as_.Jcc(kCcNe, as_.run());
-    uint8_t* hit = as_.Jmp(as_.run());
-    as_.PatchHere(write);
-    as_.Cmp(kRegDx, {.base = kRegCx, .disp = offsetof(TlbEntry, write)});
-    uint8_t* miss2 = as_.Jcc(kCcNe, as_.run());
-    as_.PatchHere(hit);
-    as_.Mov(kRegDx, kS1);
-    ShiftRight(kS1, Site::kSlotShift);
-    as_.RegReg(Assembler::k32, 0x81, 4, kS1);
-    as_.Dword(0xfff);
-    as_.RegMem(Assembler::k32, 0x80, 0, {.base = kS1, .disp = offsetof(State, misses), .gs = true});
-    as_.Byte(1);  // add byte
-    uint8_t* often = as_.Jcc(kCcB, as_.run());
-    as_.RegReg(Assembler::k64, 0x81, 4, kS0);  // the page
-    as_.Dword(0xfffff000);
-    ShiftLeft(kS1, 4);
+    as_.Load(kS1, {.base = kRegSp, .disp = sizeof(uint64_t) * std::size(kSaved)});
+    as_.Lea(kS1, {.base = kS1, .disp = Site::kDistance});
+    const auto field = [&](HostReg to, size_t offset) {
+      as_.RegMem(Assembler::k32, 0xb70f, to,  // movzx
+                 {.base = kS1, .disp = static_cast<int32_t>(offset)});
+    };
+    const auto slot = [](size_t offset) {
+      return HostMem{.base = kRegAx,
+                     .disp = static_cast<int32_t>(offsetof(State, slots) + offset),
+                     .gs = true};
+    };
+    field(kRegAx, offsetof(Site, slot));
+    Shift(Assembler::k32, 4, kRegAx, 4);
     static_assert(sizeof(Slot) == 16);
-    as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, page), .gs = true},
-              kS0);
-    as_.Load(kRegAx, {.base = kRegCx, .disp = offsetof(TlbEntry, addend)});
-    as_.Store({.base = kS1, .disp = offsetof(State, slots) + offsetof(Slot, addend), .gs = true},
-              kRegAx);
-    as_.Mov(kRegCx, kS1);
-    ShiftRight(kRegCx, 4 + kSlotBits);  // the class
-    as_.StoreByte({.base = kRegCx, .disp = offsetof(State, used), .gs = true}, 1);
+    if (!whole) as_.Add(kS0, slot(offsetof(Slot, page)));
+    // The entry: page number modulo their number.
+    static_assert(sizeof(TlbEntry) == 32);
+    as_.RegReg(Assembler::k32, 0x8b, kRegCx, kS0);  // mov
+    Shift(Assembler::k32, 5, kRegCx, 12 - 5);
+    as_.RegReg(Assembler::k32, 0x81, 4, kRegCx);  // and
+    as_.Dword((Tlb::kEntries - 1) * sizeof(TlbEntry));
+    const auto entry = [cls](size_t offset) {
+      const size_t table = offsetof(State, tlb) + cls * sizeof(State::tlb[0]);
+      return HostMem{.base = kRegCx, .disp = static_cast<int32_t>(table + offset), .gs = true};
+    };
+    // The tag that the last byte's page must have.
+    field(kRegDx, offsetof(Site, span));
+    as_.Lea(kRegDx, {.base = kRegDx, .index = kS0, .disp = -1});
+    as_.RegReg(Assembler::k64, 0x81, 4, kRegDx);  // and
+    as_.Dword(0xfffff000);
+    uint8_t* tagged = nullptr;
+    if (cls == Tlb::kSupervisor) {
+      as_.RegReg(Assembler::k64, 0x85, kS0, kS0);  // test: which half?
+      uint8_t* lower = as_.Jcc(kCcNs, as_.run());
+      as_.RegMem(Assembler::k64, 0x0b, kRegDx, Gs(offsetof(State, asid) + 8));  // or
+      tagged = as_.Jmp(as_.run());
+      as_.PatchHere(lower);
+      as_.StoreByte(Gs(offsetof(State, lower_in_supervisor)), 1);
+    }
+    as_.RegMem(Assembler::k64, 0x0b, kRegDx, Gs(offsetof(State, asid)));
+    if (tagged != nullptr) as_.PatchHere(tagged);
+    as_.Cmp(kRegDx, entry(write ? offsetof(TlbEntry, write) : offsetof(TlbEntry, read)));
+    uint8_t* miss = as_.Jcc(kCcNe, as_.run());
+    as_.Mov(kRegDx, kRegAx);
+    Shift(Assembler::k32, 5, kRegDx, 4);
+    as_.RegMem(Assembler::k32, 0x80, 0,  // add byte
+               {.base = kRegDx, .disp = offsetof(State, misses), .gs = true});
+    as_.Byte(1);
+    uint8_t* often = as_.Jcc(kCcB, as_.run());
+    as_.RegReg(Assembler::k64, 0x81, 4, kS0);  // and: the page
+    as_.Dword(0xfffff000);
+    as_.Store(slot(offsetof(Slot, page)), kS0);
+    as_.Load(kS0, entry(offsetof(TlbEntry, addend)));
+    as_.Store(slot(offsetof(Slot, addend)), kS0);
+    Shift(Assembler::k32, 5, kRegDx, kSlotChunkBits);
+    as_.StoreByte({.base = kRegDx, .disp = offsetof(State, used), .gs = true}, 1);
     for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
     as_.Ret();
+    as_.PatchHere(miss);
     as_.PatchHere(often);
-    as_.Mov(kS1, kRegDx);
-    as_.PatchHere(miss1);
-    as_.PatchHere(miss2);
     for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
     Called(targets_.fill);
   }
-  void ShiftRight(HostReg reg, unsigned count) {
-    as_.RegReg(Assembler::k64, 0xc1, 5, reg);
-    as_.Byte(count);
-  }
-  void ShiftLeft(HostReg reg, unsigned count) {
-    as_.RegReg(Assembler::k64, 0xc1, 4, reg);
+  void Shift(Assembler::Width width, unsigned digit, HostReg reg, unsigned count) {
+    as_.RegReg(width, 0xc1, digit, reg);
     as_.Byte(count);
   }
 

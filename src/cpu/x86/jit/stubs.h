@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/x86/jit/state.h"
+
 namespace kvartz::cpu::x86::jit {
 
 class Assembler;
@@ -13,25 +15,29 @@ struct Stubs {
   using Enter = void (*)(void* state, const uint8_t* target);
   Enter enter = nullptr;          // from C++: loads registers and goes to the target
   const uint8_t* exit = nullptr;  // back to C++; everything is in Cpu
-  const uint8_t* fill =
-      nullptr;  // call. S0: linear address; S1: Site. Fills the slot, or goes elsewhere
-  const uint8_t* execute =
-      nullptr;  // call. S0: offset, and Site's bits for what to load; S1: Insn*
+  // Called; behind the call lie a jump back and a Site. They fill its slot, or go elsewhere. By
+  // class and whether it is for writes. S0: the linear address less the slot's page; fill_at: the
+  // address.
+  using Fill = const uint8_t* [kClassCount][2];
+  Fill fill = {}, fill_at = {};
+  const uint8_t* execute = nullptr;       // call. S1: ExecuteSite*
   const uint8_t* execute_end = nullptr;   // jump. The same, and the unit ends
-  const uint8_t* interpret = nullptr;     // jump. S1: Site
+  const uint8_t* interpret = nullptr;     // jump. S1: Site*
   const uint8_t* dispatch = nullptr;      // jump. S0: the target
   const uint8_t* link = nullptr;          // jump. S0: the target; S1: number of the exit
+  const uint8_t* link_same = nullptr;     // jump. S1: number of the exit; host flags valid if live
+  const uint8_t* leave = nullptr;         // call, in place of a unit's body. Goes to the dispatcher
   const uint8_t* load_vectors = nullptr;  // call
   const uint8_t* load_x87 = nullptr;      // call; spoils flags
 };
 
-// Emits them. Aborts only on a bug: `assembler` must have 4 KiB of room.
+// Emits them. Aborts only on a bug: `assembler` must have 8 KiB of room.
 Stubs EmitStubs(Assembler& assembler, const struct StubTargets& targets);
 
 // C++ that the stubs call: (State*, S0, S1), the result is where to go on; 0: back to the unit.
 using Helper = uint64_t (*)(void* state, uint64_t s0, uint64_t s1);
 struct StubTargets {
-  Helper fill, execute, execute_end, interpret, dispatch, link;
+  Helper fill, execute, execute_end, interpret, dispatch, link, link_same, leave;
   bool avx;
   bool xsave;  // else x87 is left to the interpreter
 };

@@ -5,20 +5,26 @@
 
 namespace kvartz::cpu::x86::jit {
 
-Translator::Translator(Unit& unit, Assembler& assembler, const TranslationContext& context)
-    : unit_(unit), as_(assembler), context_(context) {
-  cold_.reserve(unit_.count());
-  out_.marks.reserve(unit_.count());
+Translator::Translator(Unit& unit, Assembler& assembler, const TranslationContext& context,
+                       Buffers& buffers)
+    : unit_(unit), as_(assembler), context_(context), out_(buffers) {
+  out_.exits.clear();
+  out_.marks.clear();
+  out_.cold.clear();
+  out_.fixups.clear();
+  out_.far.clear();
+  out_.reads = out_.writes = 0;
   for (unsigned g = 0; g < unit_.group_count(); ++g) {
     AccessGroup& group = unit_.group(g);
-    group.slot =
-        static_cast<uint16_t>(context_.data_class * kSlots + (group.write ? kWriteSlots : 0) +
-                              (context_.first_slot + g) % kWriteSlots);
+    const unsigned slot = group.write ? kWriteSlots + (context_.first_write_slot + out_.writes++) %
+                                                          (kSlots - kWriteSlots)
+                                      : (context_.first_read_slot + out_.reads++) % kWriteSlots;
+    group.slot = static_cast<uint16_t>(context_.data_class * kSlots + slot);
     group.polymorphic = context_.polymorphic[g];
   }
 }
 
-Translation Translator::Run() {
+EntryPoints Translator::Run() {
   Entries();
   for (unsigned i = 0; i < unit_.count(); ++i) {
     if (unit_[i].label) Label(i);
@@ -39,10 +45,10 @@ Translation Translator::Run() {
     }
   }
   // The body's first bytes may be replaced by a jump.
-  while (as_.here() - out_.body_write < 5) as_.Byte(0x90);
+  while (as_.here() - entries_.body_write < 5) as_.Byte(0x90);
   ColdPaths();
   Thunks();
-  return std::move(out_);
+  return entries_;
 }
 
 // ---- ways in
@@ -52,7 +58,7 @@ void Translator::Entries() {
   const bool live = unit_[0].live_before != 0;
   start_ = as_.here();
   // Leaving with the unit's own address: flags are in saved_flags, or dead.
-  out_.checked = as_.run();
+  entries_.checked = as_.run();
   as_.Lea(kS1, {.base = kS0, .disp = -int32_t{offset}});
   as_.Cmp(kS1, Gs(offsetof(State, code_pages) + context_.code_slot * 8));
   as_.Jcc(kCcNe, context_.stubs->dispatch);
@@ -63,10 +69,10 @@ void Translator::Entries() {
     as_.Jcc(kCcNe, context_.stubs->dispatch);
     RestoreFlags();
     to_poll = as_.Jmp(as_.run());  // to the body
-    out_.polled = as_.run();
+    entries_.polled = as_.run();
     SaveFlags();
   } else {
-    out_.polled = as_.run();
+    entries_.polled = as_.run();
   }
   as_.CmpDword(Requests(), 0);
   uint8_t* requested = as_.Jcc(kCcNe, as_.run());
@@ -76,15 +82,10 @@ void Translator::Entries() {
   }
   host_flags_ = true;
   saved_flags_ = false;
-  out_.body = as_.run();
-  out_.body_write = as_.here();
+  entries_.body = as_.run();
+  entries_.body_write = as_.here();
   if (unit_.crosses()) CheckNextPage();
-  cold_.push_back({.kind = Cold::kPollLoop,
-                   .from = requested,
-                   .back = nullptr,
-                   .site = 0,
-                   .offset = offset,
-                   .target = nullptr});
+  out_.cold.push_back({.kind = Cold::kPollLoop, .from = requested, .offset = offset});
 }
 
 // The instruction's other part: the next page must be what it was.
@@ -134,12 +135,8 @@ void Translator::Label(unsigned i) {
   labels_[i] = as_.run();
   if (u.loop && u.live_before == 0) {
     as_.CmpDword(Requests(), 0);
-    cold_.push_back({.kind = Cold::kPollLoop,
-                     .from = as_.Jcc(kCcNe, as_.run()),
-                     .back = nullptr,
-                     .site = 0,
-                     .offset = u.offset,
-                     .target = nullptr});
+    out_.cold.push_back(
+        {.kind = Cold::kPollLoop, .from = as_.Jcc(kCcNe, as_.run()), .offset = u.offset});
   }
 }
 
@@ -149,8 +146,7 @@ void Translator::NeedLoaded(const UnitInsn& u, size_t live, Cold::Kind load, boo
   SpoilFlags(u.live_before);
   as_.CmpByte(Gs(live), 0);
   uint8_t* from = as_.Jcc(kCcE, as_.run());
-  cold_.push_back(
-      {.kind = load, .from = from, .back = as_.run(), .site = 0, .offset = 0, .target = nullptr});
+  out_.cold.push_back({.kind = load, .from = from, .back = as_.run()});
   *checked = true;
 }
 
@@ -243,26 +239,24 @@ void Translator::Interpret(const UnitInsn& u) {
 }
 
 // Flags are in saved_flags, before and after.
-void Translator::CallInterpreter(const UnitInsn& u, uint32_t loaded) {
+void Translator::CallInterpreter(const UnitInsn& u, uint8_t loaded) {
   const bool ends = u.insn.has(kBranch);
-  // The instruction itself lies in the code, jumped over.
-  as_.MovImm32(kS0, u.offset | (ends ? 0 : loaded));
-  uint8_t* load = as_.here();
-  as_.MovImm64(kS1, 0);
+  uint8_t* site = as_.LeaRip(kS1);
   if (ends) {
     as_.Jmp(context_.stubs->execute_end);
   } else {
     as_.Call(context_.stubs->execute);
   }
   uint8_t* over = ends ? nullptr : as_.Jmp(as_.run());
-  while (reinterpret_cast<uintptr_t>(as_.here()) % alignof(Insn) != 0) as_.Byte(0xcc);
-  const auto where = reinterpret_cast<uint64_t>(as_.here());
-  as_.Put(&u.insn, sizeof(u.insn));
-  // ... and where the host has the next one.
+  while (reinterpret_cast<uintptr_t>(as_.here()) % alignof(ExecuteSite) != 0) as_.Byte(0xcc);
+  as_.PatchHere(site);
   const unsigned next = u.offset + u.insn.length;
-  as_.Qword(reinterpret_cast<uint64_t>(next < 4096 ? context_.pages.first + next
-                                                   : context_.pages.next + (next - 4096)));
-  std::memcpy(load + 2, &where, 8);
+  const ExecuteSite record = {
+      .flags = loaded,
+      .offset = u.offset,
+      .next = next < 4096 ? context_.pages.first + next : context_.pages.next + (next - 4096),
+      .insn = u.insn};
+  as_.Put(&record, sizeof(record));
   if (over != nullptr) as_.PatchHere(over);
 }
 
@@ -291,14 +285,8 @@ void Translator::SetInterrupts(unsigned i) {
   uint8_t* from = as_.Jcc(kCcNe, as_.run());
   as_.RegMem(Assembler::k64, 0x81, 1, Rflags());  // or
   as_.Dword(static_cast<uint32_t>(rflags::kIf));
-  cold_.push_back({.kind = Cold::kExecute,
-                   .from = from,
-                   .back = as_.run(),
-                   .site = 0,
-                   .offset = 0,
-                   .target = nullptr,
-                   .insn = &u,
-                   .loaded = Loaded()});
+  out_.cold.push_back(
+      {.kind = Cold::kExecute, .from = from, .back = as_.run(), .insn = &u, .loaded = Loaded()});
 }
 
 void Translator::PushFlags(const UnitInsn& u) {

@@ -16,40 +16,36 @@ inline HostMem GprAt(unsigned guest) {
   return HostMem::Gs(offsetof(State, cpu) + offsetof(Cpu, gpr) + guest * 8);
 }
 
-// What a slow path is told of its site.
+// What a slow path is told of its site: lies behind the call, and the jump back.
 struct Site {
-  uint16_t offset = 0;   // of the instruction to begin with, in its page
-  uint8_t count = 0;     // instructions to interpret if the access can't be mapped
-  bool vectors = false;  // vector registers are in use
-  bool x87 = false;      // x87 and MMX registers are
-  bool write = false;
-  uint16_t span = 0, slot = 0;  // slot: index in State::slots, all classes
-  uint16_t unit = 0;            // offset of the unit's first instruction
-  bool shared = false;          // a check for more than one access
-  uint8_t group = 0;            // its number in the unit
-  uint64_t Pack() const {
-    return offset | uint64_t{count} << 12 | uint64_t{vectors} << kVectorsBit |
-           uint64_t{x87} << kX87Bit | uint64_t{write} << kWriteBit | uint64_t{span} << kSpanShift |
-           uint64_t{slot} << kSlotShift | uint64_t{unit} << kUnitShift |
-           uint64_t{shared} << kSharedBit | uint64_t{group} << kGroupShift;
-  }
-  static Site Unpack(uint64_t bits) {
-    return {.offset = static_cast<uint16_t>(bits & 0xfff),
-            .count = static_cast<uint8_t>(bits >> 12 & 0x3f),
-            .vectors = (bits >> kVectorsBit & 1) != 0,
-            .x87 = (bits >> kX87Bit & 1) != 0,
-            .write = (bits >> kWriteBit & 1) != 0,
-            .span = static_cast<uint16_t>(bits >> kSpanShift & kSpanMask),
-            .slot = static_cast<uint16_t>(bits >> kSlotShift & 0xfff),
-            .unit = static_cast<uint16_t>(bits >> kUnitShift & 0xfff),
-            .shared = (bits >> kSharedBit & 1) != 0,
-            .group = static_cast<uint8_t>(bits >> kGroupShift)};
-  }
-  static constexpr unsigned kVectorsBit = 18, kWriteBit = 19, kSpanShift = 20, kSlotShift = 32,
-                            kUnitShift = 44, kSharedBit = 56, kGroupShift = 57;
-  static constexpr unsigned kSpanMask = 0x7ff, kX87Bit = 31;
-  static_assert(kMaxGroupSpan <= kSpanMask);
+  enum Flags : uint8_t {
+    kVectors = 1,  // vector registers are in use
+    kX87 = 2,      // x87 and MMX registers are
+    kWrite = 4,
+    kShared = 8,  // a check for more than one access
+  };
+  uint8_t flags = 0;
+  uint8_t count = 0;    // instructions to interpret if the access can't be mapped
+  uint8_t group = 0;    // its number in the unit
+  uint16_t offset = 0;  // of the instruction to begin with, in its page
+  uint16_t unit = 0;    // offset of the unit's first instruction
+  uint16_t span = 0;
+  uint16_t slot = 0;                   // index in State::slots, all classes
+  static constexpr int kDistance = 5;  // from the call's return address
+
+  bool write() const { return (flags & kWrite) != 0; }
+  bool shared() const { return (flags & kShared) != 0; }
 };
+static_assert(kClassCount * kSlots <= UINT16_MAX);
+
+// The same of an instruction that the interpreter carries out.
+struct ExecuteSite {
+  uint8_t flags = 0;  // Site's
+  uint16_t offset = 0;
+  const uint8_t* next = nullptr;  // where the host has the next instruction
+  Insn insn;
+};
+static_assert(offsetof(Site, flags) == offsetof(ExecuteSite, flags));
 
 // An indirect branch whose target turns out to be none: it is undone and interpreted.
 struct Branch {
@@ -77,43 +73,44 @@ struct ExitSite {
   uint16_t offset;    // same page: the target's
 };
 
-struct Translation {
+struct EntryPoints {
   uint8_t* checked = nullptr;  // S0: the target; compares it with the page that was entered last
   uint8_t* polled = nullptr;   // asks for requests; same page
   uint8_t* body = nullptr;     // same page, host flags valid if live
   uint8_t* body_write = nullptr;
-  uint8_t* leave = nullptr;  // goes to the dispatcher with the unit's own address, from its body
-  std::vector<ExitSite> exits;
-  std::vector<InsnMark> marks;
 };
 
 struct TranslationContext {
   const Stubs* stubs = nullptr;
-  unsigned data_class = 0;        // Tlb::Class
-  unsigned first_slot = 0;        // of State::slots, all classes; wraps within the class
-  unsigned code_slot = 0;         // of State::code_pages
-  unsigned next_code_slot = 0;    // ... of the next page, if the unit crosses into it
-  uint32_t first_exit = 0;        // number of the unit's first exit
-  std::bitset<128> polymorphic;   // groups whose page changes all the time
+  unsigned data_class = 0;  // Tlb::Class
+  // Where the class has slots for reads and for writes; both wrap.
+  unsigned first_read_slot = 0, first_write_slot = 0;
+  unsigned code_slot = 0;                  // of State::code_pages
+  unsigned next_code_slot = 0;             // ... of the next page, if the unit crosses into it
+  uint32_t first_exit = 0, exit_step = 1;  // numbers of the unit's exits
+  std::bitset<128> polymorphic;            // groups whose page changes all the time
   Unit::Pages pages;
 };
 
 class Translator {
  public:
-  Translator(Unit& unit, Assembler& assembler, const TranslationContext& context);
-  Translation Run();
+  // Used again from unit to unit.
+  struct Buffers;
+
+  Translator(Unit& unit, Assembler& assembler, const TranslationContext& context, Buffers& buffers);
+  EntryPoints Run();
 
  private:
   struct Cold {
     enum Kind : uint8_t { kFill, kAsk, kVectors, kX87, kPollLoop, kExecute, kInterpret } kind;
-    uint8_t* from;  // distance to patch
-    uint8_t* back;  // as it runs
-    uint64_t site;
-    uint16_t offset;  // kPollLoop: leaves to it
-    uint8_t* target;
+    uint8_t* from;            // distance to patch
+    uint8_t* back = nullptr;  // as it runs
+    Site site = {};
+    uint16_t offset = 0;  // kPollLoop: leaves to it
+    uint8_t* target = nullptr;
     const UnitInsn* insn = nullptr;  // kExecute
-    uint32_t loaded = 0;
-    unsigned group = 0, at = 0;  // kAsk
+    uint8_t loaded = 0;
+    uint8_t at = 0;  // kAsk
   };
   struct Fixup {
     uint8_t* distance;
@@ -137,7 +134,7 @@ class Translator {
   HostMem AddendOf(unsigned group) const;
   void Instruction(unsigned i);
   void Interpret(const UnitInsn& u);
-  void CallInterpreter(const UnitInsn& u, uint32_t loaded);
+  void CallInterpreter(const UnitInsn& u, uint8_t loaded);
   void Copy(const UnitInsn& u);
   void CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg, HostReg rm, HostReg vvvv);
   void Lea(const UnitInsn& u);
@@ -153,6 +150,7 @@ class Translator {
   void Jump(const UnitInsn& u);
   void Conditional(const UnitInsn& u);
   void ColdPaths();
+  void CallFill(const Cold& cold, const Stubs::Fill& fill);
   void Thunks();
 
   // Flags.
@@ -170,10 +168,10 @@ class Translator {
   void NeedVectors(const UnitInsn& u);
   void NeedX87(const UnitInsn& u);
   void KeepX87Pointers(const UnitInsn& u);
-  // Bits of Site: what a helper's return has to load again.
-  uint32_t Loaded() const {
-    return (vectors_checked_ ? 1u << Site::kVectorsBit : 0) |
-           (x87_checked_ ? 1u << Site::kX87Bit : 0);
+  // Site::Flags: what a helper's return has to load again.
+  uint8_t Loaded() const {
+    return static_cast<uint8_t>((vectors_checked_ ? Site::kVectors : 0) |
+                                (x87_checked_ ? Site::kX87 : 0));
   }
   void LeaveTo(uint8_t* branch, int64_t page_offset);
   void CrossPage(int64_t page_offset);
@@ -185,16 +183,23 @@ class Translator {
   Unit& unit_;
   Assembler& as_;
   const TranslationContext& context_;
-  Translation out_;
+  Buffers& out_;
+  EntryPoints entries_;
   uint8_t* start_ = nullptr;
-  std::vector<Cold> cold_;
-  std::vector<Fixup> fixups_;
-  std::vector<FarExit> far_;
   uint8_t* labels_[kMaxUnitInsns] = {};
   bool host_flags_ = true, saved_flags_ = false;
   bool vectors_checked_ = false;
   bool x87_checked_ = false, x87_page_kept_ = false;  // State::x87_live, State::x87_page
   int held_ = -1;                                     // the group whose addend is in S1
+};
+
+struct Translator::Buffers {
+  std::vector<ExitSite> exits;
+  std::vector<InsnMark> marks;
+  std::vector<Cold> cold;
+  std::vector<Fixup> fixups;
+  std::vector<FarExit> far;
+  unsigned reads = 0, writes = 0;  // groups
 };
 
 }  // namespace kvartz::cpu::x86::jit

@@ -48,7 +48,7 @@ void Translator::Internal(uint8_t* distance, unsigned insn) {
   if (labels_[insn] != nullptr) {
     as_.Patch(distance, labels_[insn]);
   } else {
-    fixups_.push_back({distance, insn});
+    out_.fixups.push_back({distance, insn});
   }
 }
 
@@ -85,13 +85,9 @@ void Translator::Call(const UnitInsn& u) {
     as_.RegReg(Assembler::k64, 0xc1, 7, kS1);  // sar
     as_.Byte(16);
     as_.RegReg(Assembler::k64, 0x3b, kS1, kS0);  // cmp
-    const Site site = {.offset = u.offset, .count = 1};
-    cold_.push_back({.kind = Cold::kInterpret,
-                     .from = as_.Jcc(kCcNe, as_.run()),
-                     .back = nullptr,
-                     .site = site.Pack(),
-                     .offset = 0,
-                     .target = nullptr});
+    const Site site = {.count = 1, .offset = u.offset};
+    out_.cold.push_back(
+        {.kind = Cold::kInterpret, .from = as_.Jcc(kCcNe, as_.run()), .site = site});
     PushReturn(u);
     as_.Load(kS0, Gs(offsetof(State, spare)));
     return Indirect(u, 0);
@@ -124,12 +120,10 @@ void Translator::Jump(const UnitInsn& u) {
   if (u.jump_to < 0) return LeaveTo(branch, target);
   const auto to = static_cast<unsigned>(u.jump_to);
   if (labels_[to] != nullptr && unit_[to].live_before != 0) {
-    cold_.push_back({.kind = Cold::kPollLoop,
-                     .from = branch,
-                     .back = nullptr,
-                     .site = 0,
-                     .offset = unit_[to].offset,
-                     .target = labels_[to]});
+    out_.cold.push_back({.kind = Cold::kPollLoop,
+                         .from = branch,
+                         .offset = unit_[to].offset,
+                         .target = labels_[to]});
     return;
   }
   Internal(branch, to);
@@ -149,12 +143,10 @@ void Translator::Conditional(const UnitInsn& u) {
   if (u.jump_to >= 0) {
     const auto to = static_cast<unsigned>(u.jump_to);
     if (labels_[to] != nullptr && unit_[to].live_before != 0) {
-      cold_.push_back({.kind = Cold::kPollLoop,
-                       .from = branch,
-                       .back = nullptr,
-                       .site = 0,
-                       .offset = unit_[to].offset,
-                       .target = labels_[to]});
+      out_.cold.push_back({.kind = Cold::kPollLoop,
+                           .from = branch,
+                           .offset = unit_[to].offset,
+                           .target = labels_[to]});
       return;
     }
     return Internal(branch, to);
@@ -162,14 +154,14 @@ void Translator::Conditional(const UnitInsn& u) {
   if (target >= 0 && target < 4096) return LeaveTo(branch, target);
   // Another page: through a cold jump with the target at hand.
   out_.exits.push_back({.distance = branch, .thunk = nullptr, .same_page = false, .offset = 1});
-  far_.push_back({out_.exits.size() - 1, target, saved_flags_});
+  out_.far.push_back({out_.exits.size() - 1, target, saved_flags_});
 }
 
 // ---- behind the code
 
 void Translator::ColdPaths() {
-  for (const Fixup& fixup : fixups_) as_.Patch(fixup.distance, labels_[fixup.insn]);
-  for (const FarExit& far : far_) {
+  for (const Fixup& fixup : out_.fixups) as_.Patch(fixup.distance, labels_[fixup.insn]);
+  for (const FarExit& far : out_.far) {
     ExitSite& exit = out_.exits[far.exit];
     as_.PatchHere(exit.distance);
     if (!far.saved) SaveFlags();
@@ -177,23 +169,15 @@ void Translator::ColdPaths() {
     exit.distance = as_.Jmp(as_.run());
     exit.offset = 0;
   }
-  for (const Cold& cold : cold_) {
+  for (const Cold& cold : out_.cold) {
     as_.PatchHere(cold.from);
     switch (cold.kind) {
       case Cold::kFill:
-        as_.Add(kS0, SlotPage(Site::Unpack(cold.site).slot));
-        as_.MovImm64(kS1, cold.site);
-        as_.Call(context_.stubs->fill);
-        as_.Jmp(cold.back);
+        CallFill(cold, context_.stubs->fill);
         break;
       case Cold::kAsk:
-        GroupAddress(unit_.group(cold.group), cold.at);
-        as_.MovImm64(kS1, cold.site);
-        as_.Call(context_.stubs->fill);
-        as_.Load(kS1, Gs(offsetof(State, slots) + unit_.group(cold.group).slot * sizeof(Slot) +
-                         offsetof(Slot, addend)));
-        as_.Store(AddendOf(cold.group), kS1);
-        as_.Jmp(cold.back);
+        GroupAddress(unit_.group(cold.site.group), cold.at);
+        CallFill(cold, context_.stubs->fill_at);
         break;
       case Cold::kVectors:
         as_.Call(context_.stubs->load_vectors);
@@ -203,10 +187,13 @@ void Translator::ColdPaths() {
         as_.Call(context_.stubs->load_x87);
         as_.Jmp(cold.back);
         break;
-      case Cold::kInterpret:
-        as_.MovImm64(kS1, cold.site);
+      case Cold::kInterpret: {
+        uint8_t* site = as_.LeaRip(kS1);
         as_.Jmp(context_.stubs->interpret);
+        as_.PatchHere(site);
+        as_.Put(&cold.site, sizeof(cold.site));
         break;
+      }
       case Cold::kExecute:
         CallInterpreter(*cold.insn, cold.loaded);
         as_.Jmp(cold.back);
@@ -227,22 +214,33 @@ void Translator::ColdPaths() {
   }
 }
 
+// S0: the address, or for `fill` what is left of it behind the slot's page.
+void Translator::CallFill(const Cold& cold, const Stubs::Fill& fill) {
+  as_.Call(fill[context_.data_class][cold.site.write()]);
+  uint8_t* over = nullptr;
+  if (cold.kind == Cold::kAsk) {
+    over = as_.Jmp(as_.run());
+  } else {
+    as_.Jmp(cold.back);
+  }
+  static_assert(Site::kDistance == 5);
+  as_.Put(&cold.site, sizeof(cold.site));
+  if (over == nullptr) return;
+  as_.PatchHere(over);
+  as_.Load(kS1,
+           Gs(offsetof(State, slots) + cold.site.slot * sizeof(Slot) + offsetof(Slot, addend)));
+  as_.Store(AddendOf(cold.site.group), kS1);
+  as_.Jmp(cold.back);
+}
+
 void Translator::Thunks() {
-  // Where a killed unit's body goes.
-  out_.leave = as_.run();
-  SaveFlags();
-  PageAddress(kS0, unit_[0].offset);
-  as_.Jmp(context_.stubs->dispatch);
   uint32_t number = context_.first_exit;
   for (ExitSite& exit : out_.exits) {
     exit.thunk = as_.run();
-    if (exit.same_page) {
-      SaveFlags();
-      PageAddress(kS0, exit.offset);
-    }
-    as_.MovImm32(kS1, number++);
-    as_.Jmp(context_.stubs->link);
+    as_.MovImm32(kS1, number);
+    as_.Jmp(exit.same_page ? context_.stubs->link_same : context_.stubs->link);
     as_.Patch(exit.distance, exit.thunk);
+    number += context_.exit_step;
   }
 }
 

@@ -83,33 +83,25 @@ void Translator::Check(unsigned number, unsigned at) {
   held_ = -1;
   GroupAddress(group, at);
   const auto span = static_cast<unsigned>(group.high - group.low);
-  const Site site = {.offset = unit_[at].offset,
+  const Site site = {.flags = static_cast<uint8_t>(Loaded() | (group.write ? Site::kWrite : 0) |
+                                                   (group.shared ? Site::kShared : 0)),
                      .count = static_cast<uint8_t>(group.last - at + 1),
-                     .vectors = vectors_checked_,
-                     .x87 = x87_checked_,
-                     .write = group.write,
-                     .span = static_cast<uint16_t>(span),
-                     .slot = group.slot,
+                     .group = static_cast<uint8_t>(number),
+                     .offset = unit_[at].offset,
                      .unit = unit_[0].offset,
-                     .shared = group.shared,
-                     .group = static_cast<uint8_t>(number)};
+                     .span = static_cast<uint16_t>(span),
+                     .slot = group.slot};
   if (group.polymorphic) {
     AskTlb(number, span);
-    cold_.back().site = site.Pack();
-    cold_.back().group = number;
-    cold_.back().at = at;
+    out_.cold.back().site = site;
+    out_.cold.back().at = static_cast<uint8_t>(at);
     if (group.first == at) held_ = static_cast<int>(number);
     return;
   }
   as_.Sub(kS0, SlotPage(group.slot));
   as_.CmpImm(kS0, static_cast<int32_t>(4096 - span));
   uint8_t* from = as_.Jcc(kCcA, as_.run());
-  cold_.push_back({.kind = Cold::kFill,
-                   .from = from,
-                   .back = as_.run(),
-                   .site = site.Pack(),
-                   .offset = 0,
-                   .target = nullptr});
+  out_.cold.push_back({.kind = Cold::kFill, .from = from, .back = as_.run(), .site = site});
 }
 
 // The TLB's answer to S1, and to memory for the group's other accesses.
@@ -134,12 +126,7 @@ void Translator::AskTlb(unsigned number, unsigned span) {
   uint8_t* from = as_.Jcc(kCcNe, as_.run());
   as_.Load(kS1, field(offsetof(TlbEntry, addend)));
   as_.Store(AddendOf(number), kS1);
-  cold_.push_back({.kind = Cold::kAsk,
-                   .from = from,
-                   .back = as_.run(),
-                   .site = 0,
-                   .offset = 0,
-                   .target = nullptr});
+  out_.cold.push_back({.kind = Cold::kAsk, .from = from, .back = as_.run()});
 }
 
 // The host's address of a checked access, in one of S0 and S1; the other is spoilt. The flags stay.

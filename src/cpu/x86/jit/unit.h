@@ -101,7 +101,7 @@ class Unit {
   UnitInsn& operator[](unsigned i) { return insns_[i]; }
   const UnitInsn& operator[](unsigned i) const { return insns_[i]; }
   unsigned end_offset() const { return end_; }  // behind the last instruction
-  bool crosses() const { return end_ > 4096; }   // then it is one instruction
+  bool crosses() const { return end_ > 4096; }  // then it is one instruction
   unsigned group_count() const { return group_count_; }
   AccessGroup& group(unsigned i) { return groups_[i]; }
   // Registers before instruction `i`.

@@ -100,7 +100,7 @@ void Fill(Cpu& cpu, Tlb::Class cls, uint64_t linear, const Mapping& mapping, con
   if (access == Access::kExecute) entry.execute = tag;
   if (access == Access::kRead && !breakpoint) entry.read = tag;
   if (access == Access::kWrite && write_ok && !breakpoint) entry.read = entry.write = tag;
-  if (linear >> 63 && !mapping.global) tlb.NoteUpperLocal();
+  if (linear >> 63 && !mapping.global) tlb.NoteUpperLocal(page);
   tlb.NoteLargePage(linear, mapping.page_shift);
 }
 

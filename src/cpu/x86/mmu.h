@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <iterator>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "cpu/x86/cpu.h"
@@ -38,7 +39,8 @@ struct TlbEntry {
 // Three classes of mode have tables of their own, so that CPL and AC changes flush nothing. Address
 // spaces (PCIDs) share the tables and are told apart by the id in the tags: a CR3 load is a new id,
 // not a flush. The upper half of the address space has an id of its own, which a CR3 load leaves
-// alone while all that was used there is global: a kernel's. Large pages fill 4 KiB entries.
+// alone: most of what a kernel has there is global, and the few pages that aren't are dropped one by
+// one. Large pages fill 4 KiB entries.
 class Tlb {
   // The tables of the present mode, and the id in their tags. Comes first: translated code reads
   // it.
@@ -80,6 +82,9 @@ class Tlb {
     virtual ~Follower() = default;
     virtual void DropAll() = 0;
     virtual void DropLowerHalf() = 0;
+    virtual void DropPage(uint64_t linear) = 0;  // of 4 KiB
+    // The lower half, and these pages of the upper one.
+    virtual void DropLowerHalfAnd(std::span<const uint64_t> pages) = 0;
     virtual void DropWrites(const uint8_t* host_page) = 0;
     virtual void DropAllWrites() = 0;
   };
@@ -116,7 +121,7 @@ class Tlb {
     return (linear & ~0x1fffffull) | uint64_t{walk_epoch_} << 12 | now_.asid[linear >> 63];
   }
   // There is an entry of the upper half that isn't global.
-  void NoteUpperLocal() { upper_local_ = true; }
+  void NoteUpperLocal(uint64_t linear);
 
   // Set by the engine.
   World* world = nullptr;
@@ -140,7 +145,9 @@ class Tlb {
   }
 
   uint64_t changes_ = 0;
-  bool upper_local_ = false;
+  // Pages of the upper half that aren't global; more: it is dropped as a whole.
+  uint64_t upper_local_[32];
+  unsigned upper_local_count_ = 0;
   TableEntry walked_[128];
   unsigned walk_epoch_ = 1;  // 9 bits
   Class data_class_ = kSupervisor;

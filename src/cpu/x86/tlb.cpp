@@ -26,17 +26,25 @@ uint16_t Tlb::NewAsid() {
     epoch_++;
     next_asid_ = 1;
     now_.asid[1] = next_asid_++;
-    upper_local_ = false;
+    upper_local_count_ = 0;
   }
   return next_asid_++;
 }
 
 void Tlb::SwitchTo(unsigned pcid, bool keep) {
   pcid_ = pcid;
-  if (upper_local_) {
-    upper_local_ = false;
+  if (upper_local_count_ > std::size(upper_local_)) {
+    upper_local_count_ = 0;
     now_.asid[1] = NewAsid();
     Tell(&Follower::DropAll);
+  } else if (upper_local_count_ > 0) {
+    const std::span<const uint64_t> pages(upper_local_, upper_local_count_);
+    for (const uint64_t page : pages) {
+      for (unsigned cls = 0; cls < kNever; cls++) entry(static_cast<Class>(cls), page) = {};
+    }
+    upper_local_count_ = 0;
+    changes_++;
+    if (follower) follower->DropLowerHalfAnd(pages);
   } else {
     Tell(&Follower::DropLowerHalf);
   }
@@ -48,9 +56,16 @@ void Tlb::SwitchTo(unsigned pcid, bool keep) {
   pcids_[pcid] = {epoch_, static_cast<uint16_t>(now_.asid[0])};
 }
 
+void Tlb::NoteUpperLocal(uint64_t linear) {
+  const size_t known = std::min<size_t>(upper_local_count_, std::size(upper_local_));
+  if (std::find(upper_local_, upper_local_ + known, linear) != upper_local_ + known) return;
+  if (upper_local_count_ < std::size(upper_local_)) upper_local_[upper_local_count_] = linear;
+  if (upper_local_count_ <= std::size(upper_local_)) upper_local_count_++;
+}
+
 void Tlb::FlushAll() {
   epoch_++;
-  upper_local_ = true;
+  upper_local_count_ = std::size(upper_local_) + 1;
   SwitchTo(pcid_, false);
 }
 
@@ -74,14 +89,16 @@ void Tlb::NoteLargePage(uint64_t linear, unsigned shift) {
 
 void Tlb::FlushPage(uint64_t linear) {
   if (++walk_epoch_ == 512) ForgetTables();
-  Tell(linear >> 63 ? &Follower::DropAll : &Follower::DropLowerHalf);
   unsigned shift = 12;
   if (large_2m_[(linear >> 27) % 64] >> ((linear >> 21) % 64) & 1) shift = 22;  // at least
   if (large_1g_[(linear >> 36) % 16] >> ((linear >> 30) % 64) & 1) shift = 30;
   if (shift == 12) {
+    changes_++;
+    if (follower) follower->DropPage(linear & ~0xfffull);
     for (unsigned cls = 0; cls < kNever; cls++) entry(static_cast<Class>(cls), linear) = {};
     return;
   }
+  Tell(linear >> 63 ? &Follower::DropAll : &Follower::DropLowerHalf);
   for (unsigned i = 0; i < kNever * kEntries; i++) {
     TlbEntry& e = tables_[i];
     uint64_t tag = e.read | e.write | e.execute;  // the same page in all that are not 0

@@ -128,6 +128,7 @@ class Assembler {
     at_ += 4;
     return at_ - 4;
   }
+  void IncDword(const HostMem& mem) { RegMem(k32, 0xff, 0, mem); }
   void Add(HostReg to, const HostMem& mem) { RegMem(k64, 0x03, to, mem); }
   void Sub(HostReg to, const HostMem& mem) { RegMem(k64, 0x2b, to, mem); }
   void Cmp(HostReg left, const HostMem& mem) { RegMem(k64, 0x3b, left, mem); }

@@ -22,6 +22,7 @@ constexpr uint32_t kNoExit = UINT32_MAX;
 // it may be running.
 struct Block {
   uint64_t key = 0;
+  Block* hash_next = nullptr;
   uint16_t mode = 0;
   uint16_t offset = 0;  // in its page
   uint16_t region = 0;
@@ -34,7 +35,6 @@ struct Block {
   uint32_t exit_count = 0, mark_count = 0, range_count = 0;
   uint32_t incoming = kNoExit;  // exits tied to it
   uint64_t digest = 0;          // of its ranges
-  Block* hash_next = nullptr;
 };
 
 // A page of guest code with units of one mode.
@@ -121,7 +121,7 @@ class BlockStore {
   }
   static unsigned RegionOf(const Block& block) { return block.region; }
   size_t Bucket(uint64_t key) const {
-    return (key * 0x9e3779b97f4a7c15 >> 20) & (buckets_.size() - 1);
+    return (key * 0x9e3779b97f4a7c15 >> 40) & (buckets_.size() - 1);
   }
 
   std::vector<Region> regions_;

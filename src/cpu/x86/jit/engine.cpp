@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "base/check.h"
 #include "cpu/x86/host_trap.h"
@@ -240,7 +241,7 @@ uint64_t Engine::OnFill(void* state, uint64_t address, uint64_t site) {
 
 uint64_t Engine::Fill(uint64_t address, const Site& site) {
   Cpu& c = cpu();
-  if (state_.misses[0][site.slot] == 0 && Polymorphic(site)) return Resume(site.offset);
+  if (state_.misses[0][site.slot] == 0 && Adapt(site)) return Resume(site.offset);
   const Access access = site.write() ? Access::kWrite : Access::kRead;
   if ((address & 0xfff) + site.span <= 4096 && mmu::TryMap(c, address, access)) {
     Tlb& tlb = *c.tlb;
@@ -274,19 +275,26 @@ const uint8_t* Engine::UnitCode(const Site& site) {
   return FetchCode(cpu(), state_.page + site.unit);
 }
 
-// After 256 misses of a slot: true if they came so fast that the unit is better off asking the TLB
-// there; then the unit is gone.
-bool Engine::Polymorphic(const Site& site) {
-  constexpr uint64_t kTicksAMiss = 1000;
+// After 256 misses of a slot. True if its unit is gone, to be made in another way.
+bool Engine::Adapt(const Site& site) {
+  // What a miss costs, in checks that ask the TLB.
+  constexpr uint32_t kMissCost = 12;
+  // Rarer ones come from slots that many places share, or from switches of address spaces.
+  constexpr uint64_t kTicksAMiss = 100000;
   state_.misses[0][site.slot] = 1;
-  const uint64_t now = __builtin_ia32_rdtsc();
-  const bool fast = now - since_[site.slot] < 256 * kTicksAMiss;
-  since_[site.slot] = now;
-  if (!fast) return false;
+  const uint64_t now = __builtin_ia32_rdtsc(), before = std::exchange(since_[site.slot], now);
+  if (now - before > 256 * kTicksAMiss) return false;
   const uint8_t* host = UnitCode(site);
   Block* block = host == nullptr ? nullptr : store_.Find(Key(host, running_mode_));
   if (block == nullptr) return false;
-  polymorphic_[Key(host, running_mode_)].set(site.group);
+  Adaptation& unit = adapted_[block->key];
+  if (unit.settled) return false;
+  for (size_t group = 0; group < unit.counting.size(); ++group) {
+    const uint16_t slot = unit.counting[group];
+    const uint32_t misses = slot == site.slot ? 256 : state_.misses[0][slot] - 1;
+    unit.polymorphic[group] = misses * kMissCost > state_.checks[0][slot];
+    unit.settled = true;
+  }
   Kill(block);
   return true;
 }
@@ -386,11 +394,14 @@ Block* Engine::Obtain(const uint8_t* host, uint16_t mode) {
   return block != nullptr ? block : Translate(host, mode, next, &built);
 }
 
-// The page that runs, or follows it, holds code of `page`.
+// The page that runs, or follows it, holds code of `page`. Stubs::enter_page does the same.
 void Engine::EnterPage(const CodePage& page, uint64_t linear) {
   uint64_t& entered = state_.code_pages[page.slot];
   if (entered == linear) return;
-  (linear >> 63 ? entered_upper_ : entered_lower_).push_back(page.slot);
+  const unsigned half = linear >> 63;
+  if (state_.entered_count[half] == kEntered) LeavePages(half);
+  state_.entered[half][state_.entered_count[half]++] = static_cast<uint16_t>(page.slot);
+  state_.entered_pages[(linear >> 12) % kEnteredHash] = 1;
   entered = linear;
 }
 
@@ -408,6 +419,7 @@ CodePage* Engine::PageOf(const uint8_t* host, uint16_t mode) {
     watched_.emplace(page->word, page.get());
     page->slot = free_code_slots_.back();
     free_code_slots_.pop_back();
+    state_.code_hosts[page->slot] = base;
   }
   return page.get();
 }
@@ -450,7 +462,8 @@ Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode) {
   BlockStore::Region& region = store_.region();
   memory_.Populate(region.used + kUnitRoom);
   Assembler as = memory_.At(region.used);
-  const auto known = polymorphic_.empty() ? polymorphic_.end() : polymorphic_.find(key);
+  const auto adapted = adapted_.empty() ? adapted_.end() : adapted_.find(key);
+  Adaptation* adaptation = adapted == adapted_.end() ? nullptr : &adapted->second;
   const TranslationContext where = {
       .stubs = &stubs_,
       .data_class = cls,
@@ -460,9 +473,19 @@ Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode) {
       .next_code_slot = next_page == nullptr ? 0 : next_page->slot,
       .first_exit = store_.NextExit(),
       .exit_step = store_.exit_step(),
-      .polymorphic = known == polymorphic_.end() ? std::bitset<128>{} : known->second,
+      .counts_checks = adaptation != nullptr && !adaptation->settled,
+      .polymorphic = adaptation == nullptr ? std::bitset<128>{} : adaptation->polymorphic,
       .pages = {.first = page->host, .next = next_page == nullptr ? nullptr : next_page->host}};
   const EntryPoints entries = Translator(unit_, as, where, buffers_).Run();
+  if (where.counts_checks) {
+    adaptation->counting.clear();
+    for (unsigned group = 0; group < unit_.group_count(); ++group) {
+      const uint16_t slot = unit_.group(group).slot;
+      adaptation->counting.push_back(slot);
+      state_.misses[0][slot] = 1;
+      state_.checks[0][slot] = 0;
+    }
+  }
   next_read_slot_[cls] = (next_read_slot_[cls] + buffers_.reads) % kWriteSlots;
   next_write_slot_[cls] = (next_write_slot_[cls] + buffers_.writes) % (kSlots - kWriteSlots);
   Block* block = store_.Add(buffers_, unit_.ranges());
@@ -550,6 +573,7 @@ void Engine::Drop(CodePage* page) {
     break;
   }
   state_.code_pages[page->slot] = kNoPage;
+  state_.code_hosts[page->slot] = nullptr;
   free_code_slots_.push_back(page->slot);
   pages_.erase(page->key);
 }
@@ -577,14 +601,14 @@ void Engine::Flush() {
   ++counters_.evictions;
   pages_.clear();
   watched_.clear();
-  entered_lower_.clear();
-  entered_upper_.clear();
+  LeavePages(0);
+  LeavePages(1);
   free_code_slots_.clear();
   for (unsigned i = kCodeSlots; i-- > 0;) free_code_slots_.push_back(i);
   std::fill_n(state_.code_pages, kCodeSlots, kNoPage);
   for (auto& table : state_.jumps) std::fill_n(table, kJumpEntries, Go(stubs_.dispatch));
   single_.clear();
-  polymorphic_.clear();
+  adapted_.clear();
   std::memset(state_.misses, 1, sizeof(state_.misses));
   const size_t begin = (stubs_end_ + 63) & ~size_t{63};
   store_.Reset(begin, memory_.size(), kUnitRoom);
@@ -608,24 +632,53 @@ void Engine::ClearSlots(unsigned cls) {
   }
 }
 
-void Engine::LeavePages(std::vector<unsigned>& entered) {
-  for (const unsigned slot : entered) state_.code_pages[slot] = kNoPage;
-  entered.clear();
+void Engine::LeavePages(unsigned half) {
+  for (unsigned i = 0; i < state_.entered_count[half]; ++i)
+    state_.code_pages[state_.entered[half][i]] = kNoPage;
+  state_.entered_count[half] = 0;
+  if (state_.entered_count[0] + state_.entered_count[1] == 0)
+    std::memset(state_.entered_pages, 0, sizeof(state_.entered_pages));
 }
 
 void Engine::DropAll() {
   ClearSlots(Tlb::kSupervisor);
   state_.lower_in_supervisor = 0;
-  LeavePages(entered_upper_);
+  LeavePages(1);
   DropLowerHalf();
 }
 
 void Engine::DropLowerHalf() {
+  ClearLowerSlots();
+  LeavePages(0);
+}
+
+// Slots are soon filled again from the TLB: to look for the few would take longer.
+void Engine::ClearLowerSlots() {
   ClearSlots(Tlb::kUser);
   ClearSlots(Tlb::kNoSmap);
   if (state_.lower_in_supervisor) ClearSlots(Tlb::kSupervisor);
   state_.lower_in_supervisor = 0;
-  LeavePages(entered_lower_);
+}
+
+void Engine::DropPage(uint64_t linear) {
+  if (linear >> 63) ClearSlots(Tlb::kSupervisor);
+  ClearLowerSlots();
+  LeavePage(linear);
+}
+
+void Engine::DropLowerHalfAnd(std::span<const uint64_t> pages) {
+  ClearSlots(Tlb::kSupervisor);
+  DropLowerHalf();
+  for (const uint64_t page : pages) LeavePage(page);
+}
+
+void Engine::LeavePage(uint64_t linear) {
+  if (!state_.entered_pages[(linear >> 12) % kEnteredHash]) return;
+  const unsigned half = linear >> 63;
+  for (unsigned i = 0; i < state_.entered_count[half]; ++i) {
+    uint64_t& entered = state_.code_pages[state_.entered[half][i]];
+    if (entered == linear) entered = kNoPage;
+  }
 }
 
 void Engine::DropWrites(const uint8_t* host_page) {

@@ -99,7 +99,7 @@ class Engine final : private Tlb::Follower {
   uint64_t Branched();
   uint64_t Undo(Branch branch);
   uint64_t Resume(uint16_t offset, Grouping grouping = Grouping::kShared);
-  bool Polymorphic(const Site& site);
+  bool Adapt(const Site& site);
   const uint8_t* UnitCode(const Site& site);
   void Entered(uint16_t mode);
   // As it is wanted at Cpu::rip.
@@ -118,10 +118,14 @@ class Engine final : private Tlb::Follower {
   void Drop(CodePage* page);
   CodePage* CurrentPage(const uint8_t* host, uint16_t mode);
   void ClearSlots(unsigned cls);
-  void LeavePages(std::vector<unsigned>& entered);
+  void ClearLowerSlots();
+  void LeavePages(unsigned half);
   // ---- Tlb::Follower
   void DropAll() override;
   void DropLowerHalf() override;
+  void DropPage(uint64_t linear) override;
+  void DropLowerHalfAnd(std::span<const uint64_t> pages) override;
+  void LeavePage(uint64_t linear);
   void DropWrites(const uint8_t* host_page) override;
   void DropAllWrites() override;
   uint16_t Mode() const;
@@ -138,11 +142,16 @@ class Engine final : private Tlb::Follower {
   std::unordered_map<uint64_t, std::unique_ptr<CodePage>> pages_;
   std::unordered_multimap<const uint32_t*, CodePage*> watched_;  // pages_ by watch
   Guarded<std::vector<const uint32_t*>> written_;
-  std::unordered_map<uint64_t, std::bitset<128>> polymorphic_;  // groups of blocks, by key
-  uint64_t since_[kClassCount * kSlots] =
-      {};                                // time stamp when a slot's misses were looked at last
+  // Units of which some access misses its slot again and again: first they are made to count how
+  // often each runs, then those that are better off asking the TLB do so.
+  struct Adaptation {
+    std::vector<uint16_t> counting;  // slots of its groups
+    bool settled = false;
+    std::bitset<128> polymorphic;
+  };
+  std::unordered_map<uint64_t, Adaptation> adapted_;  // by key
+  uint64_t since_[kClassCount * kSlots] = {};         // time stamp of a slot's last 256th miss
   std::unordered_set<uint64_t> single_;  // blocks whose accesses are checked one by one
-  std::vector<unsigned> entered_lower_, entered_upper_;  // code_pages in use
   std::vector<unsigned> free_code_slots_;
   uint16_t jump_modes_[kClassCount] = {};
   unsigned next_read_slot_[kClassCount] = {}, next_write_slot_[kClassCount] = {};

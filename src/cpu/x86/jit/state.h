@@ -31,7 +31,9 @@ constexpr unsigned kSlots = 4096;                 // a class
 constexpr unsigned kWriteSlots = kSlots * 5 / 8;  // from here on: for what writes, and nothing else
 constexpr unsigned kSlotChunkBits = 6;            // slots are cleared by chunks
 constexpr unsigned kSlotChunks = kSlots >> kSlotChunkBits;
-constexpr unsigned kCodeSlots = 8192;     // pages of translated code
+constexpr unsigned kCodeSlots = 8192;  // pages of translated code
+constexpr unsigned kEntered = 4096;    // a half
+constexpr unsigned kEnteredHash = 4096;
 constexpr unsigned kJumpEntries = 16384;  // a class
 
 // Owned by the vCPU's thread.
@@ -59,11 +61,18 @@ struct State {
 
   uint64_t asid[2] = {};  // as the TLB's tags have them: lower, upper half
   Slot slots[kClassCount][kSlots];
-  uint64_t addends[128] = {};           // of a unit's groups that ask the TLB, while it runs
-  uint8_t misses[kClassCount][kSlots];  // how often a slot was filled from the TLB, modulo 256
+  uint64_t addends[128] = {};            // of a unit's groups that ask the TLB, while it runs
+  uint8_t misses[kClassCount][kSlots];   // how often a slot was filled from the TLB, modulo 256
+  uint32_t checks[kClassCount][kSlots];  // how often it was asked, by units that count it
   // The linear page under which a page of code was last entered, 1 if none: it need not be checked
   // again until the address space changes.
   uint64_t code_pages[kCodeSlots];
+  const uint8_t* code_hosts[kCodeSlots];  // where the host has the page
+  // Those that were entered, of the lower and the upper half of the address space; and which linear
+  // pages that may be (hashed).
+  uint32_t entered_count[2] = {};
+  uint16_t entered[2][kEntered];
+  uint8_t entered_pages[kEnteredHash];
   // Where translated code for a target starts, or the stub that asks.
   uint64_t jumps[kClassCount][kJumpEntries];
   alignas(64) TlbEntry tlb[Tlb::kClassCount][Tlb::kEntries];

@@ -49,6 +49,10 @@ class StubEmitter {
     Jumped(targets_.interpret);
     stubs.dispatch = as_.run();
     Jumped(targets_.dispatch);
+    stubs.enter_page[0] = as_.run();
+    EnterPage(Tlb::kSupervisor, stubs.dispatch);
+    stubs.enter_page[1] = as_.run();
+    EnterPage(Tlb::kUser, stubs.dispatch);
     stubs.link = as_.run();
     Jumped(targets_.link);
     stubs.link_same = as_.run();
@@ -316,6 +320,62 @@ class StubEmitter {
     as_.PatchHere(often);
     for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
     Called(targets_.fill);
+  }
+  // As Engine::EnterPage, if the TLB knows the page.
+  void EnterPage(unsigned code_class, const uint8_t* dispatch) {
+    constexpr HostReg kSaved[] = {kRegAx, kRegCx, kRegDx, kRegBx};
+    for (HostReg reg : kSaved) as_.Byte(0x50 | reg);
+    const auto at_slot = [](size_t array) {
+      return HostMem{.index = kS1, .scale = 3, .disp = static_cast<int32_t>(array), .gs = true};
+    };
+    as_.RegReg(Assembler::k32, 0x8b, kRegAx, kS0);  // mov
+    Shift(Assembler::k32, 5, kRegAx, 12 - 5);
+    as_.RegReg(Assembler::k32, 0x81, 4, kRegAx);  // and
+    as_.Dword((Tlb::kEntries - 1) * sizeof(TlbEntry));
+    const auto entry = [code_class](size_t offset) {
+      const size_t table = offsetof(State, tlb) + code_class * sizeof(State::tlb[0]);
+      return HostMem{.base = kRegAx, .disp = static_cast<int32_t>(table + offset), .gs = true};
+    };
+    as_.Mov(kRegCx, kS0);  // the linear page
+    as_.RegReg(Assembler::k64, 0x81, 4, kRegCx);
+    as_.Dword(0xfffff000);
+    as_.Mov(kRegBx, kS0);  // the half
+    Shift(Assembler::k64, 5, kRegBx, 63);
+    as_.RegMem(Assembler::k64, 0x8b, kRegDx,
+               {.index = kRegBx, .scale = 3, .disp = offsetof(State, asid), .gs = true});
+    as_.RegReg(Assembler::k64, 0x0b, kRegDx, kRegCx);  // or
+    as_.Cmp(kRegDx, entry(offsetof(TlbEntry, execute)));
+    uint8_t* unknown = as_.Jcc(kCcNe, as_.run());
+    as_.Mov(kRegDx, kRegCx);
+    as_.Add(kRegDx, entry(offsetof(TlbEntry, addend)));
+    as_.Cmp(kRegDx, at_slot(offsetof(State, code_hosts)));
+    uint8_t* other = as_.Jcc(kCcNe, as_.run());
+    const HostMem count = {
+        .index = kRegBx, .scale = 2, .disp = offsetof(State, entered_count), .gs = true};
+    as_.RegMem(Assembler::k32, 0x8b, kRegDx, count);
+    as_.RegReg(Assembler::k32, 0x81, 7, kRegDx);  // cmp
+    as_.Dword(kEntered);
+    uint8_t* full = as_.Jcc(kCcAe, as_.run());
+    as_.RegMem(Assembler::k32, 0xff, 0, count);  // inc
+    static_assert(kEntered == 4096);
+    Shift(Assembler::k32, 4, kRegBx, 12);
+    as_.RegReg(Assembler::k32, 0x0b, kRegBx, kRegDx);  // or
+    as_.Byte(0x66);                                    // mov word
+    as_.RegMem(Assembler::k32, 0x89, kS1,
+               {.index = kRegBx, .scale = 1, .disp = offsetof(State, entered), .gs = true});
+    as_.Store(at_slot(offsetof(State, code_pages)), kRegCx);
+    Shift(Assembler::k32, 5, kRegCx, 12);
+    as_.RegReg(Assembler::k32, 0x81, 4, kRegCx);
+    as_.Dword(kEnteredHash - 1);
+    as_.StoreByte({.base = kRegCx, .disp = offsetof(State, entered_pages), .gs = true}, 1);
+    for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
+    as_.Ret();
+    as_.PatchHere(unknown);
+    as_.PatchHere(other);
+    as_.PatchHere(full);
+    for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
+    as_.Lea(kRegSp, {.base = kRegSp, .disp = 8});  // not back to the unit
+    as_.Jmp(dispatch);
   }
   void Shift(Assembler::Width width, unsigned digit, HostReg reg, unsigned count) {
     as_.RegReg(width, 0xc1, digit, reg);

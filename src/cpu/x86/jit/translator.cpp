@@ -61,7 +61,7 @@ void Translator::Entries() {
   entries_.checked = as_.run();
   as_.Lea(kS1, {.base = kS0, .disp = -int32_t{offset}});
   as_.Cmp(kS1, Gs(offsetof(State, code_pages) + context_.code_slot * 8));
-  as_.Jcc(kCcNe, context_.stubs->dispatch);
+  out_.cold.push_back({.kind = Cold::kEnter, .from = as_.Jcc(kCcNe, as_.run())});
   as_.Store(PageBase(), kS1);
   uint8_t* to_poll = nullptr;
   if (live) {

@@ -88,6 +88,7 @@ struct TranslationContext {
   unsigned code_slot = 0;                  // of State::code_pages
   unsigned next_code_slot = 0;             // ... of the next page, if the unit crosses into it
   uint32_t first_exit = 0, exit_step = 1;  // numbers of the unit's exits
+  bool counts_checks = false;              // State::checks
   std::bitset<128> polymorphic;            // groups whose page changes all the time
   Unit::Pages pages;
 };
@@ -102,7 +103,16 @@ class Translator {
 
  private:
   struct Cold {
-    enum Kind : uint8_t { kFill, kAsk, kVectors, kX87, kPollLoop, kExecute, kInterpret } kind;
+    enum Kind : uint8_t {
+      kFill,
+      kAsk,
+      kVectors,
+      kX87,
+      kPollLoop,
+      kExecute,
+      kInterpret,
+      kEnter
+    } kind;
     uint8_t* from;            // distance to patch
     uint8_t* back = nullptr;  // as it runs
     Site site = {};

@@ -179,6 +179,11 @@ void Translator::ColdPaths() {
         GroupAddress(unit_.group(cold.site.group), cold.at);
         CallFill(cold, context_.stubs->fill_at);
         break;
+      case Cold::kEnter:
+        as_.MovImm32(kS1, context_.code_slot);
+        as_.Call(context_.stubs->enter_page[context_.data_class == Tlb::kUser]);
+        as_.Jmp(entries_.checked);
+        break;
       case Cold::kVectors:
         as_.Call(context_.stubs->load_vectors);
         as_.Jmp(cold.back);

@@ -142,6 +142,7 @@ class OracleTest : public testing::Test {
     Comparison comparison(test, native, soft);
     comparison.Memory(native_.data(), soft_->data());
     if (!comparison.text().empty()) std::memcpy(soft_->data(), native_.data(), kDataSize);
+    host_alone_faulted_ = native.fault == kPF && soft.fault == kNoFault;
     return comparison.text();
   }
 
@@ -152,6 +153,7 @@ class OracleTest : public testing::Test {
   CaseGenerator generator_;
   NativeCpu native_;
   std::unique_ptr<CaseRunner> soft_;
+  bool host_alone_faulted_ = false;
 };
 
 void OracleTest::Everything(uint64_t slice) {
@@ -178,6 +180,12 @@ void OracleTest::Everything(uint64_t slice) {
     if (done % 65536 == 0) RandomMemory();
     const std::string text = Try(test);
     if (text.empty()) continue;
+    // A virtualised host under load may lose GS's base: a page fault of the host's that doesn't come
+    // back is no difference.
+    if (host_alone_faulted_ && Try(test).empty()) {
+      printf("The host faulted once, and not again: %s\n", text.c_str());
+      continue;
+    }
     ++differences;
     if (++failures[row.mnemonic] <= 2) {
       ADD_FAILURE() << row.mnemonic << " \"" << row.encoding << "\" "

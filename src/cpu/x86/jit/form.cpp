@@ -30,6 +30,9 @@ constexpr std::string_view kPureWrites[] = {"MOV",  "MOVZX",  "MOVSX",  "MOVSXD"
                                             "MULX", "PDEP",   "PEXT",   "RORX",   "SARX",  "SHLX",
                                             "SHRX", "POPCNT", "TZCNT",  "LZCNT"};
 constexpr std::string_view kReadOnly[] = {"CMP", "TEST", "BT", "MUL", "DIV", "IDIV", "FLDCW"};
+// Beside operands, or instead of them.
+constexpr std::string_view kAxDx[] = {"MUL", "IMUL",    "DIV",       "IDIV", "CBW",
+                                      "CWD", "CMPXCHG", "CMPXCHG8B", "LAHF", "CMPXCHG16B"};
 constexpr std::string_view kVariableCount[] = {"ROL", "ROR", "RCL",  "RCR", "SHL",
                                                "SHR", "SAR", "SHLD", "SHRD"};
 
@@ -68,10 +71,26 @@ Form FormOf(const Row& row) {
   return In(kCopied, name) ? Form::kCopy : Form::kInterpret;
 }
 
+Arithmetic ArithmeticOf(const Row& row) {
+  const std::string_view name = row.mnemonic;
+  if (name == "INC") return Arithmetic::kIncrement;
+  if (name == "DEC") return Arithmetic::kDecrement;
+  if (row.operand_count != 2) return Arithmetic::kOther;
+  if (name == "MOV") return Arithmetic::kMove;
+  if (row.operands[0].kind != OperandKind::kRm || row.operands[1].kind != OperandKind::kImm)
+    return Arithmetic::kOther;
+  return name == "ADD"   ? Arithmetic::kAddImmediate
+         : name == "SUB" ? Arithmetic::kSubImmediate
+                         : Arithmetic::kOther;
+}
+
 }  // namespace
 
-RowForm::RowForm(const Row& row) : form(FormOf(row)) {
+RowForm::RowForm(const Row& row) : form(FormOf(row)), arithmetic(ArithmeticOf(row)) {
   const std::string_view name = row.mnemonic;
+  results_in_ax_dx = In(kAxDx, name);
+  bit_of_string =
+      name.starts_with("BT") && row.operand_count == 2 && row.operands[1].kind == OperandKind::kReg;
   const bool native = (row.attributes & kNative) != 0;
   const VectorPlan& plan = VectorPlan::Of(row);
   const bool x87_waiting = (native && (plan.x87 || plan.mmx)) || In(kX87Waiting, name);

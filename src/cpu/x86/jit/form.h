@@ -27,6 +27,16 @@ enum class Form : uint8_t {
   kJcxz,
 };
 
+// What becomes of a register whose value was known up to a constant.
+enum class Arithmetic : uint8_t {
+  kOther,
+  kAddImmediate,
+  kSubImmediate,
+  kIncrement,
+  kDecrement,
+  kMove
+};
+
 // Immutable.
 struct RowForm {
   RowForm() = default;  // interpreted
@@ -42,7 +52,10 @@ struct RowForm {
   bool reads_first = true;    // ... and read
   bool writes_second = false;
   bool keeps_flags_sometimes = false;  // a count of 0 or an exception leaves the flags alone
-  int8_t memory_operand = -1;          // index of the operand that may be memory
+  Arithmetic arithmetic = Arithmetic::kOther;
+  bool results_in_ax_dx = false;  // that aren't among the operands
+  bool bit_of_string = false;     // BT and its like with a register: beside memory, any bit there
+  int8_t memory_operand = -1;     // index of the operand that may be memory
   // Which ModRM fields name general registers.
   bool reg_is_gpr = false, rm_is_gpr = false, vvvv_is_gpr = false;
 };

@@ -27,14 +27,14 @@ constexpr uint8_t kSlotClear = 0x80;
 // Data classes as in Tlb::Class: user, supervisor, supervisor with AC set. Code of each has slots
 // and a jump table of its own, so that CPL changes invalidate nothing.
 constexpr unsigned kClassCount = 3;
-constexpr unsigned kSlots = 4096;                 // a class
+constexpr unsigned kSlots = 16384;               // a class
 constexpr unsigned kWriteSlots = kSlots * 5 / 8;  // from here on: for what writes, and nothing else
 constexpr unsigned kSlotChunkBits = 6;            // slots are cleared by chunks
 constexpr unsigned kSlotChunks = kSlots >> kSlotChunkBits;
 constexpr unsigned kCodeSlots = 8192;  // pages of translated code
 constexpr unsigned kEntered = 4096;    // a half
 constexpr unsigned kEnteredHash = 4096;
-constexpr unsigned kJumpEntries = 16384;  // a class
+constexpr unsigned kJumpEntries = 65536;  // a class
 
 // Owned by the vCPU's thread.
 struct State {

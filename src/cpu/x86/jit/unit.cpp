@@ -1,7 +1,6 @@
 #include "cpu/x86/jit/unit.h"
 
 #include <algorithm>
-#include <string_view>
 
 #include "cpu/x86/interp/vector_plan.h"
 
@@ -26,8 +25,6 @@ uint16_t Tested(const UnitInsn& u) {
 uint16_t Killed(const UnitInsn& u) {
   return KeepsFlags(u) ? 0 : u.insn.row->flags.written() & kAllFlags;
 }
-
-bool Is(const UnitInsn& u, std::string_view name) { return name == u.insn.row->mnemonic; }
 
 bool InMemory(unsigned reg) { return reg == kR10 || reg == kR11 || reg == kR15; }
 
@@ -79,10 +76,7 @@ const RowForm* FormFor(const Insn& insn, UnitMode mode) {
     default:
       return &form;
   }
-  const std::string_view name = insn.row->mnemonic;
-  if (memory && insn.row->operand_count == 2 && name.starts_with("BT") &&
-      insn.row->operands[1].kind == OperandKind::kReg)
-    return &kInterpreted;  // the bit may be anywhere
+  if (memory && form.bit_of_string) return &kInterpreted;
   const bool high = (form.reg_is_gpr && insn.reg >= kHighByte) ||
                     (form.rm_is_gpr && !memory && insn.rm >= kHighByte);
   if (high) return HighByteFits(insn, form) ? &form : &kInterpreted;
@@ -133,6 +127,8 @@ Unit::Built Unit::Build(const DecodeContext& context, UnitMode mode, Pages pages
     if (status == DecodeStatus::kTruncated && count_ == 0) return Built::kNeedsNext;
     if (status != DecodeStatus::kOk) break;
     u.form = FormFor(u.insn, mode_);
+    u.tested = Tested(u);
+    u.killed = Killed(u);
     u.offset = static_cast<uint16_t>(offset);
     offset += u.insn.length;
     ++count_;
@@ -208,7 +204,7 @@ void Unit::Liveness() {
       if (Ends(u)) live = 0;
       live |= u.jump_to >= 0 ? insns_[static_cast<unsigned>(u.jump_to)].live_before : exits[i];
       u.live_after = live;
-      live = static_cast<uint16_t>((live & ~Killed(u)) | Tested(u));
+      live = static_cast<uint16_t>((live & ~u.killed) | u.tested);
       again |= live != u.live_before;
       u.live_before = live;
     }
@@ -335,19 +331,29 @@ void Unit::Update(const UnitInsn& u) {
   }
   const Row& row = *insn.row;
   const bool wide = insn.operand_size == 8 && !insn.has_memory();
-  if (wide && row.operands[0].kind == OperandKind::kRm && row.operand_count == 2 &&
-      (Is(u, "ADD") || Is(u, "SUB")) && row.operands[1].kind == OperandKind::kImm) {
-    now_[insn.rm].offset += Is(u, "ADD") ? insn.imm : -insn.imm;
-    return;
-  }
-  if (wide && (Is(u, "INC") || Is(u, "DEC"))) {
-    now_[insn.rm].offset += Is(u, "INC") ? 1 : -1;
-    return;
-  }
-  if (wide && Is(u, "MOV") && form.reg_is_gpr && form.rm_is_gpr) {
-    const bool to_rm = row.operands[0].kind == OperandKind::kRm;
-    now_[to_rm ? insn.rm : insn.reg] = now_[to_rm ? insn.reg : insn.rm];
-    return;
+  if (wide) {
+    switch (form.arithmetic) {
+      case Arithmetic::kAddImmediate:
+        now_[insn.rm].offset += insn.imm;
+        return;
+      case Arithmetic::kSubImmediate:
+        now_[insn.rm].offset -= insn.imm;
+        return;
+      case Arithmetic::kIncrement:
+        ++now_[insn.rm].offset;
+        return;
+      case Arithmetic::kDecrement:
+        --now_[insn.rm].offset;
+        return;
+      case Arithmetic::kMove: {
+        if (!form.reg_is_gpr || !form.rm_is_gpr) break;
+        const bool to_rm = row.operands[0].kind == OperandKind::kRm;
+        now_[to_rm ? insn.rm : insn.reg] = now_[to_rm ? insn.reg : insn.rm];
+        return;
+      }
+      case Arithmetic::kOther:
+        break;
+    }
   }
   for (unsigned i = 0; i < row.operand_count; ++i) {
     const bool written = (i == 0 && form.writes_first) || (i == 1 && form.writes_second);
@@ -369,10 +375,7 @@ void Unit::Update(const UnitInsn& u) {
         break;
     }
   }
-  // Implicit results: MUL, DIV, CWD, CMPXCHG, LAHF..., PCMPxSTRI.
-  static constexpr std::string_view kAxDx[] = {"MUL", "IMUL",    "DIV",       "IDIV", "CBW",
-                                               "CWD", "CMPXCHG", "CMPXCHG8B", "LAHF", "CMPXCHG16B"};
-  if (std::find(std::begin(kAxDx), std::end(kAxDx), row.mnemonic) != std::end(kAxDx)) {
+  if (form.results_in_ax_dx) {
     Fresh(kRax);
     Fresh(kRdx);
   }

@@ -14,7 +14,7 @@
 namespace kvartz::cpu::x86::jit {
 
 constexpr unsigned kMaxUnitInsns = 48;
-constexpr unsigned kMaxGroupSpan = 1024;
+constexpr unsigned kMaxGroupSpan = 512;
 
 // The value of a register as far as it is known: that of symbol `id`, plus an offset.
 struct Symbol {
@@ -54,10 +54,11 @@ struct AccessGroup {
 struct UnitInsn {
   Insn insn;
   const RowForm* form = nullptr;
-  uint16_t offset = 0;       // of its first byte within the page
-  MemoryAccess operand;      // ModRM's
-  MemoryAccess stack;        // of PUSH, POP, CALL, RET, LEAVE
-  uint16_t live_before = 0;  // status flags that are read before they are written
+  uint16_t offset = 0;              // of its first byte within the page
+  MemoryAccess operand;             // ModRM's
+  MemoryAccess stack;               // of PUSH, POP, CALL, RET, LEAVE
+  uint16_t tested = 0, killed = 0;  // status flags
+  uint16_t live_before = 0;         // status flags that are read before they are written
   uint16_t live_after = 0;
   int8_t jump_to = -1;  // a branch to an instruction of the unit: which
   bool label = false;   // ... and the target of one

@@ -21,7 +21,6 @@ constexpr uint64_t kPageMask = ~0xfffull;
 constexpr uint16_t kSingleAfter = 32;  // failures
 constexpr uint64_t kNoPage = 1;        // State::code_pages
 constexpr unsigned kIdleRechecks = 8;
-constexpr uint16_t kSingle = 64;  // with Mode(): accesses are checked one by one
 
 Engine& EngineOf(void* state) { return *static_cast<Engine*>(static_cast<State*>(state)->engine); }
 
@@ -78,19 +77,7 @@ Result<std::unique_ptr<Engine>> Engine::Create(State& state, const FeatureSet& f
 Engine::~Engine() { cpu().tlb->follower = nullptr; }
 
 bool Engine::Supports(const Cpu& cpu) {
-  return cpu.code_mode == CodeMode::k64 && (cpu.cpl == 0 || cpu.cpl == 3) &&
-         cpu.tlb->data_class() < kClassCount;
-}
-
-uint16_t Engine::Mode() const {
-  const Cpu& cpu = state_.cpu;
-  const bool busy = (cpu.cr0 & cr0::kTs) != 0;
-  const bool sse = !busy && !(cpu.cr0 & cr0::kEm) && (cpu.cr4 & cr4::kOsfxsr);
-  const bool avx = !busy && (cpu.cr4 & cr4::kOsxsave) && (cpu.xcr0 & 6) == 6;
-  // Without CR0.NE a pending exception does nothing.
-  const bool x87 = HostHasAvx() && (cpu.cr0 & (cr0::kTs | cr0::kEm | cr0::kNe)) == cr0::kNe;
-  return static_cast<uint16_t>((cpu.cpl == 3 ? 1 : 0) | cpu.tlb->data_class() << 1 | (sse ? 8 : 0) |
-                               (avx ? 16 : 0) | (x87 ? 32 : 0));
+  return Translatable(cpu);
 }
 
 void Engine::AttachThread() {
@@ -127,23 +114,22 @@ Engine::Block* Engine::Locate(Grouping grouping) {
   for (;;) {
     if (Requested(c) || !Supports(c)) return nullptr;
     c.insn_rip = c.rip;
-    const uint8_t* host = FetchCode(c, c.rip);
-    if (host != nullptr) {
+    const uint64_t linear = CodeLinear(c, c.rip);
+    const uint8_t* host = FetchCode(c, linear);
+    if (host != nullptr && CodePageFits(c, linear)) {
       const uint16_t mode = Mode();
-      const auto key = static_cast<uint16_t>(mode | (grouping == Grouping::kSingle ? kSingle : 0));
+      const auto key =
+          static_cast<uint16_t>(mode | (grouping == Grouping::kSingle ? mode::kSingle : 0));
       Block* block = Find(host, key);
       if (block == nullptr) block = Translate(host, key);
       if (block != nullptr) {
         const unsigned cls = c.tlb->data_class();
-        if (jump_modes_[cls] != mode) {
-          jump_modes_[cls] = mode;
-          std::fill_n(state_.jumps[cls], kJumpEntries, Go(stubs_.dispatch));
-        }
-        state_.page = c.rip & kPageMask;
+        SwitchTo(mode, cls);
+        state_.page = c.rip - (linear & 0xfff);
         block->page->rechecks = 0;
         uint64_t& entered = state_.code_pages[block->page->slot];
         if (entered != state_.page) {
-          (state_.page >> 63 ? entered_upper_ : entered_lower_).push_back(block->page->slot);
+          (linear >> 63 ? entered_upper_ : entered_lower_)[cls].push_back(block->page->slot);
           entered = state_.page;
         }
         if (grouping == Grouping::kShared) {
@@ -156,6 +142,21 @@ Engine::Block* Engine::Locate(Grouping grouping) {
     ++counters_.steps;
     StepInstruction(c);
   }
+}
+
+// Units of the class are of another mode from now on, or their code lies elsewhere in its segment:
+// those that the jump table still leads to say so in their checked entries.
+void Engine::SwitchTo(uint16_t mode, unsigned cls) {
+  const CodeSegment segment = CodeSegment::Of(cpu());
+  if (jump_modes_[cls] == mode && jump_segments_[cls] == segment) [[likely]]
+    return;
+  // Where segments are flat, slots hold neither the first page nor the last (translator_legacy.cpp).
+  constexpr uint16_t kRule = mode::kLegacy | mode::kFlat;
+  if (((jump_modes_[cls] ^ mode) & kRule) != 0) ClearSlots(cls);
+  jump_modes_[cls] = mode;
+  jump_segments_[cls] = segment;
+  LeavePages(entered_lower_[cls]);
+  LeavePages(entered_upper_[cls]);
 }
 
 // A unit of `mode` is about to run.
@@ -182,7 +183,7 @@ uint64_t Engine::Branched() {
   if (Requested(c) || !Supports(c)) return Go(stubs_.exit);
   const unsigned cls = c.tlb->data_class();
   const uint16_t mode = Mode();
-  if (jump_modes_[cls] != mode) return Dispatch();
+  if (jump_modes_[cls] != mode || jump_segments_[cls] != CodeSegment::Of(c)) return Dispatch();
   Entered(mode);
   GiveFlags();
   return state_.jumps[cls][JumpIndex(c.rip)];
@@ -267,7 +268,7 @@ uint64_t Engine::Fill(uint64_t address, Site site) {
 const uint8_t* Engine::UnitCode(const Site& site) {
   TakeFlags();
   cpu().rip = cpu().insn_rip = state_.page + site.offset;
-  return FetchCode(cpu(), state_.page + site.unit);
+  return FetchCode(cpu(), CodeLinear(cpu(), state_.page + site.unit));
 }
 
 // After 256 misses of a slot: true if they came so fast that the unit is better off asking the TLB
@@ -337,9 +338,10 @@ uint64_t Engine::Execute(uint64_t s0, const Insn& insn, bool ends) {
     // Is the rest of the unit still what comes next?
     const uint8_t* host;
     std::memcpy(&host, &insn + 1, sizeof(host));
-    if (next % kPageSize == 0) return Dispatch();
+    const uint64_t linear = CodeLinear(c, next);
+    if (linear % kPageSize == 0) return Dispatch();
     c.insn_rip = next;
-    if (FetchCode(c, next) != host) return Dispatch();
+    if (FetchCode(c, linear) != host) return Dispatch();
     Entered(running_mode_);
   }
   GiveFlags();
@@ -383,19 +385,12 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value) {
     if (Recheck(page) == nullptr) page = PageOf(host, mode);
   }
-  const DecodeContext context{.mode = CodeMode::k64,
-                              .protected_mode = true,
-                              .cpl = static_cast<uint8_t>((mode & 1) != 0 ? 3 : 0),
-                              .features = features_};
+  const DecodeContext context = DecodeContextOf(mode, features_);
   const uint64_t key = Key(host, mode);
   const Grouping grouping =
-      (mode & kSingle) != 0 || single_.contains(key) ? Grouping::kSingle : Grouping::kShared;
-  const UnitMode allowed{.sse = (mode & 8) != 0,
-                         .avx = (mode & 16) != 0,
-                         .x87 = (mode & 32) != 0,
-                         .supervisor = (mode & 1) == 0};
-  if (!unit_.Build(context, allowed, page->host, offset, grouping)) return nullptr;
-  const unsigned cls = mode >> 1 & 3;
+      (mode & mode::kSingle) != 0 || single_.contains(key) ? Grouping::kSingle : Grouping::kShared;
+  if (!unit_.Build(context, UnitModeOf(mode), page->host, offset, grouping)) return nullptr;
+  const unsigned cls = ClassOf(mode);
   memory_.Populate(used_ + kUnitRoom);
   Assembler as = memory_.At(used_);
   const auto known = polymorphic_.find(key);
@@ -424,6 +419,8 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   by_code_[block->code.checked] = block.get();
   ++counters_.units;
   counters_.unit_insns += unit_.count();
+  if ((mode & mode::kCode16) != 0) ++counters_.units16;
+  if ((mode & mode::kCode32) != 0) ++counters_.units32;
   Publish(*block);
   Block* result = block.get();
   blocks_[key] = std::move(block);
@@ -501,8 +498,10 @@ void Engine::Flush() {
   by_code_.clear();
   watched_.clear();
   exits_.clear();
-  entered_lower_.clear();
-  entered_upper_.clear();
+  for (unsigned cls = 0; cls < kClassCount; ++cls) {
+    entered_lower_[cls].clear();
+    entered_upper_[cls].clear();
+  }
   free_code_slots_.clear();
   for (unsigned i = kCodeSlots; i-- > 0;) free_code_slots_.push_back(i);
   std::fill_n(state_.code_pages, kCodeSlots, kNoPage);
@@ -532,7 +531,7 @@ void Engine::LeavePages(std::vector<unsigned>& entered) {
 void Engine::DropAll() {
   ClearSlots(Tlb::kSupervisor);
   state_.lower_in_supervisor = 0;
-  LeavePages(entered_upper_);
+  for (auto& entered : entered_upper_) LeavePages(entered);
   DropLowerHalf();
 }
 
@@ -541,7 +540,7 @@ void Engine::DropLowerHalf() {
   ClearSlots(Tlb::kNoSmap);
   if (state_.lower_in_supervisor) ClearSlots(Tlb::kSupervisor);
   state_.lower_in_supervisor = 0;
-  LeavePages(entered_lower_);
+  for (auto& entered : entered_lower_) LeavePages(entered);
 }
 
 void Engine::DropWrites(const uint8_t* host_page) {

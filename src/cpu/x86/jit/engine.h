@@ -20,6 +20,7 @@
 #include "cpu/accel.h"
 #include "cpu/x86/cpu.h"
 #include "cpu/x86/jit/code_memory.h"
+#include "cpu/x86/jit/mode.h"
 #include "cpu/x86/jit/perf_map.h"
 #include "cpu/x86/jit/state.h"
 #include "cpu/x86/jit/stubs.h"
@@ -39,6 +40,7 @@ struct Counters {
   uint64_t steps = 0;          // instructions interpreted outside of a unit
   uint64_t killed_units = 0, flushes = 0;  // code changed; code memory was full
   uint64_t traps = 0;                      // host exceptions that were the guest's
+  uint64_t units16 = 0, units32 = 0;       // of `units`: of 16-bit and of 32-bit code
 };
 
 // Owned by the vCPU's thread.
@@ -126,6 +128,7 @@ class Engine final : private Tlb::Follower {
   uint64_t Resume(uint16_t offset, Grouping grouping = Grouping::kShared);
   bool Polymorphic(const Site& site);
   const uint8_t* UnitCode(const Site& site);
+  void SwitchTo(uint16_t mode, unsigned cls);
   void Entered(uint16_t mode);
   Block* Find(const uint8_t* host, uint16_t mode);
   Block* Translate(const uint8_t* host, uint16_t mode);
@@ -140,10 +143,10 @@ class Engine final : private Tlb::Follower {
   void DropLowerHalf() override;
   void DropWrites(const uint8_t* host_page) override;
   void DropAllWrites() override;
-  uint16_t Mode() const;
+  uint16_t Mode() const { return ModeOf(state_.cpu); }
   Block* BlockAt(const uint8_t* run);
   static uint64_t Key(const uint8_t* host, uint16_t mode) {
-    return reinterpret_cast<uint64_t>(host) * 128 + mode;
+    return reinterpret_cast<uint64_t>(host) << 16 | mode;
   }
 
   State& state_;
@@ -162,9 +165,11 @@ class Engine final : private Tlb::Follower {
       {};                                // time stamp when a slot's misses were looked at last
   std::unordered_set<uint64_t> single_;  // blocks whose accesses are checked one by one
   std::vector<Exit> exits_;
-  std::vector<unsigned> entered_lower_, entered_upper_;  // code_pages in use
+  // code_pages in use, of the lower and of the upper half.
+  std::vector<unsigned> entered_lower_[kClassCount], entered_upper_[kClassCount];
   std::vector<unsigned> free_code_slots_;
   uint16_t jump_modes_[kClassCount] = {};
+  CodeSegment jump_segments_[kClassCount];
   unsigned next_slot_[kClassCount] = {};
   uint64_t seen_changes_ = 0;  // of the TLB, when a unit was entered last
   uint16_t running_mode_ = 0;
@@ -172,7 +177,7 @@ class Engine final : private Tlb::Follower {
     uint64_t key;
     Block* block;
   } quick_[1 << 14] = {};  // of blocks_
-  Quick& QuickAt(uint64_t key) { return quick_[(key >> 7 ^ key >> 19) % std::size(quick_)]; }
+  Quick& QuickAt(uint64_t key) { return quick_[(key >> 16 ^ key >> 28 ^ (key & 0xffff) >> 7) % std::size(quick_)]; }
   Unit unit_;
   Counters counters_;
 };

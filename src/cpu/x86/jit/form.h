@@ -25,7 +25,12 @@ enum class Form : uint8_t {
   kJump,
   kJcc,
   kJcxz,
+  kLoop,
 };
+// A direct branch that may not be taken.
+constexpr bool IsConditional(Form form) {
+  return form == Form::kJcc || form == Form::kJcxz || form == Form::kLoop;
+}
 
 // Immutable.
 struct RowForm {

@@ -27,6 +27,8 @@ constexpr CounterRow kRows[] = {
      "their code changed, or how their accesses are checked"},
     {&Counters::flushes, "flushes", "all units dropped: code memory full, RAM or ROM moved"},
     {&Counters::traps, "host exceptions", "that were the guest's: #DE, #GP, #MF, #XM"},
+    {&Counters::units16, "16-bit units translated", "of those translated"},
+    {&Counters::units32, "32-bit units translated", "of those translated"},
 };
 static_assert(sizeof(Counters) == std::size(kRows) * sizeof(uint64_t), "a row for each counter");
 

@@ -164,6 +164,10 @@ void Translator::KeepX87Pointers(const UnitInsn& u) {
   as_.StoreDword(Gs(offsetof(State, x87_offset)), opcode << 16 | u.offset);
   if (!insn.has_memory()) return;
   const HostMem to = Gs(offsetof(State, x87_address));
+  if (unit_.mode().legacy()) {
+    LegacyEffective(kS1, insn);
+    return as_.Store(to, kS1);
+  }
   HostMem address{.disp = static_cast<int32_t>(insn.disp)};
   if (insn.base == kBaseRip) {
     as_.Load(kS1, PageBase());
@@ -188,6 +192,7 @@ void Translator::KeepX87Pointers(const UnitInsn& u) {
 
 void Translator::Instruction(unsigned i) {
   const UnitInsn& u = unit_[i];
+  if (Legacy(u)) return;
   switch (u.form->form) {
     case Form::kInterpret:
       return Interpret(u);
@@ -219,6 +224,7 @@ void Translator::Instruction(unsigned i) {
       return Jump(u);
     case Form::kJcc:
     case Form::kJcxz:
+    case Form::kLoop:
       return Conditional(u);
   }
 }
@@ -301,6 +307,7 @@ void Translator::PushFlags(const UnitInsn& u) {
   as_.Dword(~(status | static_cast<uint32_t>(rflags::kVm | rflags::kRf)));
   as_.RegReg(Assembler::k64, 0x0b, kS1, kS0);  // or
   Mark(u);
+  if (unit_.mode().legacy()) return PushRegister(u, kS1);
   as_.Store(StackAt(u.stack, kGuestSp, -8), kS1);
   as_.Lea(kGuestSp, {.base = kGuestSp, .disp = -8});
 }

@@ -123,6 +123,7 @@ class Translator {
     size_t exit;
     int64_t target;  // from the page's start
     bool saved;      // flags
+    const UnitInsn* branch;
   };
 
   void Mark(const UnitInsn& u);
@@ -152,6 +153,38 @@ class Translator {
   void Conditional(const UnitInsn& u);
   void ColdPaths();
   void Thunks();
+
+  // Of 16-bit and 32-bit code (translator_legacy.cpp).
+  bool Legacy(const UnitInsn& u);
+  void Lea32(HostReg to, const HostMem& mem);
+  void Load32(HostReg to, const HostMem& mem);
+  void Truncate16(HostReg reg);
+  void LoadSized(HostReg to, const HostMem& mem, unsigned size);
+  void StoreSized(const HostMem& mem, HostReg from, unsigned size);
+  void MovSized(HostReg to, HostReg from, unsigned size);
+  void LegacyEffective(HostReg to, const Insn& insn);
+  void LegacyOffset(const AccessGroup& group, unsigned at);
+  void AddSegmentBase(const AddressKey& key);
+  void LegacyCheck(const AccessGroup& group, unsigned at, const Site& site);
+  void LegacyBeforeFill(uint64_t site);
+  bool Plain(const MemoryAccess& access) const;
+  HostMem LegacyMap(const UnitInsn& u, const MemoryAccess& access);
+  HostMem LegacyStack(const MemoryAccess& access, HostReg base, int32_t disp);
+  void SetStackPointer(HostReg from, int32_t by);
+  void PushRegister(const UnitInsn& u, HostReg from);
+  void LegacyPush(const UnitInsn& u);
+  void LegacyPop(const UnitInsn& u);
+  void LegacyLeave(const UnitInsn& u);
+  void LegacyLea(const UnitInsn& u);
+  void LegacyMoveFromSegment(const UnitInsn& u);
+  void LegacyTarget(const UnitInsn& u, int64_t page_offset);
+  void CheckCodeLimit(const UnitInsn& u);
+  void LegacyPushReturn(const UnitInsn& u);
+  void LegacyLoadTarget(const UnitInsn& u);
+  void LegacyCall(const UnitInsn& u);
+  void LegacyReturn(const UnitInsn& u);
+  void LegacyCrossPage(const UnitInsn& u, int64_t target);
+  uint8_t* CounterBranch(const UnitInsn& u);
 
   // Flags.
   void SaveFlags();

@@ -113,12 +113,25 @@ void Translator::Return(const UnitInsn& u) {
 
 void Translator::Jump(const UnitInsn& u) {
   Mark(u);
+  const bool legacy = unit_.mode().legacy();
   if (u.form->memory_operand >= 0) {
+    if (legacy) {
+      if (!saved_flags_) SaveFlags();
+      LegacyLoadTarget(u);
+      CheckCodeLimit(u);
+      return Indirect(u, 0);
+    }
     LoadTarget(u);
     return Indirect(u, 0);
   }
   const int64_t target = int64_t{u.offset} + u.insn.length + u.insn.imm;
-  if (target < 0 || target >= 4096) return CrossPage(target);
+  if (unit_.NearTarget(u) < 0) {
+    if (!legacy) return CrossPage(target);
+    if (!saved_flags_) SaveFlags();
+    LegacyTarget(u, target);
+    CheckCodeLimit(u);
+    return LegacyCrossPage(u, target);
+  }
   if (u.live_after != 0) NeedFlags();
   uint8_t* branch = as_.Jmp(as_.run());
   if (u.jump_to < 0) return LeaveTo(branch, target);
@@ -138,10 +151,8 @@ void Translator::Jump(const UnitInsn& u) {
 void Translator::Conditional(const UnitInsn& u) {
   if (u.insn.row->flags.tested != 0 || u.live_after != 0) NeedFlags();
   uint8_t* branch;
-  if (u.form->form == Form::kJcxz) {
-    as_.Byte(0xe3), as_.Byte(2);  // over the next jump
-    as_.Byte(0xeb), as_.Byte(5);  // over the one after
-    branch = as_.Jmp(as_.run());
+  if (u.form->form != Form::kJcc) {
+    branch = CounterBranch(u);
   } else {
     branch = as_.Jcc(u.insn.opcode & 15, as_.run());
   }
@@ -159,10 +170,10 @@ void Translator::Conditional(const UnitInsn& u) {
     }
     return Internal(branch, to);
   }
-  if (target >= 0 && target < 4096) return LeaveTo(branch, target);
+  if (unit_.NearTarget(u) >= 0) return LeaveTo(branch, target);
   // Another page: through a cold jump with the target at hand.
   out_.exits.push_back({.distance = branch, .thunk = nullptr, .same_page = false, .offset = 1});
-  far_.push_back({out_.exits.size() - 1, target, saved_flags_});
+  far_.push_back({out_.exits.size() - 1, target, saved_flags_, &u});
 }
 
 // ---- behind the code
@@ -173,7 +184,12 @@ void Translator::ColdPaths() {
     ExitSite& exit = out_.exits[far.exit];
     as_.PatchHere(exit.distance);
     if (!far.saved) SaveFlags();
-    PageAddress(kS0, far.target);
+    if (unit_.mode().legacy()) {
+      LegacyTarget(*far.branch, far.target);
+      CheckCodeLimit(*far.branch);
+    } else {
+      PageAddress(kS0, far.target);
+    }
     exit.distance = as_.Jmp(as_.run());
     exit.offset = 0;
   }
@@ -182,12 +198,14 @@ void Translator::ColdPaths() {
     switch (cold.kind) {
       case Cold::kFill:
         as_.Add(kS0, SlotPage(Site::Unpack(cold.site).slot));
+        if (unit_.mode().legacy()) LegacyBeforeFill(cold.site);
         as_.MovImm64(kS1, cold.site);
         as_.Call(context_.stubs->fill);
         as_.Jmp(cold.back);
         break;
       case Cold::kAsk:
         GroupAddress(unit_.group(cold.group), cold.at);
+        if (unit_.mode().legacy()) LegacyBeforeFill(cold.site);
         as_.MovImm64(kS1, cold.site);
         as_.Call(context_.stubs->fill);
         as_.Load(kS1, Gs(offsetof(State, slots) + unit_.group(cold.group).slot * sizeof(Slot) +

@@ -49,17 +49,24 @@ bool HighByteFits(const Insn& insn, const RowForm& form) {
          plain(form.rm_is_gpr, insn.rm, rm_first ? 0 : 1) && !form.vvvv_is_gpr;
 }
 
+const RowForm& Interpreted() {
+  static const RowForm form;
+  return form;
+}
+
 // The row's form, or the interpreter's for the few shapes that it doesn't cover.
 const RowForm* FormFor(const Insn& insn, UnitMode mode) {
-  static const RowForm kInterpreted;
+  const RowForm& kInterpreted = Interpreted();
   const RowForm& form = RowForm::Of(*insn.row);
   if (form.form == Form::kInterpret || form.form == Form::kNothing) return &form;
-  if ((insn.flags & kHas67) != 0) return &kInterpreted;
+  if ((insn.flags & kHas67) != 0 && !mode.legacy()) return &kInterpreted;
   if (form.vector && !(insn.row->vex ? mode.avx : mode.sse)) return &kInterpreted;
   const bool memory = insn.has_memory();
   if (form.x87 && !mode.x87) return &kInterpreted;
   // CVTPI2PS with a memory operand leaves the x87 unit alone, or some hosts don't.
   if (form.x87 && memory && VectorPlan::Of(*insn.row).mmx_in_rm) return &kInterpreted;
+  if (mode.legacy() && form.form != Form::kCopy)
+    return LegacyFits(insn, form, mode) ? &form : &kInterpreted;
   switch (form.form) {
     case Form::kPop:
       return memory || insn.operand_size != 8 ? &kInterpreted : &form;
@@ -80,6 +87,7 @@ const RowForm* FormFor(const Insn& insn, UnitMode mode) {
       return &form;
   }
   const std::string_view name = insn.row->mnemonic;
+  if (mode.legacy() && name.starts_with("VZERO")) return &kInterpreted;  // of the lower 8 registers
   if (memory && insn.row->operand_count == 2 && name.starts_with("BT") &&
       insn.row->operands[1].kind == OperandKind::kReg)
     return &kInterpreted;  // the bit may be anywhere
@@ -120,9 +128,12 @@ bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* pag
     UnitInsn& u = insns_[count_];
     u = UnitInsn{};
     const size_t room = std::min<size_t>(4096 - offset, 15);
-    if (Decode(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
+    if (DecodeForUnit(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
     u.form = FormFor(u.insn, mode_);
     u.offset = static_cast<uint16_t>(offset);
+    // If its target may be out of CS, the count must not have changed yet.
+    if (u.form->form == Form::kLoop && !mode_.code_flat && NearTarget(u) < 0)
+      u.form = &Interpreted();
     offset += u.insn.length;
     ++count_;
     if (Ends(u)) break;
@@ -140,10 +151,10 @@ bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* pag
 void Unit::FindLabels() {
   for (unsigned i = 0; i < count_; ++i) {
     UnitInsn& u = insns_[i];
-    const bool direct = u.form->form == Form::kJcc || u.form->form == Form::kJcxz ||
+    const bool direct = IsConditional(u.form->form) ||
                         (u.form->form == Form::kJump && u.form->memory_operand < 0);
     if (!direct) continue;
-    const int64_t target = TargetInPage(u);
+    const int64_t target = NearTarget(u);
     for (unsigned j = 0; j < count_; ++j) {
       if (insns_[j].offset != target) continue;
       u.jump_to = static_cast<int8_t>(j);
@@ -161,13 +172,13 @@ uint16_t Unit::LiveAt(unsigned offset) {
   UnitInsn u;
   for (unsigned n = 0; n < kPeekInsns && offset < 4096; ++n) {
     const size_t room = std::min<size_t>(4096 - offset, 15);
-    if (Decode(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
+    if (DecodeForUnit(context_, {page_ + offset, room}, &u.insn) != DecodeStatus::kOk) break;
     u.form = FormFor(u.insn, mode_);
     ranges_.back().size = static_cast<uint16_t>(ranges_.back().size + u.insn.length);
     live |= static_cast<uint16_t>(open & Tested(u));
     open &= static_cast<uint16_t>(~Killed(u));
     if (open == 0 || live == kAllFlags) return live;
-    if (Ends(u) || u.form->form == Form::kJcc || u.form->form == Form::kJcxz) break;
+    if (Ends(u) || IsConditional(u.form->form)) break;
     offset += u.insn.length;
   }
   return live | open;
@@ -179,9 +190,9 @@ void Unit::Liveness() {
     const UnitInsn& u = insns_[i];
     const Form form = u.form->form;
     if (u.jump_to >= 0) continue;
-    if (form == Form::kJcc || form == Form::kJcxz ||
+    if (IsConditional(form) ||
         (form == Form::kJump && !u.insn.has_memory() && u.form->memory_operand < 0)) {
-      const int64_t target = TargetInPage(u);
+      const int64_t target = NearTarget(u);
       exits[i] = target < 0 ? kAllFlags : LiveAt(static_cast<unsigned>(target));
     } else if (Ends(u)) {
       exits[i] = kAllFlags;
@@ -227,7 +238,7 @@ void Unit::Accesses() {
     }
     Update(u);
     // A write behind a side exit must not be asked for before it: perhaps it never comes.
-    if (u.form->form == Form::kJcc || u.form->form == Form::kJcxz) {
+    if (IsConditional(u.form->form)) {
       for (unsigned g = first_open_; g < group_count_; ++g) {
         if (!groups_[g].write) groups_[g].last |= 0x80;  // closed for writes
       }
@@ -248,6 +259,7 @@ void Unit::Address(UnitInsn& u) {
   if (u.form->form == Form::kPop) access.write = true;
   access.offset = insn.disp;
   if (insn.segment >= kFs) access.key.segment = insn.segment;
+  if (mode_.legacy()) LegacyKey(&access.key, insn.segment, insn.address_size);
   if (insn.base == kBaseRip) {
     access.key.rip = true;
     access.offset += u.offset + insn.length;
@@ -263,18 +275,20 @@ void Unit::Address(UnitInsn& u) {
 }
 
 void Unit::Stack(UnitInsn& u) {
+  const uint16_t size = mode_.legacy() ? u.insn.operand_size : 8;
   const auto at = [&](unsigned reg, int64_t offset, bool write) {
     u.stack = {.present = true,
                .write = write,
-               .size = 8,
+               .size = size,
                .offset = now_[reg].offset + offset,
                .key = {.base = now_[reg].id}};
+    if (mode_.legacy()) LegacyKey(&u.stack.key, kSs, mode_.stack_size);
   };
   switch (u.form->form) {
     case Form::kPush:
     case Form::kPushFlags:
     case Form::kCall:
-      at(kRsp, -8, true);
+      at(kRsp, -int64_t{size}, true);
       break;
     case Form::kPop:
     case Form::kReturn:
@@ -292,23 +306,28 @@ void Unit::Stack(UnitInsn& u) {
 void Unit::Update(const UnitInsn& u) {
   const Insn& insn = u.insn;
   const RowForm& form = *u.form;
+  const unsigned full = mode_.legacy() ? 4 : 8;  // a whole register
+  const int64_t slot = mode_.legacy() ? insn.operand_size : 8;
   switch (form.form) {
     case Form::kPush:
     case Form::kPushFlags:
-      now_[kRsp].offset -= 8;
-      return;
+      return MoveStackPointer(-slot);
+    case Form::kLoop:
+      return Fresh(kRcx);
     case Form::kMoveFromSegment:
       return Fresh(insn.rm);
     case Form::kPop:
-      now_[kRsp].offset += 8;
+      MoveStackPointer(slot);
       if (!insn.has_memory()) Fresh(form.memory_operand >= 0 ? insn.rm : insn.reg);
       return;
     case Form::kLeave:
-      now_[kRsp] = {now_[kRbp].id, now_[kRbp].offset + 8};
+      now_[kRsp] = now_[kRbp];
+      MoveStackPointer(slot);
       Fresh(kRbp);
       return;
     case Form::kLea:
-      if (insn.operand_size == 8 && insn.base < 16 && insn.index == kNoRegister) {
+      if (insn.operand_size == full && insn.address_size == full && insn.base < 16 &&
+          insn.index == kNoRegister) {
         now_[insn.reg] = {now_[insn.base].id, now_[insn.base].offset + insn.disp};
       } else {
         Fresh(insn.reg);
@@ -323,7 +342,7 @@ void Unit::Update(const UnitInsn& u) {
       return;
   }
   const Row& row = *insn.row;
-  const bool wide = insn.operand_size == 8 && !insn.has_memory();
+  const bool wide = insn.operand_size == full && !insn.has_memory();
   if (wide && row.operands[0].kind == OperandKind::kRm && row.operand_count == 2 &&
       (Is(u, "ADD") || Is(u, "SUB")) && row.operands[1].kind == OperandKind::kImm) {
     now_[insn.rm].offset += Is(u, "ADD") ? insn.imm : -insn.imm;
@@ -419,7 +438,7 @@ void Unit::PlaceChecks() {
           group.first - at > 12)
         break;
       const Form before = insns_[at - 1].form->form;
-      if (group.write && (before == Form::kJcc || before == Form::kJcxz)) break;
+      if (group.write && (IsConditional(before))) break;
     }
   }
 }

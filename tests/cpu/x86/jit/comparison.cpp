@@ -99,7 +99,7 @@ class Comparison {
 
 // Which status flags have a defined value at the end.
 uint64_t DefinedFlags(const Image& image, const End& end) {
-  const bool fault = end.vector != -1 && end.vector != kEndVector;
+  const bool fault = end.triple_fault || (end.vector != -1 && end.vector != kEndVector);
   if (fault && !kCompareFaultFlags) return 0;
   uint64_t undefined = 0;
   for (const Image::Line& line : image.lines) {

@@ -260,21 +260,24 @@ void ProgramBoard::ReadFrame(End* end) {
   const Cpu& cpu = guest_.board.cpu();
   const bool real = !cpu.protected_mode();
   const unsigned width = real ? 2 : guest_.IsLong() ? 8 : 4;
-  uint64_t sp = real ? (cpu.gpr[kRsp] & 0xffff) + cpu.seg[kSs].base
-                     : cpu.gpr[kRsp] + (guest_.IsLong() ? 0 : cpu.seg[kSs].base);
-  if (!guest_.IsLong()) sp = static_cast<uint32_t>(sp);
-  sp &= ~kHighHalf;
-  TranslateStack(&sp);
+  uint64_t sp = cpu.gpr[kRsp];
+  const auto at = [&] {
+    uint64_t address = real               ? (sp & 0xffff) + cpu.seg[kSs].base
+                       : guest_.IsLong() ? sp & ~kHighHalf
+                                         : static_cast<uint32_t>(sp + cpu.seg[kSs].base);
+    TranslateStack(&address);
+    return guest_.at(address);
+  };
   const auto pop = [&] {
     uint64_t value = 0;
-    std::memcpy(&value, guest_.at(sp), width);
+    std::memcpy(&value, at(), width);
     sp += width;
     return value;
   };
   if (!real && HasError(end->vector)) end->error = static_cast<uint32_t>(pop());
   end->rip = pop();
   end->cs = static_cast<uint16_t>(pop());
-  uint8_t* flags = guest_.at(sp);
+  uint8_t* flags = at();
   end->rflags = pop();
   end->rsp = cpu.gpr[kRsp];
   if (guest_.IsLong() || (cpl_ != 0 && !real)) {

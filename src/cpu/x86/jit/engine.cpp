@@ -76,9 +76,7 @@ Result<std::unique_ptr<Engine>> Engine::Create(State& state, const FeatureSet& f
 
 Engine::~Engine() { cpu().tlb->follower = nullptr; }
 
-bool Engine::Supports(const Cpu& cpu) {
-  return Translatable(cpu);
-}
+bool Engine::Supports(const Cpu& cpu) { return Translatable(cpu); }
 
 void Engine::AttachThread() {
   syscall(SYS_arch_prctl, ARCH_SET_GS, &state_);
@@ -150,7 +148,8 @@ void Engine::SwitchTo(uint16_t mode, unsigned cls) {
   const CodeSegment segment = CodeSegment::Of(cpu());
   if (jump_modes_[cls] == mode && jump_segments_[cls] == segment) [[likely]]
     return;
-  // Where segments are flat, slots hold neither the first page nor the last (translator_legacy.cpp).
+  // Where segments are flat, slots hold neither the first page nor the last
+  // (translator_legacy.cpp).
   constexpr uint16_t kRule = mode::kLegacy | mode::kFlat;
   if (((jump_modes_[cls] ^ mode) & kRule) != 0) ClearSlots(cls);
   jump_modes_[cls] = mode;

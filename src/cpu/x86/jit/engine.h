@@ -177,7 +177,9 @@ class Engine final : private Tlb::Follower {
     uint64_t key;
     Block* block;
   } quick_[1 << 14] = {};  // of blocks_
-  Quick& QuickAt(uint64_t key) { return quick_[(key >> 16 ^ key >> 28 ^ (key & 0xffff) >> 7) % std::size(quick_)]; }
+  Quick& QuickAt(uint64_t key) {
+    return quick_[(key >> 16 ^ key >> 28 ^ (key & 0xffff) >> 7) % std::size(quick_)];
+  }
   Unit unit_;
   Counters counters_;
 };

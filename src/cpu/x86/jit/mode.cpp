@@ -37,9 +37,8 @@ uint16_t ModeOf(const Cpu& cpu) {
   // Without CR0.NE a pending exception does nothing.
   const bool x87 = HostHasAvx() && (cpu.cr0 & (cr0::kTs | cr0::kEm | cr0::kNe)) == cr0::kNe;
   return static_cast<uint16_t>((cpu.cpl == 3 ? mode::kUser : 0) |
-                               cpu.tlb->data_class() << mode::kClassShift |
-                               (sse ? mode::kSse : 0) | (avx ? mode::kAvx : 0) |
-                               (x87 ? mode::kX87 : 0) |
+                               cpu.tlb->data_class() << mode::kClassShift | (sse ? mode::kSse : 0) |
+                               (avx ? mode::kAvx : 0) | (x87 ? mode::kX87 : 0) |
                                (cpu.code_mode == CodeMode::k64 ? 0 : Legacy(cpu)));
 }
 

@@ -1,4 +1,5 @@
-// What a unit's code depends on besides its bytes, as a number: part of the key that it is found by.
+// What a unit's code depends on besides its bytes, as a number: part of the key that it is found
+// by.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@
 namespace kvartz::cpu::x86::jit {
 
 namespace mode {
-constexpr uint16_t kUser = 1;  // CPL 3
+constexpr uint16_t kUser = 1;        // CPL 3
 constexpr unsigned kClassShift = 1;  // Tlb::Class of data accesses: two bits
 constexpr uint16_t kSse = 8, kAvx = 0x10, kX87 = 0x20;
 constexpr uint16_t kSingle = 0x40;  // accesses are checked one by one

@@ -154,7 +154,8 @@ void Translator::NeedX87(const UnitInsn& u) {
 // After an x87 instruction: what FIP, FOP and FDP hold from now on. S0 and S1 are spoilt.
 void Translator::KeepX87Pointers(const UnitInsn& u) {
   const Insn& insn = u.insn;
-  if (!x87_page_kept_) {
+  // A reload splits the pointer at a multiple of 4096, which is no page's start where CS isn't.
+  if (!x87_page_kept_ || !unit_.mode().code_aligned) {
     as_.Load(kS1, PageBase());
     as_.Store(Gs(offsetof(State, x87_page)), kS1);
     x87_page_kept_ = true;

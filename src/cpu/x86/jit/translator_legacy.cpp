@@ -38,7 +38,9 @@ void Translator::Lea32(HostReg to, const HostMem& mem) {
   as_.RegMem(Assembler::k32, 0x8d, to, mem);
 }
 
-void Translator::Load32(HostReg to, const HostMem& mem) { as_.RegMem(Assembler::k32, 0x8b, to, mem); }
+void Translator::Load32(HostReg to, const HostMem& mem) {
+  as_.RegMem(Assembler::k32, 0x8b, to, mem);
+}
 
 void Translator::Truncate16(HostReg reg) { as_.RegReg(Assembler::k32, 0xb70f, reg, reg); }
 

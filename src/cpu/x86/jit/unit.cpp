@@ -151,8 +151,8 @@ bool Unit::Build(const DecodeContext& context, UnitMode mode, const uint8_t* pag
 void Unit::FindLabels() {
   for (unsigned i = 0; i < count_; ++i) {
     UnitInsn& u = insns_[i];
-    const bool direct = IsConditional(u.form->form) ||
-                        (u.form->form == Form::kJump && u.form->memory_operand < 0);
+    const bool direct =
+        IsConditional(u.form->form) || (u.form->form == Form::kJump && u.form->memory_operand < 0);
     if (!direct) continue;
     const int64_t target = NearTarget(u);
     for (unsigned j = 0; j < count_; ++j) {

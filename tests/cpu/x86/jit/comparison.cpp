@@ -124,8 +124,9 @@ std::string Compare(const Image& image, ProgramBoard& first, const End& first_en
 }
 
 std::string Describe(const Program& program) {
-  static const char* const kShapes[] = {"64",     "compat32", "pae32", "paged32",
-                                        "flat32", "paged16",  "real16"};
+  static const char* const kShapes[] = {"64",          "compat32", "pae32",  "paged32",
+                                        "flat32",      "paged16",  "real16", "segmented32",
+                                        "unaligned16", "unreal16", "vm86"};
   return fmt::format(
       "seed {} shape {} cpl {}{}{}{}", program.seed, kShapes[static_cast<unsigned>(program.shape)],
       program.cpl, program.code_writable ? ", code writable" : "",

@@ -303,6 +303,7 @@ uint64_t Engine::OnInterpret(void* state, uint64_t, uint64_t site) {
 
 uint64_t Engine::Interpret(Site site) {
   Cpu& c = cpu();
+  const uint8_t* unit = site.shared ? UnitCode(site) : nullptr;
   TakeFlags();
   c.rip = state_.page + site.offset;
   for (unsigned i = 0; i < site.count; ++i) {
@@ -310,9 +311,21 @@ uint64_t Engine::Interpret(Site site) {
     ++counters_.steps;
     StepInstruction(c);
     if (Requested(c)) return Go(stubs_.exit);
-    if (c.rip - before - 1 > 14 || !Supports(c)) break;
+    if (c.rip - before - 1 > 14 || !Supports(c)) {
+      if (unit != nullptr && i + 1 < site.count) NoteNeedless(unit);
+      break;
+    }
   }
   return Dispatch();
+}
+
+// A check failed of an access that didn't follow: a null pointer that the program tests itself,
+// mostly. If that goes on the unit checks each access where it is made.
+void Engine::NoteNeedless(const uint8_t* unit) {
+  Block* block = Find(unit, running_mode_);
+  if (block == nullptr || ++block->failures != kSingleAfter) return;
+  single_.insert(Key(unit, running_mode_));
+  Kill(block);
 }
 
 uint64_t Engine::OnExecute(void* state, uint64_t s0, uint64_t insn) {

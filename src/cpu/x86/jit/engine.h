@@ -128,6 +128,7 @@ class Engine final : private Tlb::Follower {
   uint64_t Resume(uint16_t offset, Grouping grouping = Grouping::kShared);
   bool Polymorphic(const Site& site);
   const uint8_t* UnitCode(const Site& site);
+  void NoteNeedless(const uint8_t* unit);
   void SwitchTo(uint16_t mode, unsigned cls);
   void Entered(uint16_t mode);
   Block* Find(const uint8_t* host, uint16_t mode);

@@ -25,7 +25,7 @@ struct Site {
   bool write = false;
   uint16_t span = 0, slot = 0;  // slot: index in State::slots, all classes
   uint16_t unit = 0;            // offset of the unit's first instruction
-  bool shared = false;          // a check for more than one access
+  bool shared = false;          // a check for more than one access, or made before its time
   uint8_t group = 0;            // its number in the unit
   uint64_t Pack() const {
     return offset | uint64_t{count} << 12 | uint64_t{vectors} << kVectorsBit |

@@ -94,7 +94,8 @@ void Translator::Check(unsigned number, unsigned at) {
                      .span = static_cast<uint16_t>(span),
                      .slot = group.slot,
                      .unit = unit_[0].offset,
-                     .shared = group.shared,
+                     .shared = unit_.grouping() == Grouping::kShared &&
+                               (group.shared || at != group.first),
                      .group = static_cast<uint8_t>(number)};
   if (unit_.mode().legacy()) {
     LegacyCheck(group, at, site);

@@ -438,7 +438,7 @@ void Unit::PlaceChecks() {
           group.first - at > 12)
         break;
       const Form before = insns_[at - 1].form->form;
-      if (group.write && (IsConditional(before))) break;
+      if ((group.write || grouping_ == Grouping::kSingle) && IsConditional(before)) break;
     }
   }
 }

@@ -120,6 +120,7 @@ class Unit {
   // The same, but -1 also if it depends on where the page lies in CS.
   int64_t NearTarget(const UnitInsn& insn) const;
   const UnitMode& mode() const { return mode_; }
+  Grouping grouping() const { return grouping_; }
 
  private:
   // Live flags at the target of a direct branch to `offset` of the same page.

@@ -298,7 +298,10 @@ uint64_t Engine::Resume(uint16_t offset, Grouping grouping) {
 }
 
 uint64_t Engine::OnInterpret(void* state, uint64_t, uint64_t site) {
-  return EngineOf(state).Interpret(Site::Unpack(site));
+  Engine& engine = EngineOf(state);
+  const Site what = Site::Unpack(site);
+  if (what.shared) engine.NoteNeedless(engine.UnitCode(what));
+  return engine.Interpret(what);
 }
 
 uint64_t Engine::Interpret(Site site) {
@@ -319,8 +322,9 @@ uint64_t Engine::Interpret(Site site) {
   return Dispatch();
 }
 
-// A check failed of an access that didn't follow: a null pointer that the program tests itself,
-// mostly. If that goes on the unit checks each access where it is made.
+// A check failed of accesses that didn't follow (a null pointer that the program tests itself,
+// mostly), or that don't fit into their segment together. If that goes on the unit checks each
+// access where it is made.
 void Engine::NoteNeedless(const uint8_t* unit) {
   Block* block = Find(unit, running_mode_);
   if (block == nullptr || ++block->failures != kSingleAfter) return;

@@ -394,6 +394,9 @@ void Unit::Group(MemoryAccess& access, unsigned at) {
     for (unsigned g = first_open_; g < group_count_; ++g) {
       AccessGroup& group = groups_[g];
       if (!(group.key == access.key)) continue;
+      // The segment may begin between them.
+      const bool absolute = access.key.base == 0 && access.key.index == 0;
+      if (access.key.checked && absolute && (low < 0) != (group.low < 0)) continue;
       if (access.write && !group.write && (group.last & 0x80) != 0) continue;
       const int64_t from = std::min(group.low, low), to = std::max(group.high, high);
       if (to - from > kMaxGroupSpan) continue;

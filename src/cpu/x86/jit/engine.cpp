@@ -236,7 +236,7 @@ uint64_t Engine::OnFill(void* state, uint64_t address, uint64_t site) {
 
 uint64_t Engine::Fill(uint64_t address, Site site) {
   Cpu& c = cpu();
-  if (state_.misses[0][site.slot] == 0 && Polymorphic(site)) return Resume(site.offset);
+  if (state_.misses[0][site.slot] == 0 && Polymorphic(site, address)) return Resume(site.offset);
   const Access access = site.write ? Access::kWrite : Access::kRead;
   if ((address & 0xfff) + site.span <= 4096 && mmu::TryMap(c, address, access)) {
     Tlb& tlb = *c.tlb;
@@ -272,7 +272,7 @@ const uint8_t* Engine::UnitCode(const Site& site) {
 
 // After 256 misses of a slot: true if they came so fast that the unit is better off asking the TLB
 // there; then the unit is gone.
-bool Engine::Polymorphic(const Site& site) {
+bool Engine::Polymorphic(const Site& site, uint64_t address) {
   constexpr uint64_t kTicksAMiss = 1000;
   state_.misses[0][site.slot] = 1;
   const uint64_t now = __builtin_ia32_rdtsc();
@@ -282,7 +282,11 @@ bool Engine::Polymorphic(const Site& site) {
   const uint8_t* host = UnitCode(site);
   Block* block = host == nullptr ? nullptr : Find(host, running_mode_);
   if (block == nullptr) return false;
-  polymorphic_[Key(host, running_mode_)].set(site.group);
+  auto& [groups, upper] = polymorphic_[Key(host, running_mode_)];
+  // It asks already: the TLB is too small for it.
+  if (groups[site.group] && upper[site.group] == (address >> 63 != 0)) return false;
+  groups.set(site.group);
+  upper.set(site.group, address >> 63 != 0);
   Kill(block);
   return true;
 }
@@ -410,7 +414,8 @@ Engine::Block* Engine::Translate(const uint8_t* host, uint16_t mode) {
   memory_.Populate(used_ + kUnitRoom);
   Assembler as = memory_.At(used_);
   const auto known = polymorphic_.find(key);
-  const std::bitset<128> polymorphic = known == polymorphic_.end() ? 0 : known->second;
+  const TranslationContext::Polymorphic polymorphic =
+      known == polymorphic_.end() ? TranslationContext::Polymorphic{} : known->second;
   const TranslationContext where = {.stubs = &stubs_,
                                     .data_class = cls,
                                     .first_slot = next_slot_[cls],

@@ -126,7 +126,7 @@ class Engine final : private Tlb::Follower {
   uint64_t Branched();
   uint64_t Undo(Branch branch);
   uint64_t Resume(uint16_t offset, Grouping grouping = Grouping::kShared);
-  bool Polymorphic(const Site& site);
+  bool Polymorphic(const Site& site, uint64_t address);
   const uint8_t* UnitCode(const Site& site);
   void NoteNeedless(const uint8_t* unit);
   void SwitchTo(uint16_t mode, unsigned cls);
@@ -161,7 +161,7 @@ class Engine final : private Tlb::Follower {
   std::unordered_multimap<const uint32_t*, Page*> watched_;  // pages_ by watch
   Guarded<std::vector<const uint32_t*>> written_;
   std::map<const uint8_t*, Block*> by_code_;                    // first byte, as it runs
-  std::unordered_map<uint64_t, std::bitset<128>> polymorphic_;  // groups of blocks, by key
+  std::unordered_map<uint64_t, TranslationContext::Polymorphic> polymorphic_;  // of blocks, by key
   uint64_t since_[kClassCount * kSlots] =
       {};                                // time stamp when a slot's misses were looked at last
   std::unordered_set<uint64_t> single_;  // blocks whose accesses are checked one by one

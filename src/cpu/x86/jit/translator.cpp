@@ -14,7 +14,7 @@ Translator::Translator(Unit& unit, Assembler& assembler, const TranslationContex
     group.slot =
         static_cast<uint16_t>(context_.data_class * kSlots + (group.write ? kWriteSlots : 0) +
                               (context_.first_slot + g) % kWriteSlots);
-    group.polymorphic = context_.polymorphic[g];
+    group.polymorphic = context_.polymorphic.groups[g];
   }
 }
 

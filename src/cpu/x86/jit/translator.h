@@ -93,7 +93,11 @@ struct TranslationContext {
   unsigned first_slot = 0;        // of State::slots, all classes; wraps within the class
   unsigned code_slot = 0;         // of State::code_pages
   uint32_t first_exit = 0;        // number of the unit's first exit
-  std::bitset<128> polymorphic;   // groups whose page changes all the time
+  // Groups whose page changes all the time; of these, the ones in the upper half of the address
+  // space.
+  struct Polymorphic {
+    std::bitset<128> groups, upper;
+  } polymorphic;
   const uint8_t* page = nullptr;  // host address of the code's page
 };
 

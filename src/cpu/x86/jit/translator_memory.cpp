@@ -137,7 +137,7 @@ void Translator::AskTlb(unsigned number, unsigned span) {
   as_.Lea(kS0, {.base = kS0, .disp = static_cast<int32_t>(span - 1)});
   as_.RegReg(Assembler::k64, 0x81, 4, kS0);
   as_.Dword(0xfffff000);
-  const bool upper = context_.data_class == Tlb::kSupervisor && !unit_.mode().legacy();
+  const bool upper = context_.polymorphic.upper[number];
   as_.RegMem(Assembler::k64, 0x0b, kS0, Gs(offsetof(State, asid) + (upper ? 8 : 0)));  // or
   as_.Cmp(kS0, field(group.write ? offsetof(TlbEntry, write) : offsetof(TlbEntry, read)));
   uint8_t* from = as_.Jcc(kCcNe, as_.run());

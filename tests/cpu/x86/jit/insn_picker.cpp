@@ -316,6 +316,8 @@ bool InsnPicker::Address16(EncodedInsn* e, Item* item) {
 bool InsnPicker::Address(EncodedInsn* e, Item* item) {
   if (immediate_at_ > e->code.size()) return false;
   if (e->insn.has(kVsib)) return AddressVsib(e, item);
+  // It would write code, which may read undefined flags then.
+  if (layout_.real_segments && e->insn.seg() == kCs) return false;
   const unsigned width = e->insn.address_size;
   if (width == 2 && !layout_.near_data()) return false;
   if (Chance(1)) return true;

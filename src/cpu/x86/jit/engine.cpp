@@ -160,6 +160,11 @@ void Engine::SwitchTo(uint16_t mode, unsigned cls) {
 
 // A unit of `mode` is about to run.
 void Engine::Entered(uint16_t mode) {
+  // Code of 32 bits takes the upper halves for 0. What 64-bit code left there is undefined now (SDM
+  // vol. 1 3.4.1.1).
+  if ((mode & mode::kLegacy) != 0) {
+    for (unsigned reg = 0; reg < 8; ++reg) cpu().gpr[reg] &= 0xffffffff;
+  }
   const Tlb& tlb = *cpu().tlb;
   seen_changes_ = tlb.changes();
   state_.asid[0] = tlb.asid(0);

@@ -160,7 +160,7 @@ class Engine final : private Tlb::Follower {
   std::unordered_map<uint64_t, std::unique_ptr<Page>> pages_;
   std::unordered_multimap<const uint32_t*, Page*> watched_;  // pages_ by watch
   Guarded<std::vector<const uint32_t*>> written_;
-  std::map<const uint8_t*, Block*> by_code_;                    // first byte, as it runs
+  std::map<const uint8_t*, Block*> by_code_;  // first byte, as it runs
   std::unordered_map<uint64_t, TranslationContext::Polymorphic> polymorphic_;  // of blocks, by key
   uint64_t since_[kClassCount * kSlots] =
       {};                                // time stamp when a slot's misses were looked at last

@@ -89,10 +89,10 @@ struct Translation {
 
 struct TranslationContext {
   const Stubs* stubs = nullptr;
-  unsigned data_class = 0;        // Tlb::Class
-  unsigned first_slot = 0;        // of State::slots, all classes; wraps within the class
-  unsigned code_slot = 0;         // of State::code_pages
-  uint32_t first_exit = 0;        // number of the unit's first exit
+  unsigned data_class = 0;  // Tlb::Class
+  unsigned first_slot = 0;  // of State::slots, all classes; wraps within the class
+  unsigned code_slot = 0;   // of State::code_pages
+  uint32_t first_exit = 0;  // number of the unit's first exit
   // Groups whose page changes all the time; of these, the ones in the upper half of the address
   // space.
   struct Polymorphic {

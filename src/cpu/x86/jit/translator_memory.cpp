@@ -86,17 +86,17 @@ void Translator::Check(unsigned number, unsigned at) {
   SpoilFlags(unit_[at].live_before);
   held_ = -1;
   const auto span = static_cast<unsigned>(group.high - group.low);
-  const Site site = {.offset = unit_[at].offset,
-                     .count = static_cast<uint8_t>(group.last - at + 1),
-                     .vectors = vectors_checked_,
-                     .x87 = x87_checked_,
-                     .write = group.write,
-                     .span = static_cast<uint16_t>(span),
-                     .slot = group.slot,
-                     .unit = unit_[0].offset,
-                     .shared = unit_.grouping() == Grouping::kShared &&
-                               (group.shared || at != group.first),
-                     .group = static_cast<uint8_t>(number)};
+  const Site site = {
+      .offset = unit_[at].offset,
+      .count = static_cast<uint8_t>(group.last - at + 1),
+      .vectors = vectors_checked_,
+      .x87 = x87_checked_,
+      .write = group.write,
+      .span = static_cast<uint16_t>(span),
+      .slot = group.slot,
+      .unit = unit_[0].offset,
+      .shared = unit_.grouping() == Grouping::kShared && (group.shared || at != group.first),
+      .group = static_cast<uint8_t>(number)};
   if (unit_.mode().legacy()) {
     LegacyCheck(group, at, site);
   } else {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "cpu/x86/guest_case.h"
+#include "cpu/x86/jit/engine.h"
 
 namespace kvartz::cpu::x86 {
 namespace {
@@ -229,6 +230,9 @@ TEST_P(SpecialProgramTest, AddressesOf32BitsStayBelow4GiB) {
   EXPECT_EQ(end.vector, -1);
   const uint64_t round = 3 * 0x1111 + 0x2222 + 2 * uint64_t{0x33333333};
   EXPECT_EQ(end.state.gpr[kRbp], static_cast<uint32_t>(kRounds * round));
+  // Nothing was reached for outside of the guest's memory.
+  const jit::Engine* jit = guest_.board.vcpu().jit();
+  EXPECT_EQ(jit == nullptr ? 0 : jit->counters().traps, 0u);
 }
 
 INSTANTIATE_TEST_SUITE_P(Jit, SpecialProgramTest, testing::Bool(),

@@ -37,7 +37,9 @@ constexpr unsigned kJumpEntries = 16384;      // a class
 struct State {
   Cpu cpu;
 
-  uint64_t page = 0;         // linear address of the page that runs; RIP is that and an offset
+  // RIP where the page that runs begins: RIP is that and an offset. Its linear address, but for CS's
+  // base. The page may begin before CS does: then this is negative.
+  uint64_t page = 0;
   uint16_t saved_flags = 0;  // low byte: OF as 0 or 1; high byte: as LAHF
   uint8_t used[kClassCount] = {};   // slots of the class were filled since they were cleared
   uint8_t lower_in_supervisor = 0;  // slots of that class may hold pages of the lower half
@@ -59,8 +61,8 @@ struct State {
   Slot slots[kClassCount][kSlots];
   uint64_t addends[128] = {};           // of a unit's groups that ask the TLB, while it runs
   uint8_t misses[kClassCount][kSlots];  // how often a slot was filled from the TLB, modulo 256
-  // The linear page under which a page of code was last entered, 1 if none: it need not be checked
-  // again until the address space changes.
+  // The page (as `page` above) under which a page of code was last entered, if it was: it need not
+  // be checked again until the address space changes.
   uint64_t code_pages[kCodeSlots];
   // Where translated code for a target starts, or the stub that asks.
   uint64_t jumps[kClassCount][kJumpEntries];

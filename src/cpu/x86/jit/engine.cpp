@@ -19,8 +19,8 @@ namespace {
 constexpr size_t kUnitRoom = 32 << 10;
 constexpr uint64_t kPageMask = ~0xfffull;
 constexpr uint16_t kSingleAfter = 32;  // failures
-// In State::code_pages: what no target is away from by an offset. (A page may begin at any RIP where
-// CS isn't aligned.)
+// In State::code_pages: what no target is away from by an offset. (A page may begin at any RIP
+// where CS isn't aligned.)
 constexpr uint64_t kNoPage = 0x8000000000000001;
 constexpr unsigned kIdleRechecks = 8;
 

@@ -37,10 +37,10 @@ constexpr unsigned kJumpEntries = 16384;      // a class
 struct State {
   Cpu cpu;
 
-  // RIP where the page that runs begins: RIP is that and an offset. Its linear address, but for CS's
-  // base. The page may begin before CS does: then this is negative.
+  // RIP where the page that runs begins: RIP is that and an offset. Its linear address, but for
+  // CS's base. The page may begin before CS does: then this is negative.
   uint64_t page = 0;
-  uint16_t saved_flags = 0;  // low byte: OF as 0 or 1; high byte: as LAHF
+  uint16_t saved_flags = 0;         // low byte: OF as 0 or 1; high byte: as LAHF
   uint8_t used[kClassCount] = {};   // slots of the class were filled since they were cleared
   uint8_t lower_in_supervisor = 0;  // slots of that class may hold pages of the lower half
   uint8_t vector_live = 0;          // the guest's vector registers and MXCSR are in the host's

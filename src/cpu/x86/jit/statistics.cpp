@@ -7,7 +7,7 @@ namespace kvartz::cpu::x86::jit {
 namespace {
 
 struct CounterRow {
-  uint64_t Counters::*value;
+  uint64_t Counters::* value;
   const char* name;
   const char* meaning;
 };

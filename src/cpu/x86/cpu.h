@@ -131,6 +131,9 @@ struct Cpu {
   uint8_t flat_read = 0,
           flat_write =
               0;  // bit SegReg: accesses of that kind need no segment check and have base 0
+  // Outside of 64-bit mode: an access by addresses of 32 or [1] of 16 bits, to read or [1] to
+  // write, needs no other check of that segment if it ends at or below this offset.
+  uint64_t segment_end[2][2][kSegCount] = {};
   // IF was clear when an interrupt was looked for: who sets IF asks for another look.
   bool interrupt_waiting = false;
   bool no_trap =

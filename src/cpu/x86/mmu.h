@@ -118,7 +118,7 @@ class Tlb {
   };
   TableEntry& TableOf(uint64_t linear) { return walked_[(linear >> 21) % std::size(walked_)]; }
   uint64_t TableTag(uint64_t linear) const {
-    return (linear & ~0x1fffffull) | uint64_t{walk_epoch_} << 12 | now_.asid[linear >> 63];
+    return (linear & ~0x1fffffull) | uint64_t{walk_epoch_} << 12 | now_.asid[0];
   }
   // There is an entry of the upper half that isn't global.
   void NoteUpperLocal(uint64_t linear);

@@ -1,5 +1,7 @@
 #include "cpu/x86/segment.h"
 
+#include <algorithm>
+
 #include "cpu/x86/mmu.h"
 
 namespace kvartz::cpu::x86 {
@@ -11,6 +13,20 @@ bool IsFlat(const Segment& s) {
   return s.base == 0 && s.limit == 0xffffffff && !(s.attributes & Segment::kUnusable) &&
          (s.attributes & (Segment::kS | Segment::kP)) == (Segment::kS | Segment::kP) &&
          (s.type() & 0xc) != 4;
+}
+
+// `checked`: types count (protected mode).
+void SetSegmentEnds(Cpu& cpu, unsigned seg, bool checked) {
+  const Segment& s = cpu.seg[seg];
+  const bool code = s.type() & 8, expands_down = (s.type() & 0xc) == 4;
+  const bool usable = !expands_down && !(checked && (s.attributes & Segment::kUnusable));
+  const bool readable = usable && (!checked || !code || (s.type() & 2));
+  const bool writable = usable && (!checked || (!code && (s.type() & 2)));
+  const uint64_t end = uint64_t{s.limit} + 1, end16 = std::min<uint64_t>(end, 0x10000);
+  cpu.segment_end[0][0][seg] = readable ? end : 0;
+  cpu.segment_end[0][1][seg] = writable ? end : 0;
+  cpu.segment_end[1][0][seg] = readable ? end16 : 0;
+  cpu.segment_end[1][1][seg] = writable ? end16 : 0;
 }
 
 bool InstructionBreakpoints(const Cpu& cpu) {
@@ -38,6 +54,7 @@ void UpdateMode(Cpu& cpu) {
     cpu.flat_read = cpu.flat_write = 0;
     for (unsigned i = 0; i < kSegCount; i++) {
       const Segment& s = cpu.seg[i];
+      SetSegmentEnds(cpu, i, checked);
       if (!IsFlat(s)) continue;
       bool code = s.type() & 8;
       if (!checked || !code || (s.type() & 2)) cpu.flat_read |= static_cast<uint8_t>(1 << i);

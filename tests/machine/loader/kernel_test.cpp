@@ -126,6 +126,10 @@ TEST_F(LoaderTest, BzImageRefusals) {
   EXPECT_NE(text.find("truncated"), std::string::npos) << text;
   EXPECT_NE(text.find(std::to_string(cut.size())), std::string::npos) << text;
   EXPECT_NE(ErrorOf({image.begin(), image.begin() + 0x220}).find("truncated"), std::string::npos);
+  // Its size is given in paragraphs of 16 bytes: the last one need not be whole.
+  TempFile almost({image.begin(), image.end() - 15});
+  EXPECT_TRUE(Kernel::OpenPath(almost.path()));
+  EXPECT_NE(ErrorOf({image.begin(), image.end() - 16}).find("truncated"), std::string::npos);
   EXPECT_NE(ErrorOf(std::vector<uint8_t>(4096, 'x')).find("not a kernel"), std::string::npos);
   EXPECT_NE(ErrorOf({}).find("empty"), std::string::npos);
   EXPECT_NE(Kernel::OpenPath("/tmp").error().what.find("not a regular file"), std::string::npos);

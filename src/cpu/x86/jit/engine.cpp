@@ -20,14 +20,21 @@ namespace {
 constexpr size_t kUnitRoom = 32 << 10;
 constexpr uint64_t kPageMask = ~0xfffull;
 constexpr uint16_t kSingleAfter = 32;  // failures
-constexpr uint64_t kNoPage = 1;        // State::code_pages
+// In State::code_pages: what no target is away from by an offset. (A page may begin at any RIP
+// where CS isn't aligned.)
+constexpr uint64_t kNoPage = 0x8000000000000001;
 constexpr unsigned kIdleRechecks = 8;
-constexpr uint16_t kSingle = 64;  // with Mode(): accesses are checked one by one
 
 Engine& EngineOf(void* state) { return *static_cast<Engine*>(static_cast<State*>(state)->engine); }
 
 // Then the host also has XSAVE, and allows it.
 bool HostHasAvx() { return __builtin_cpu_supports("avx") != 0; }
+
+// CS begins at 0, and has no end in code of this size.
+bool RipIsLinear(uint16_t mode) {
+  return (mode & mode::kLegacy) == 0 ||
+         ((mode & mode::kCode32) != 0 && (mode & mode::kCodeFlat) != 0);
+}
 
 size_t JumpIndex(uint64_t target) { return ((target >> 12) ^ target) % kJumpEntries; }
 
@@ -66,21 +73,7 @@ Result<std::unique_ptr<Engine>> Engine::Create(State& state, const FeatureSet& f
 
 Engine::~Engine() { cpu().tlb->follower = nullptr; }
 
-bool Engine::Supports(const Cpu& cpu) {
-  return cpu.code_mode == CodeMode::k64 && (cpu.cpl == 0 || cpu.cpl == 3) &&
-         cpu.tlb->data_class() < kClassCount;
-}
-
-uint16_t Engine::Mode() const {
-  const Cpu& cpu = state_.cpu;
-  const bool busy = (cpu.cr0 & cr0::kTs) != 0;
-  const bool sse = !busy && !(cpu.cr0 & cr0::kEm) && (cpu.cr4 & cr4::kOsfxsr);
-  const bool avx = !busy && (cpu.cr4 & cr4::kOsxsave) && (cpu.xcr0 & 6) == 6;
-  // Without CR0.NE a pending exception does nothing.
-  const bool x87 = HostHasAvx() && (cpu.cr0 & (cr0::kTs | cr0::kEm | cr0::kNe)) == cr0::kNe;
-  return static_cast<uint16_t>((cpu.cpl == 3 ? 1 : 0) | cpu.tlb->data_class() << 1 | (sse ? 8 : 0) |
-                               (avx ? 16 : 0) | (x87 ? 32 : 0));
-}
+bool Engine::Supports(const Cpu& cpu) { return Translatable(cpu); }
 
 void Engine::AttachThread() {
   syscall(SYS_arch_prctl, ARCH_SET_GS, &state_);
@@ -116,21 +109,21 @@ Block* Engine::Locate(Grouping grouping) {
   for (;;) {
     if (Requested(c) || !Supports(c)) return nullptr;
     c.insn_rip = c.rip;
-    const uint8_t* host = FetchCode(c, c.rip);
-    if (host != nullptr) {
+    const uint64_t linear = CodeLinear(c, c.rip);
+    const uint8_t* host = FetchCode(c, linear);
+    if (host != nullptr && CodePageFits(c, linear)) {
       const uint16_t mode = Mode();
-      const auto key = static_cast<uint16_t>(mode | (grouping == Grouping::kSingle ? kSingle : 0));
+      const auto key =
+          static_cast<uint16_t>(mode | (grouping == Grouping::kSingle ? mode::kSingle : 0));
       Block* block = Obtain(host, key);
       if (block != nullptr) {
         const unsigned cls = c.tlb->data_class();
-        if (jump_modes_[cls] != mode) {
-          jump_modes_[cls] = mode;
-          std::fill_n(state_.jumps[cls], kJumpEntries, Go(stubs_.dispatch));
-        }
-        state_.page = c.rip & kPageMask;
+        SwitchTo(mode, cls);
+        state_.page = c.rip - (linear & 0xfff);
         block->page->rechecks = 0;
-        EnterPage(*block->page, state_.page);
-        if (block->next_page != nullptr) EnterPage(*block->next_page, state_.page + kPageSize);
+        EnterPage(*block->page, state_.page, linear & kPageMask);
+        if (block->next_page != nullptr)
+          EnterPage(*block->next_page, state_.page + kPageSize, (linear & kPageMask) + kPageSize);
         if (grouping == Grouping::kShared) {
           state_.jumps[cls][JumpIndex(c.rip)] = Go(block->entries.checked);
         }
@@ -143,13 +136,34 @@ Block* Engine::Locate(Grouping grouping) {
   }
 }
 
+// Units of the class are of another mode from now on, or their code lies elsewhere in its segment:
+// those that the jump table still leads to say so in their checked entries.
+void Engine::SwitchTo(uint16_t mode, unsigned cls) {
+  const CodeSegment segment = CodeSegment::Of(cpu());
+  if (jump_modes_[cls] == mode && jump_segments_[cls] == segment) [[likely]]
+    return;
+  // Where segments are flat, slots hold neither the first page nor the last
+  // (translator_legacy.cpp).
+  constexpr uint16_t kRule = mode::kLegacy | mode::kFlat;
+  if (((jump_modes_[cls] ^ mode) & kRule) != 0) ClearSlots(cls);
+  jump_modes_[cls] = mode;
+  jump_segments_[cls] = segment;
+  LeavePages(0);
+  LeavePages(1);
+}
+
 // A unit of `mode` is about to run.
 void Engine::Entered(uint16_t mode) {
+  // Code of 32 bits takes the upper halves for 0. What 64-bit code left there is undefined now (SDM
+  // vol. 1 3.4.1.1).
+  if ((mode & mode::kLegacy) != 0) {
+    for (unsigned reg = 0; reg < 8; ++reg) cpu().gpr[reg] &= 0xffffffff;
+  }
   const Tlb& tlb = *cpu().tlb;
   seen_changes_ = tlb.changes();
   state_.asid[0] = tlb.asid(0);
   state_.asid[1] = tlb.asid(1);
-  running_mode_ = mode;
+  state_.running_mode = mode;
 }
 
 uint64_t Engine::Dispatch() {
@@ -167,7 +181,7 @@ uint64_t Engine::Branched() {
   if (Requested(c) || !Supports(c)) return Go(stubs_.exit);
   const unsigned cls = c.tlb->data_class();
   const uint16_t mode = Mode();
-  if (jump_modes_[cls] != mode) return Dispatch();
+  if (jump_modes_[cls] != mode || jump_segments_[cls] != CodeSegment::Of(c)) return Dispatch();
   Entered(mode);
   GiveFlags();
   return state_.jumps[cls][JumpIndex(c.rip)];
@@ -241,7 +255,7 @@ uint64_t Engine::OnFill(void* state, uint64_t address, uint64_t site) {
 
 uint64_t Engine::Fill(uint64_t address, const Site& site) {
   Cpu& c = cpu();
-  if (state_.misses[0][site.slot] == 0 && Adapt(site)) return Resume(site.offset);
+  if (state_.misses[0][site.slot] == 0 && Adapt(site, address)) return Resume(site.offset);
   const Access access = site.write() ? Access::kWrite : Access::kRead;
   if ((address & 0xfff) + site.span <= 4096 && mmu::TryMap(c, address, access)) {
     Tlb& tlb = *c.tlb;
@@ -260,9 +274,9 @@ uint64_t Engine::Fill(uint64_t address, const Site& site) {
   if ((address & 0xfff) + site.span <= 4096 || !site.shared()) return Interpret(site);
   // Accesses that were checked together lie on two pages: checked one by one they do better.
   const uint8_t* host = UnitCode(site);
-  Block* block = host == nullptr ? nullptr : store_.Find(Key(host, running_mode_));
+  Block* block = host == nullptr ? nullptr : store_.Find(Key(host, running_mode()));
   if (block != nullptr && ++block->failures == kSingleAfter) {
-    single_.insert(Key(host, running_mode_));
+    single_.insert(Key(host, running_mode()));
     Kill(block);
   }
   return Resume(site.offset, Grouping::kSingle);
@@ -272,11 +286,11 @@ uint64_t Engine::Fill(uint64_t address, const Site& site) {
 const uint8_t* Engine::UnitCode(const Site& site) {
   TakeFlags();
   cpu().rip = cpu().insn_rip = state_.page + site.offset;
-  return FetchCode(cpu(), state_.page + site.unit);
+  return FetchCode(cpu(), CodeLinear(cpu(), state_.page + site.unit));
 }
 
 // After 256 misses of a slot. True if its unit is gone, to be made in another way.
-bool Engine::Adapt(const Site& site) {
+bool Engine::Adapt(const Site& site, uint64_t address) {
   // What a miss costs, in checks that ask the TLB.
   constexpr uint32_t kMissCost = 12;
   // Rarer ones come from slots that many places share, or from switches of address spaces.
@@ -285,16 +299,24 @@ bool Engine::Adapt(const Site& site) {
   const uint64_t now = __builtin_ia32_rdtsc(), before = std::exchange(since_[site.slot], now);
   if (now - before > 256 * kTicksAMiss) return false;
   const uint8_t* host = UnitCode(site);
-  Block* block = host == nullptr ? nullptr : store_.Find(Key(host, running_mode_));
+  Block* block = host == nullptr ? nullptr : store_.Find(Key(host, running_mode()));
   if (block == nullptr) return false;
   Adaptation& unit = adapted_[block->key];
-  if (unit.settled) return false;
-  for (size_t group = 0; group < unit.counting.size(); ++group) {
-    const uint16_t slot = unit.counting[group];
-    const uint32_t misses = slot == site.slot ? 256 : state_.misses[0][slot] - 1;
-    unit.polymorphic[group] = misses * kMissCost > state_.checks[0][slot];
-    unit.settled = true;
+  auto& [groups, upper] = unit.polymorphic;
+  const bool in_upper = address >> 63 != 0;
+  if (unit.settled) {
+    if (!groups[site.group] || upper[site.group] == in_upper) return false;
+    upper[site.group] = in_upper;
   }
+  for (size_t group = 0; !unit.settled && group < unit.counting.size(); ++group) {
+    const uint16_t slot = unit.counting[group];
+    const bool this_one = slot == site.slot;
+    const uint32_t misses = this_one ? 256 : state_.misses[0][slot] - 1;
+    groups[group] = misses * kMissCost > state_.checks[0][slot];
+    const Slot& last = state_.slots[0][slot];
+    upper[group] = this_one || last.page == last.addend ? in_upper : last.page >> 63 != 0;
+  }
+  unit.settled = !unit.counting.empty();
   Kill(block);
   return true;
 }
@@ -310,13 +332,17 @@ uint64_t Engine::Resume(uint16_t offset, Grouping grouping) {
 }
 
 uint64_t Engine::OnInterpret(void* state, uint64_t, uint64_t site) {
-  return EngineOf(state).Interpret(*reinterpret_cast<const Site*>(site));
+  Engine& engine = EngineOf(state);
+  const Site what = *reinterpret_cast<const Site*>(site);
+  if (what.shared()) engine.NoteNeedless(engine.UnitCode(what));
+  return engine.Interpret(what);
 }
 
 // The site may be gone when this is done with it.
 uint64_t Engine::Interpret(const Site& site) {
   Cpu& c = cpu();
   const unsigned count = site.count;
+  const uint8_t* unit = site.shared() ? UnitCode(site) : nullptr;
   TakeFlags();
   c.rip = state_.page + site.offset;
   for (unsigned i = 0; i < count; ++i) {
@@ -324,9 +350,22 @@ uint64_t Engine::Interpret(const Site& site) {
     ++counters_.steps;
     StepInstruction(c);
     if (Requested(c)) return Go(stubs_.exit);
-    if (c.rip - before - 1 > 14 || !Supports(c)) break;
+    if (c.rip - before - 1 > 14 || !Supports(c)) {
+      if (unit != nullptr && i + 1 < count) NoteNeedless(unit);
+      break;
+    }
   }
   return Dispatch();
+}
+
+// A check failed of accesses that didn't follow (a null pointer that the program tests itself,
+// mostly), or that don't fit into their segment together. If that goes on the unit checks each
+// access where it is made.
+void Engine::NoteNeedless(const uint8_t* unit) {
+  Block* block = store_.Find(Key(unit, running_mode()));
+  if (block == nullptr || ++block->failures != kSingleAfter) return;
+  single_.insert(block->key);
+  Kill(block);
 }
 
 uint64_t Engine::OnExecute(void* state, uint64_t, uint64_t site) {
@@ -347,13 +386,14 @@ uint64_t Engine::Execute(const ExecuteSite& site, bool ends) {
   c.rip = next;
   insn.exec(c, insn);
   if (ends) return Branched();
-  if (Requested(c) || c.rip != next || Mode() != running_mode_) return Dispatch();
+  if (Requested(c) || c.rip != next || Mode() != running_mode()) return Dispatch();
   if (c.tlb->changes() != seen_changes_) {
     // Is the rest of the unit still what comes next?
-    if (next % kPageSize == 0) return Dispatch();
+    const uint64_t linear = CodeLinear(c, next);
+    if (linear % kPageSize == 0) return Dispatch();
     c.insn_rip = next;
-    if (FetchCode(c, next) != site.next) return Dispatch();
-    Entered(running_mode_);
+    if (FetchCode(c, linear) != site.next) return Dispatch();
+    Entered(running_mode());
   }
   GiveFlags();
   return 0;
@@ -384,8 +424,12 @@ Block* Engine::Obtain(const uint8_t* host, uint16_t mode) {
   Unit::Built built = Unit::Built::kNeedsNext;
   if (block == nullptr) block = Translate(host, mode, nullptr, &built);
   if (built != Unit::Built::kNeedsNext) return block;
-  // The next page's fetch may raise a fault: the instruction's.
-  const uint8_t* next = FetchCode(cpu(), (cpu().rip & kPageMask) + kPageSize);
+  // The next page's fetch may raise a fault: the instruction's. Where CS ends or wraps in between
+  // is left to the interpreter.
+  if (!RipIsLinear(mode)) return nullptr;
+  const uint64_t next_page = (cpu().rip & kPageMask) + kPageSize;
+  if (CodeLinear(cpu(), next_page) != next_page) return nullptr;
+  const uint8_t* next = FetchCode(cpu(), next_page);
   if (next == nullptr) return nullptr;
   if (block != nullptr && block->next_page->host != next) {
     Kill(block);
@@ -395,14 +439,15 @@ Block* Engine::Obtain(const uint8_t* host, uint16_t mode) {
 }
 
 // The page that runs, or follows it, holds code of `page`. Stubs::enter_page does the same.
-void Engine::EnterPage(const CodePage& page, uint64_t linear) {
+void Engine::EnterPage(const CodePage& page, uint64_t rip, uint64_t linear) {
   uint64_t& entered = state_.code_pages[page.slot];
-  if (entered == linear) return;
+  if (entered == rip) return;
   const unsigned half = linear >> 63;
   if (state_.entered_count[half] == kEntered) LeavePages(half);
   state_.entered[half][state_.entered_count[half]++] = static_cast<uint16_t>(page.slot);
   state_.entered_pages[(linear >> 12) % kEnteredHash] = 1;
-  entered = linear;
+  entered = rip;
+  entered_elsewhere_ |= rip != linear;
 }
 
 CodePage* Engine::PageOf(const uint8_t* host, uint16_t mode) {
@@ -438,18 +483,11 @@ Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next
   const auto offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(host) & 0xfff);
   CodePage* page = CurrentPage(host, mode);
   CodePage* next_page = next == nullptr ? nullptr : CurrentPage(next, mode);
-  const DecodeContext context{.mode = CodeMode::k64,
-                              .protected_mode = true,
-                              .cpl = static_cast<uint8_t>((mode & 1) != 0 ? 3 : 0),
-                              .features = features_};
-  const Grouping grouping = (mode & kSingle) != 0 || single_.contains(Key(host, mode))
+  const Grouping grouping = (mode & mode::kSingle) != 0 || single_.contains(Key(host, mode))
                                 ? Grouping::kSingle
                                 : Grouping::kShared;
-  const UnitMode allowed{.sse = (mode & 8) != 0,
-                         .avx = (mode & 16) != 0,
-                         .x87 = (mode & 32) != 0,
-                         .supervisor = (mode & 1) == 0};
-  *built = unit_.Build(context, allowed, {.first = page->host, .next = next}, offset, grouping);
+  *built = unit_.Build(DecodeContextOf(mode, features_), UnitModeOf(mode),
+                       {.first = page->host, .next = next}, offset, grouping);
   if (*built != Unit::Built::kOk) return nullptr;
   return Emit(page, unit_.crosses() ? next_page : nullptr, mode);
 }
@@ -458,7 +496,7 @@ Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next
 Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode) {
   const uint16_t offset = unit_[0].offset;
   const uint64_t key = Key(page->host + offset, mode);
-  const unsigned cls = mode >> 1 & 3;
+  const unsigned cls = ClassOf(mode);
   BlockStore::Region& region = store_.region();
   memory_.Populate(region.used + kUnitRoom);
   Assembler as = memory_.At(region.used);
@@ -471,10 +509,12 @@ Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode) {
       .first_write_slot = next_write_slot_[cls],
       .code_slot = page->slot,
       .next_code_slot = next_page == nullptr ? 0 : next_page->slot,
+      .mode = RipIsLinear(mode) ? mode & ~unsigned{mode::kSingle} : 0,
       .first_exit = store_.NextExit(),
       .exit_step = store_.exit_step(),
       .counts_checks = adaptation != nullptr && !adaptation->settled,
-      .polymorphic = adaptation == nullptr ? std::bitset<128>{} : adaptation->polymorphic,
+      .polymorphic =
+          adaptation == nullptr ? TranslationContext::Polymorphic{} : adaptation->polymorphic,
       .pages = {.first = page->host, .next = next_page == nullptr ? nullptr : next_page->host}};
   const EntryPoints entries = Translator(unit_, as, where, buffers_).Run();
   if (where.counts_checks) {
@@ -503,6 +543,8 @@ Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode) {
   store_.Insert(block);
   ++counters_.units;
   counters_.unit_insns += unit_.count();
+  if ((mode & mode::kCode16) != 0) ++counters_.units16;
+  if ((mode & mode::kCode32) != 0) ++counters_.units32;
   Publish(*block);
   return block;
 }
@@ -636,8 +678,9 @@ void Engine::LeavePages(unsigned half) {
   for (unsigned i = 0; i < state_.entered_count[half]; ++i)
     state_.code_pages[state_.entered[half][i]] = kNoPage;
   state_.entered_count[half] = 0;
-  if (state_.entered_count[0] + state_.entered_count[1] == 0)
-    std::memset(state_.entered_pages, 0, sizeof(state_.entered_pages));
+  if (state_.entered_count[0] + state_.entered_count[1] != 0) return;
+  std::memset(state_.entered_pages, 0, sizeof(state_.entered_pages));
+  entered_elsewhere_ = false;
 }
 
 void Engine::DropAll() {
@@ -674,6 +717,11 @@ void Engine::DropLowerHalfAnd(std::span<const uint64_t> pages) {
 
 void Engine::LeavePage(uint64_t linear) {
   if (!state_.entered_pages[(linear >> 12) % kEnteredHash]) return;
+  if (entered_elsewhere_) {
+    LeavePages(0);
+    LeavePages(1);
+    return;
+  }
   const unsigned half = linear >> 63;
   for (unsigned i = 0; i < state_.entered_count[half]; ++i) {
     uint64_t& entered = state_.code_pages[state_.entered[half][i]];

@@ -20,6 +20,7 @@
 #include "cpu/x86/cpu.h"
 #include "cpu/x86/jit/block_store.h"
 #include "cpu/x86/jit/code_memory.h"
+#include "cpu/x86/jit/mode.h"
 #include "cpu/x86/jit/perf_map.h"
 #include "cpu/x86/jit/state.h"
 #include "cpu/x86/jit/stubs.h"
@@ -40,6 +41,7 @@ struct Counters {
   uint64_t killed_units = 0;   // their code changed
   uint64_t evictions = 0, flushes = 0;  // a region was emptied; all was
   uint64_t traps = 0;                   // host exceptions that were the guest's
+  uint64_t units16 = 0, units32 = 0;    // of `units`: of 16-bit and of 32-bit code
 };
 
 // Owned by the vCPU's thread.
@@ -99,8 +101,10 @@ class Engine final : private Tlb::Follower {
   uint64_t Branched();
   uint64_t Undo(Branch branch);
   uint64_t Resume(uint16_t offset, Grouping grouping = Grouping::kShared);
-  bool Adapt(const Site& site);
+  bool Adapt(const Site& site, uint64_t address);
   const uint8_t* UnitCode(const Site& site);
+  void NoteNeedless(const uint8_t* unit);
+  void SwitchTo(uint16_t mode, unsigned cls);
   void Entered(uint16_t mode);
   // As it is wanted at Cpu::rip.
   Block* Obtain(const uint8_t* host, uint16_t mode);
@@ -108,7 +112,7 @@ class Engine final : private Tlb::Follower {
   Block* Translate(const uint8_t* host, uint16_t mode, const uint8_t* next, Unit::Built* built);
   Block* Emit(CodePage* page, CodePage* next_page, uint16_t mode);
   uint64_t Digest(const Block& block) const;
-  void EnterPage(const CodePage& page, uint64_t linear);
+  void EnterPage(const CodePage& page, uint64_t rip, uint64_t linear);
   void Publish(const Block& block) const;
   CodePage* PageOf(const uint8_t* host, uint16_t mode);
   void Kill(Block* block);
@@ -128,7 +132,8 @@ class Engine final : private Tlb::Follower {
   void LeavePage(uint64_t linear);
   void DropWrites(const uint8_t* host_page) override;
   void DropAllWrites() override;
-  uint16_t Mode() const;
+  uint16_t running_mode() const { return static_cast<uint16_t>(state_.running_mode); }
+  uint16_t Mode() const { return ModeOf(state_.cpu); }
   static uint64_t Key(const uint8_t* host, uint16_t mode) {
     return reinterpret_cast<uint64_t>(host) << 16 | mode;
   }
@@ -147,16 +152,17 @@ class Engine final : private Tlb::Follower {
   struct Adaptation {
     std::vector<uint16_t> counting;  // slots of its groups
     bool settled = false;
-    std::bitset<128> polymorphic;
+    TranslationContext::Polymorphic polymorphic;
   };
   std::unordered_map<uint64_t, Adaptation> adapted_;  // by key
   uint64_t since_[kClassCount * kSlots] = {};         // time stamp of a slot's last 256th miss
   std::unordered_set<uint64_t> single_;  // blocks whose accesses are checked one by one
   std::vector<unsigned> free_code_slots_;
   uint16_t jump_modes_[kClassCount] = {};
+  CodeSegment jump_segments_[kClassCount];
+  bool entered_elsewhere_ = false;  // a page is entered whose linear address isn't its RIP's
   unsigned next_read_slot_[kClassCount] = {}, next_write_slot_[kClassCount] = {};
   uint64_t seen_changes_ = 0;  // of the TLB, when a unit was entered last
-  uint16_t running_mode_ = 0;
   Unit unit_;
   Translator::Buffers buffers_;
   Site trap_site_;

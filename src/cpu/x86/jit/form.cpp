@@ -48,7 +48,7 @@ bool HasOperand(const Row& row, OperandKind kind) {
 
 Form FormOf(const Row& row) {
   const std::string_view name = row.mnemonic;
-  if ((row.attributes & kNo64) != 0) return Form::kInterpret;
+  if ((row.attributes & kNo64) != 0 && name != "LAHF" && name != "SAHF") return Form::kInterpret;
   if ((row.attributes & kNative) != 0) return Form::kCopy;
   if (In(kX87Waiting, name) || In(kX87Control, name)) return Form::kCopy;
   if (name == "CLI") return Form::kClearInterrupts;
@@ -66,6 +66,7 @@ Form FormOf(const Row& row) {
   if (name == "RET") return Form::kReturn;
   if (name == "JMP") return Form::kJump;
   if (name == "JCXZ") return Form::kJcxz;
+  if (name == "LOOP") return Form::kLoop;
   if (name.front() == 'J') return Form::kJcc;
   if (name.starts_with("SET") || name.starts_with("CMOV")) return Form::kCopy;
   return In(kCopied, name) ? Form::kCopy : Form::kInterpret;
@@ -89,6 +90,7 @@ Arithmetic ArithmeticOf(const Row& row) {
 RowForm::RowForm(const Row& row) : form(FormOf(row)), arithmetic(ArithmeticOf(row)) {
   const std::string_view name = row.mnemonic;
   results_in_ax_dx = In(kAxDx, name);
+  zeroes_vectors = name.starts_with("VZERO");
   bit_of_string =
       name.starts_with("BT") && row.operand_count == 2 && row.operands[1].kind == OperandKind::kReg;
   const bool native = (row.attributes & kNative) != 0;

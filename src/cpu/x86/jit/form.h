@@ -25,7 +25,12 @@ enum class Form : uint8_t {
   kJump,
   kJcc,
   kJcxz,
+  kLoop,
 };
+// A direct branch that may not be taken.
+constexpr bool IsConditional(Form form) {
+  return form == Form::kJcc || form == Form::kJcxz || form == Form::kLoop;
+}
 
 // What becomes of a register whose value was known up to a constant.
 enum class Arithmetic : uint8_t {
@@ -54,6 +59,7 @@ struct RowForm {
   bool keeps_flags_sometimes = false;  // a count of 0 or an exception leaves the flags alone
   Arithmetic arithmetic = Arithmetic::kOther;
   bool results_in_ax_dx = false;  // that aren't among the operands
+  bool zeroes_vectors = false;    // VZEROUPPER, VZEROALL
   bool bit_of_string = false;     // BT and its like with a register: beside memory, any bit there
   int8_t memory_operand = -1;     // index of the operand that may be memory
   // Which ModRM fields name general registers.

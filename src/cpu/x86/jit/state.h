@@ -27,7 +27,7 @@ constexpr uint8_t kSlotClear = 0x80;
 // Data classes as in Tlb::Class: user, supervisor, supervisor with AC set. Code of each has slots
 // and a jump table of its own, so that CPL changes invalidate nothing.
 constexpr unsigned kClassCount = 3;
-constexpr unsigned kSlots = 16384;               // a class
+constexpr unsigned kSlots = 16384;                // a class
 constexpr unsigned kWriteSlots = kSlots * 5 / 8;  // from here on: for what writes, and nothing else
 constexpr unsigned kSlotChunkBits = 6;            // slots are cleared by chunks
 constexpr unsigned kSlotChunks = kSlots >> kSlotChunkBits;
@@ -40,8 +40,11 @@ constexpr unsigned kJumpEntries = 65536;  // a class
 struct State {
   Cpu cpu;
 
-  uint64_t page = 0;         // linear address of the page that runs; RIP is that and an offset
-  uint16_t saved_flags = 0;  // low byte: OF as 0 or 1; high byte: as LAHF
+  // RIP where the page that runs begins: RIP is that and an offset. Its linear address, but for
+  // CS's base. The page may begin before CS does: then this is negative.
+  uint64_t page = 0;
+  uint32_t running_mode = 0;  // mode.h
+  uint16_t saved_flags = 0;   // low byte: OF as 0 or 1; high byte: as LAHF
   // Slots of the chunk were filled since they were cleared.
   alignas(8) uint8_t used[kClassCount][kSlotChunks] = {};
   uint8_t lower_in_supervisor = 0;  // slots of that class may hold pages of the lower half
@@ -64,8 +67,8 @@ struct State {
   uint64_t addends[128] = {};            // of a unit's groups that ask the TLB, while it runs
   uint8_t misses[kClassCount][kSlots];   // how often a slot was filled from the TLB, modulo 256
   uint32_t checks[kClassCount][kSlots];  // how often it was asked, by units that count it
-  // The linear page under which a page of code was last entered, 1 if none: it need not be checked
-  // again until the address space changes.
+  // The page (as `page` above) under which a page of code was last entered, if it was: it need not
+  // be checked again until the address space changes.
   uint64_t code_pages[kCodeSlots];
   const uint8_t* code_hosts[kCodeSlots];  // where the host has the page
   // Those that were entered, of the lower and the upper half of the address space; and which linear

@@ -28,6 +28,8 @@ constexpr CounterRow kRows[] = {
     {&Counters::evictions, "evictions", "a region of code memory was full, its units are dropped"},
     {&Counters::flushes, "flushes", "all units dropped: RAM or ROM moved"},
     {&Counters::traps, "host exceptions", "that were the guest's: #DE, #GP, #MF, #XM"},
+    {&Counters::units16, "16-bit units translated", "of those translated"},
+    {&Counters::units32, "32-bit units translated", "of those translated"},
 };
 static_assert(sizeof(Counters) == std::size(kRows) * sizeof(uint64_t), "a row for each counter");
 

@@ -328,6 +328,11 @@ class StubEmitter {
     const auto at_slot = [](size_t array) {
       return HostMem{.index = kS1, .scale = 3, .disp = static_cast<int32_t>(array), .gs = true};
     };
+    as_.RegReg(Assembler::k32, 0x8b, kRegAx, kS1);  // mov
+    Shift(Assembler::k32, 5, kRegAx, 16);
+    as_.RegMem(Assembler::k32, 0x3b, kRegAx, Gs(offsetof(State, running_mode)));  // cmp
+    uint8_t* left = as_.Jcc(kCcNe, as_.run());
+    as_.RegReg(Assembler::k32, 0xb70f, kS1, kS1);   // movzx
     as_.RegReg(Assembler::k32, 0x8b, kRegAx, kS0);  // mov
     Shift(Assembler::k32, 5, kRegAx, 12 - 5);
     as_.RegReg(Assembler::k32, 0x81, 4, kRegAx);  // and
@@ -370,6 +375,7 @@ class StubEmitter {
     as_.StoreByte({.base = kRegCx, .disp = offsetof(State, entered_pages), .gs = true}, 1);
     for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
     as_.Ret();
+    as_.PatchHere(left);
     as_.PatchHere(unknown);
     as_.PatchHere(other);
     as_.PatchHere(full);

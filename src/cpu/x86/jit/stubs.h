@@ -20,8 +20,9 @@ struct Stubs {
   // address.
   using Fill = const uint8_t* [kClassCount][2];
   Fill fill = {}, fill_at = {};
-  // Called; S0: the target; S1: a slot of code_pages. Returns if the code's page lies there, which
-  // is entered then; else goes to the dispatcher. Of CPL 0 to 2, and of 3.
+  // Called; S0: the target; S1: a slot of code_pages, and the unit's mode from bit 16 on. Returns
+  // if the code's page lies there, which is entered then; else goes to the dispatcher. Of CPL 0 to
+  // 2, and of 3.
   const uint8_t* enter_page[2] = {};
   const uint8_t* execute = nullptr;       // call. S1: ExecuteSite*
   const uint8_t* execute_end = nullptr;   // jump. The same, and the unit ends

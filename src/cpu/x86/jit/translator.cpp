@@ -20,7 +20,7 @@ Translator::Translator(Unit& unit, Assembler& assembler, const TranslationContex
                                                           (kSlots - kWriteSlots)
                                       : (context_.first_read_slot + out_.reads++) % kWriteSlots;
     group.slot = static_cast<uint16_t>(context_.data_class * kSlots + slot);
-    group.polymorphic = context_.polymorphic[g];
+    group.polymorphic = context_.polymorphic.groups[g];
   }
 }
 
@@ -61,7 +61,11 @@ void Translator::Entries() {
   entries_.checked = as_.run();
   as_.Lea(kS1, {.base = kS0, .disp = -int32_t{offset}});
   as_.Cmp(kS1, Gs(offsetof(State, code_pages) + context_.code_slot * 8));
-  out_.cold.push_back({.kind = Cold::kEnter, .from = as_.Jcc(kCcNe, as_.run())});
+  if (context_.mode != 0) {
+    out_.cold.push_back({.kind = Cold::kEnter, .from = as_.Jcc(kCcNe, as_.run())});
+  } else {
+    as_.Jcc(kCcNe, context_.stubs->dispatch);
+  }
   as_.Store(PageBase(), kS1);
   uint8_t* to_poll = nullptr;
   if (live) {
@@ -161,7 +165,8 @@ void Translator::NeedX87(const UnitInsn& u) {
 // After an x87 instruction: what FIP, FOP and FDP hold from now on. S0 and S1 are spoilt.
 void Translator::KeepX87Pointers(const UnitInsn& u) {
   const Insn& insn = u.insn;
-  if (!x87_page_kept_) {
+  // A reload splits the pointer at a multiple of 4096, which is no page's start where CS isn't.
+  if (!x87_page_kept_ || !unit_.mode().code_aligned) {
     as_.Load(kS1, PageBase());
     as_.Store(Gs(offsetof(State, x87_page)), kS1);
     x87_page_kept_ = true;
@@ -171,6 +176,10 @@ void Translator::KeepX87Pointers(const UnitInsn& u) {
   as_.StoreDword(Gs(offsetof(State, x87_offset)), opcode << 16 | u.offset);
   if (!insn.has_memory()) return;
   const HostMem to = Gs(offsetof(State, x87_address));
+  if (unit_.mode().legacy()) {
+    LegacyEffective(kS1, insn);
+    return as_.Store(to, kS1);
+  }
   HostMem address{.disp = static_cast<int32_t>(insn.disp)};
   if (insn.base == kBaseRip) {
     as_.Load(kS1, PageBase());
@@ -195,6 +204,7 @@ void Translator::KeepX87Pointers(const UnitInsn& u) {
 
 void Translator::Instruction(unsigned i) {
   const UnitInsn& u = unit_[i];
+  if (Legacy(u)) return;
   switch (u.form->form) {
     case Form::kInterpret:
       return Interpret(u);
@@ -226,6 +236,7 @@ void Translator::Instruction(unsigned i) {
       return Jump(u);
     case Form::kJcc:
     case Form::kJcxz:
+    case Form::kLoop:
       return Conditional(u);
   }
 }
@@ -303,6 +314,7 @@ void Translator::PushFlags(const UnitInsn& u) {
   as_.Dword(~(status | static_cast<uint32_t>(rflags::kVm | rflags::kRf)));
   as_.RegReg(Assembler::k64, 0x0b, kS1, kS0);  // or
   Mark(u);
+  if (unit_.mode().legacy()) return PushRegister(u, kS1);
   as_.Store(StackAt(u.stack, kGuestSp, -8), kS1);
   as_.Lea(kGuestSp, {.base = kGuestSp, .disp = -8});
 }

@@ -22,7 +22,7 @@ struct Site {
     kVectors = 1,  // vector registers are in use
     kX87 = 2,      // x87 and MMX registers are
     kWrite = 4,
-    kShared = 8,  // a check for more than one access
+    kShared = 8,  // a check for more than one access, or made before its time
   };
   uint8_t flags = 0;
   uint8_t count = 0;    // instructions to interpret if the access can't be mapped
@@ -87,9 +87,14 @@ struct TranslationContext {
   unsigned first_read_slot = 0, first_write_slot = 0;
   unsigned code_slot = 0;                  // of State::code_pages
   unsigned next_code_slot = 0;             // ... of the next page, if the unit crosses into it
+  unsigned mode = 0;                       // the unit's; 0: its pages are entered by the dispatcher
   uint32_t first_exit = 0, exit_step = 1;  // numbers of the unit's exits
   bool counts_checks = false;              // State::checks
-  std::bitset<128> polymorphic;            // groups whose page changes all the time
+  // Groups whose page changes all the time; of these, the ones in the upper half of the address
+  // space.
+  struct Polymorphic {
+    std::bitset<128> groups, upper;
+  } polymorphic;
   Unit::Pages pages;
 };
 
@@ -131,6 +136,7 @@ class Translator {
     size_t exit;
     int64_t target;  // from the page's start
     bool saved;      // flags
+    const UnitInsn* branch;
   };
 
   void Mark(const UnitInsn& u);
@@ -160,8 +166,41 @@ class Translator {
   void Jump(const UnitInsn& u);
   void Conditional(const UnitInsn& u);
   void ColdPaths();
+  void JumpToInterpret(const Site& site);
   void CallFill(const Cold& cold, const Stubs::Fill& fill);
   void Thunks();
+
+  // Of 16-bit and 32-bit code (translator_legacy.cpp).
+  bool Legacy(const UnitInsn& u);
+  void Lea32(HostReg to, const HostMem& mem);
+  void Load32(HostReg to, const HostMem& mem);
+  void Truncate16(HostReg reg);
+  void LoadSized(HostReg to, const HostMem& mem, unsigned size);
+  void StoreSized(const HostMem& mem, HostReg from, unsigned size);
+  void MovSized(HostReg to, HostReg from, unsigned size);
+  void LegacyEffective(HostReg to, const Insn& insn);
+  void LegacyOffset(const AccessGroup& group, unsigned at);
+  void AddSegmentBase(const AddressKey& key);
+  void LegacyCheck(const AccessGroup& group, unsigned at, const Site& site);
+  void LegacyBeforeFill(const Site& site);
+  bool Plain(const MemoryAccess& access) const;
+  HostMem LegacyMap(const UnitInsn& u, const MemoryAccess& access);
+  HostMem LegacyStack(const MemoryAccess& access, HostReg base, int32_t disp);
+  void SetStackPointer(HostReg from, int32_t by);
+  void PushRegister(const UnitInsn& u, HostReg from);
+  void LegacyPush(const UnitInsn& u);
+  void LegacyPop(const UnitInsn& u);
+  void LegacyLeave(const UnitInsn& u);
+  void LegacyLea(const UnitInsn& u);
+  void LegacyMoveFromSegment(const UnitInsn& u);
+  void LegacyTarget(const UnitInsn& u, int64_t page_offset);
+  void CheckCodeLimit(const UnitInsn& u);
+  void LegacyPushReturn(const UnitInsn& u);
+  void LegacyLoadTarget(const UnitInsn& u);
+  void LegacyCall(const UnitInsn& u);
+  void LegacyReturn(const UnitInsn& u);
+  void LegacyCrossPage(const UnitInsn& u, int64_t target);
+  uint8_t* CounterBranch(const UnitInsn& u);
 
   // Flags.
   void SaveFlags();

@@ -109,12 +109,25 @@ void Translator::Return(const UnitInsn& u) {
 
 void Translator::Jump(const UnitInsn& u) {
   Mark(u);
+  const bool legacy = unit_.mode().legacy();
   if (u.form->memory_operand >= 0) {
+    if (legacy) {
+      if (!saved_flags_) SaveFlags();
+      LegacyLoadTarget(u);
+      CheckCodeLimit(u);
+      return Indirect(u, 0);
+    }
     LoadTarget(u);
     return Indirect(u, 0);
   }
   const int64_t target = int64_t{u.offset} + u.insn.length + u.insn.imm;
-  if (target < 0 || target >= 4096) return CrossPage(target);
+  if (unit_.NearTarget(u) < 0) {
+    if (!legacy) return CrossPage(target);
+    if (!saved_flags_) SaveFlags();
+    LegacyTarget(u, target);
+    CheckCodeLimit(u);
+    return LegacyCrossPage(u, target);
+  }
   if (u.live_after != 0) NeedFlags();
   uint8_t* branch = as_.Jmp(as_.run());
   if (u.jump_to < 0) return LeaveTo(branch, target);
@@ -132,10 +145,8 @@ void Translator::Jump(const UnitInsn& u) {
 void Translator::Conditional(const UnitInsn& u) {
   if (u.insn.row->flags.tested != 0 || u.live_after != 0) NeedFlags();
   uint8_t* branch;
-  if (u.form->form == Form::kJcxz) {
-    as_.Byte(0xe3), as_.Byte(2);  // over the next jump
-    as_.Byte(0xeb), as_.Byte(5);  // over the one after
-    branch = as_.Jmp(as_.run());
+  if (u.form->form != Form::kJcc) {
+    branch = CounterBranch(u);
   } else {
     branch = as_.Jcc(u.insn.opcode & 15, as_.run());
   }
@@ -151,10 +162,10 @@ void Translator::Conditional(const UnitInsn& u) {
     }
     return Internal(branch, to);
   }
-  if (target >= 0 && target < 4096) return LeaveTo(branch, target);
+  if (unit_.NearTarget(u) >= 0) return LeaveTo(branch, target);
   // Another page: through a cold jump with the target at hand.
   out_.exits.push_back({.distance = branch, .thunk = nullptr, .same_page = false, .offset = 1});
-  out_.far.push_back({out_.exits.size() - 1, target, saved_flags_});
+  out_.far.push_back({out_.exits.size() - 1, target, saved_flags_, &u});
 }
 
 // ---- behind the code
@@ -165,7 +176,12 @@ void Translator::ColdPaths() {
     ExitSite& exit = out_.exits[far.exit];
     as_.PatchHere(exit.distance);
     if (!far.saved) SaveFlags();
-    PageAddress(kS0, far.target);
+    if (unit_.mode().legacy()) {
+      LegacyTarget(*far.branch, far.target);
+      CheckCodeLimit(*far.branch);
+    } else {
+      PageAddress(kS0, far.target);
+    }
     exit.distance = as_.Jmp(as_.run());
     exit.offset = 0;
   }
@@ -173,14 +189,21 @@ void Translator::ColdPaths() {
     as_.PatchHere(cold.from);
     switch (cold.kind) {
       case Cold::kFill:
-        CallFill(cold, context_.stubs->fill);
+        if (unit_.mode().legacy()) {
+          as_.Add(kS0, SlotPage(cold.site.slot));
+          LegacyBeforeFill(cold.site);
+          CallFill(cold, context_.stubs->fill_at);
+        } else {
+          CallFill(cold, context_.stubs->fill);
+        }
         break;
       case Cold::kAsk:
         GroupAddress(unit_.group(cold.site.group), cold.at);
+        if (unit_.mode().legacy()) LegacyBeforeFill(cold.site);
         CallFill(cold, context_.stubs->fill_at);
         break;
       case Cold::kEnter:
-        as_.MovImm32(kS1, context_.code_slot);
+        as_.MovImm32(kS1, context_.code_slot | context_.mode << 16);
         as_.Call(context_.stubs->enter_page[context_.data_class == Tlb::kUser]);
         as_.Jmp(entries_.checked);
         break;
@@ -192,13 +215,9 @@ void Translator::ColdPaths() {
         as_.Call(context_.stubs->load_x87);
         as_.Jmp(cold.back);
         break;
-      case Cold::kInterpret: {
-        uint8_t* site = as_.LeaRip(kS1);
-        as_.Jmp(context_.stubs->interpret);
-        as_.PatchHere(site);
-        as_.Put(&cold.site, sizeof(cold.site));
+      case Cold::kInterpret:
+        JumpToInterpret(cold.site);
         break;
-      }
       case Cold::kExecute:
         CallInterpreter(*cold.insn, cold.loaded);
         as_.Jmp(cold.back);
@@ -217,6 +236,13 @@ void Translator::ColdPaths() {
         break;
     }
   }
+}
+
+void Translator::JumpToInterpret(const Site& site) {
+  uint8_t* record = as_.LeaRip(kS1);
+  as_.Jmp(context_.stubs->interpret);
+  as_.PatchHere(record);
+  as_.Put(&site, sizeof(site));
 }
 
 // S0: the address, or for `fill` what is left of it behind the slot's page.

@@ -122,7 +122,11 @@ void Translator::CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg
     as_.Byte(insn.opcode);
   } else {
     if (insn.locked()) as_.Byte(0xf0);
-    if ((insn.flags & kHas66) != 0 || row.prefix == PrefixRule::k66) as_.Byte(0x66);
+    // Where 16-bit operands are the default, they take a prefix here.
+    const bool small = unit_.mode().legacy() && !insn.has(kNative)
+                           ? insn.operand_size == 2 && row.prefix != PrefixRule::kNp
+                           : (insn.flags & kHas66) != 0;
+    if (small || row.prefix == PrefixRule::k66) as_.Byte(0x66);
     if (row.prefix == PrefixRule::kF2) as_.Byte(0xf2);
     if (row.prefix == PrefixRule::kF3) as_.Byte(0xf3);
     const bool forced = byte_register(0, form.reg_is_gpr, insn.reg) ||
@@ -170,6 +174,8 @@ void Translator::CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg
     }
   }
   as_.Put(insn.bytes + insn.length - immediate, immediate);
+  // Outside of 64-bit mode the register's highest bit is ignored.
+  if (row.imm[0] == ImmKind::kIs4 && unit_.mode().legacy()) as_.here()[-1] &= 0x7f;
 }
 
 }  // namespace kvartz::cpu::x86::jit

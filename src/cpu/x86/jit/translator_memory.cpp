@@ -22,6 +22,10 @@ void Translator::Checks(unsigned i) {
 // The group's lowest address to S0; S1 is spoilt.
 void Translator::GroupAddress(const AccessGroup& group, unsigned at) {
   const AddressKey& key = group.key;
+  if (unit_.mode().legacy()) {
+    LegacyOffset(group, at);
+    return AddSegmentBase(key);
+  }
   int64_t constant = group.low;
   HostMem address;
   const auto find = [&](uint32_t id) {
@@ -81,16 +85,22 @@ void Translator::Check(unsigned number, unsigned at) {
   const AccessGroup& group = unit_.group(number);
   SpoilFlags(unit_[at].live_before);
   held_ = -1;
-  GroupAddress(group, at);
   const auto span = static_cast<unsigned>(group.high - group.low);
-  const Site site = {.flags = static_cast<uint8_t>(Loaded() | (group.write ? Site::kWrite : 0) |
-                                                   (group.shared ? Site::kShared : 0)),
+  const bool early = group.shared || at != group.first;
+  const Site site = {.flags = static_cast<uint8_t>(
+                         Loaded() | (group.write ? Site::kWrite : 0) |
+                         (unit_.grouping() == Grouping::kShared && early ? Site::kShared : 0)),
                      .count = static_cast<uint8_t>(group.last - at + 1),
                      .group = static_cast<uint8_t>(number),
                      .offset = unit_[at].offset,
                      .unit = unit_[0].offset,
                      .span = static_cast<uint16_t>(span),
                      .slot = group.slot};
+  if (unit_.mode().legacy()) {
+    LegacyCheck(group, at, site);
+  } else {
+    GroupAddress(group, at);
+  }
   if (group.polymorphic) {
     AskTlb(number, span);
     out_.cold.back().site = site;
@@ -122,7 +132,7 @@ void Translator::AskTlb(unsigned number, unsigned span) {
   as_.Lea(kS0, {.base = kS0, .disp = static_cast<int32_t>(span - 1)});
   as_.RegReg(Assembler::k64, 0x81, 4, kS0);
   as_.Dword(0xfffff000);
-  const bool upper = context_.data_class == Tlb::kSupervisor;
+  const bool upper = context_.polymorphic.upper[number];
   as_.RegMem(Assembler::k64, 0x0b, kS0, Gs(offsetof(State, asid) + (upper ? 8 : 0)));  // or
   as_.Cmp(kS0, field(group.write ? offsetof(TlbEntry, write) : offsetof(TlbEntry, read)));
   uint8_t* from = as_.Jcc(kCcNe, as_.run());
@@ -134,6 +144,7 @@ void Translator::AskTlb(unsigned number, unsigned span) {
 // The host's address of a checked access, in one of S0 and S1; the other is spoilt. The flags stay.
 HostMem Translator::Map(const UnitInsn& u, const MemoryAccess& access) {
   const Insn& insn = u.insn;
+  if (unit_.mode().legacy()) return LegacyMap(u, access);
   const bool held = held_ == access.group;
   const HostReg to = held ? kS1 : kS0, spare = held ? kS0 : kS1;
   held_ = -1;

@@ -46,17 +46,24 @@ bool HighByteFits(const Insn& insn, const RowForm& form) {
          plain(form.rm_is_gpr, insn.rm, rm_first ? 0 : 1) && !form.vvvv_is_gpr;
 }
 
+const RowForm& Interpreted() {
+  static const RowForm form;
+  return form;
+}
+
 // The row's form, or the interpreter's for the few shapes that it doesn't cover.
 const RowForm* FormFor(const Insn& insn, UnitMode mode) {
-  static const RowForm kInterpreted;
+  const RowForm& kInterpreted = Interpreted();
   const RowForm& form = RowForm::Of(*insn.row);
   if (form.form == Form::kInterpret || form.form == Form::kNothing) return &form;
-  if ((insn.flags & kHas67) != 0) return &kInterpreted;
+  if ((insn.flags & kHas67) != 0 && !mode.legacy()) return &kInterpreted;
   if (form.vector && !(insn.row->vex ? mode.avx : mode.sse)) return &kInterpreted;
   const bool memory = insn.has_memory();
   if (form.x87 && !mode.x87) return &kInterpreted;
   // CVTPI2PS with a memory operand leaves the x87 unit alone, or some hosts don't.
   if (form.x87 && memory && VectorPlan::Of(*insn.row).mmx_in_rm) return &kInterpreted;
+  if (mode.legacy() && form.form != Form::kCopy)
+    return LegacyFits(insn, form, mode) ? &form : &kInterpreted;
   switch (form.form) {
     case Form::kPop:
       return memory || insn.operand_size != 8 ? &kInterpreted : &form;
@@ -76,6 +83,7 @@ const RowForm* FormFor(const Insn& insn, UnitMode mode) {
     default:
       return &form;
   }
+  if (mode.legacy() && form.zeroes_vectors) return &kInterpreted;  // of the lower 8 registers
   if (memory && form.bit_of_string) return &kInterpreted;
   const bool high = (form.reg_is_gpr && insn.reg >= kHighByte) ||
                     (form.rm_is_gpr && !memory && insn.rm >= kHighByte);
@@ -105,11 +113,11 @@ int64_t Unit::TargetInPage(const UnitInsn& u) {
 DecodeStatus Unit::DecodeAt(unsigned offset, const uint8_t* next, Insn* insn) const {
   const size_t room = 4096 - offset;
   if (next == nullptr || room >= 15)
-    return Decode(context_, {page_ + offset, std::min<size_t>(room, 15)}, insn);
+    return DecodeForUnit(context_, {page_ + offset, std::min<size_t>(room, 15)}, insn);
   uint8_t bytes[15];
   std::memcpy(bytes, page_ + offset, room);
   std::memcpy(bytes + room, next, sizeof(bytes) - room);
-  return Decode(context_, bytes, insn);
+  return DecodeForUnit(context_, bytes, insn);
 }
 
 Unit::Built Unit::Build(const DecodeContext& context, UnitMode mode, Pages pages, unsigned offset,
@@ -127,9 +135,12 @@ Unit::Built Unit::Build(const DecodeContext& context, UnitMode mode, Pages pages
     if (status == DecodeStatus::kTruncated && count_ == 0) return Built::kNeedsNext;
     if (status != DecodeStatus::kOk) break;
     u.form = FormFor(u.insn, mode_);
+    u.offset = static_cast<uint16_t>(offset);
+    // If its target may be out of CS, the count must not have changed yet.
+    if (u.form->form == Form::kLoop && !mode_.code_flat && NearTarget(u) < 0)
+      u.form = &Interpreted();
     u.tested = Tested(u);
     u.killed = Killed(u);
-    u.offset = static_cast<uint16_t>(offset);
     offset += u.insn.length;
     ++count_;
     if (Ends(u)) break;
@@ -148,10 +159,10 @@ Unit::Built Unit::Build(const DecodeContext& context, UnitMode mode, Pages pages
 void Unit::FindLabels() {
   for (unsigned i = 0; i < count_; ++i) {
     UnitInsn& u = insns_[i];
-    const bool direct = u.form->form == Form::kJcc || u.form->form == Form::kJcxz ||
-                        (u.form->form == Form::kJump && u.form->memory_operand < 0);
+    const bool direct =
+        IsConditional(u.form->form) || (u.form->form == Form::kJump && u.form->memory_operand < 0);
     if (!direct) continue;
-    const int64_t target = TargetInPage(u);
+    const int64_t target = NearTarget(u);
     for (unsigned j = 0; j < count_; ++j) {
       if (insns_[j].offset != target) continue;
       u.jump_to = static_cast<int8_t>(j);
@@ -174,7 +185,7 @@ uint16_t Unit::LiveAt(unsigned offset) {
     live |= static_cast<uint16_t>(open & Tested(u));
     open &= static_cast<uint16_t>(~Killed(u));
     if (open == 0 || live == kAllFlags) return live;
-    if (Ends(u) || u.form->form == Form::kJcc || u.form->form == Form::kJcxz) break;
+    if (Ends(u) || IsConditional(u.form->form)) break;
     offset += u.insn.length;
   }
   return live | open;
@@ -186,9 +197,9 @@ void Unit::Liveness() {
     const UnitInsn& u = insns_[i];
     const Form form = u.form->form;
     if (u.jump_to >= 0) continue;
-    if (form == Form::kJcc || form == Form::kJcxz ||
+    if (IsConditional(form) ||
         (form == Form::kJump && !u.insn.has_memory() && u.form->memory_operand < 0)) {
-      const int64_t target = TargetInPage(u);
+      const int64_t target = NearTarget(u);
       exits[i] = target < 0 ? kAllFlags : LiveAt(static_cast<unsigned>(target));
     } else if (Ends(u)) {
       exits[i] = kAllFlags;
@@ -234,7 +245,7 @@ void Unit::Accesses() {
     }
     Update(u);
     // A write behind a side exit must not be asked for before it: perhaps it never comes.
-    if (u.form->form == Form::kJcc || u.form->form == Form::kJcxz) {
+    if (IsConditional(u.form->form)) {
       for (unsigned g = first_open_; g < group_count_; ++g) {
         if (!groups_[g].write) groups_[g].last |= 0x80;  // closed for writes
       }
@@ -255,6 +266,7 @@ void Unit::Address(UnitInsn& u) {
   if (u.form->form == Form::kPop) access.write = true;
   access.offset = insn.disp;
   if (insn.segment >= kFs) access.key.segment = insn.segment;
+  if (mode_.legacy()) LegacyKey(&access.key, insn.segment, insn.address_size);
   if (insn.base == kBaseRip) {
     access.key.rip = true;
     access.offset += u.offset + insn.length;
@@ -270,18 +282,20 @@ void Unit::Address(UnitInsn& u) {
 }
 
 void Unit::Stack(UnitInsn& u) {
+  const uint16_t size = mode_.legacy() ? u.insn.operand_size : 8;
   const auto at = [&](unsigned reg, int64_t offset, bool write) {
     u.stack = {.present = true,
                .write = write,
-               .size = 8,
+               .size = size,
                .offset = now_[reg].offset + offset,
                .key = {.base = now_[reg].id}};
+    if (mode_.legacy()) LegacyKey(&u.stack.key, kSs, mode_.stack_size);
   };
   switch (u.form->form) {
     case Form::kPush:
     case Form::kPushFlags:
     case Form::kCall:
-      at(kRsp, -8, true);
+      at(kRsp, -int64_t{size}, true);
       break;
     case Form::kPop:
     case Form::kReturn:
@@ -299,23 +313,28 @@ void Unit::Stack(UnitInsn& u) {
 void Unit::Update(const UnitInsn& u) {
   const Insn& insn = u.insn;
   const RowForm& form = *u.form;
+  const unsigned full = mode_.legacy() ? 4 : 8;  // a whole register
+  const int64_t slot = mode_.legacy() ? insn.operand_size : 8;
   switch (form.form) {
     case Form::kPush:
     case Form::kPushFlags:
-      now_[kRsp].offset -= 8;
-      return;
+      return MoveStackPointer(-slot);
+    case Form::kLoop:
+      return Fresh(kRcx);
     case Form::kMoveFromSegment:
       return Fresh(insn.rm);
     case Form::kPop:
-      now_[kRsp].offset += 8;
+      MoveStackPointer(slot);
       if (!insn.has_memory()) Fresh(form.memory_operand >= 0 ? insn.rm : insn.reg);
       return;
     case Form::kLeave:
-      now_[kRsp] = {now_[kRbp].id, now_[kRbp].offset + 8};
+      now_[kRsp] = now_[kRbp];
+      MoveStackPointer(slot);
       Fresh(kRbp);
       return;
     case Form::kLea:
-      if (insn.operand_size == 8 && insn.base < 16 && insn.index == kNoRegister) {
+      if (insn.operand_size == full && insn.address_size == full && insn.base < 16 &&
+          insn.index == kNoRegister) {
         now_[insn.reg] = {now_[insn.base].id, now_[insn.base].offset + insn.disp};
       } else {
         Fresh(insn.reg);
@@ -330,7 +349,7 @@ void Unit::Update(const UnitInsn& u) {
       return;
   }
   const Row& row = *insn.row;
-  const bool wide = insn.operand_size == 8 && !insn.has_memory();
+  const bool wide = insn.operand_size == full && !insn.has_memory();
   if (wide) {
     switch (form.arithmetic) {
       case Arithmetic::kAddImmediate:
@@ -389,6 +408,9 @@ void Unit::Group(MemoryAccess& access, unsigned at) {
     for (unsigned g = first_open_; g < group_count_; ++g) {
       AccessGroup& group = groups_[g];
       if (!(group.key == access.key)) continue;
+      // The segment may begin between them.
+      const bool absolute = access.key.base == 0 && access.key.index == 0;
+      if (access.key.checked && absolute && (low < 0) != (group.low < 0)) continue;
       if (access.write && !group.write && (group.last & 0x80) != 0) continue;
       const int64_t from = std::min(group.low, low), to = std::max(group.high, high);
       if (to - from > kMaxGroupSpan) continue;
@@ -433,7 +455,7 @@ void Unit::PlaceChecks() {
           group.first - at > 12)
         break;
       const Form before = insns_[at - 1].form->form;
-      if (group.write && (before == Form::kJcc || before == Form::kJcxz)) break;
+      if ((group.write || grouping_ == Grouping::kSingle) && IsConditional(before)) break;
     }
   }
 }

@@ -26,8 +26,11 @@ struct Symbol {
 struct AddressKey {
   uint32_t base = 0, index = 0;  // symbols; 0: none
   uint8_t scale = 0;
-  uint8_t segment = 0;  // kFs or kGs; else 0
+  uint8_t segment = 0;  // kFs or kGs; else 0. With `checked`: any
   bool rip = false;
+  // Outside of 64-bit mode: the segment's limit is to be checked and its base added; the address
+  // has 16 bits.
+  bool checked = false, address16 = false;
   bool operator==(const AddressKey&) const = default;
 };
 
@@ -65,6 +68,11 @@ struct UnitInsn {
   bool loop = false;    // ... from further down
 };
 
+// As Decode. Encodings that 64-bit mode lacks are given as their equals that it has; but length and
+// bytes are the guest's.
+DecodeStatus DecodeForUnit(const DecodeContext& context, std::span<const uint8_t> bytes,
+                           Insn* insn);
+
 // Its count is or may be 0: then the flags stay.
 bool KeepsFlags(const UnitInsn& insn);
 
@@ -77,7 +85,18 @@ struct CodeRange {
 struct UnitMode {
   bool sse = true, avx = true, x87 = true;
   bool supervisor = false;  // CPL 0
+  uint8_t code_size = 8;    // bytes of an operand or address: 8, 4, 2
+  uint8_t stack_size = 8;   // of the stack pointer
+  // Outside of 64-bit mode:
+  bool real = false;         // real or virtual-8086 mode
+  bool flat = true;          // DS, ES and SS: 4 GiB from 0
+  bool code_flat = true;     // so is CS
+  bool code_aligned = true;  // CS begins where a page does
+  bool legacy() const { return code_size != 8; }
 };
+
+// Outside of 64-bit mode: the row's form covers the instruction.
+bool LegacyFits(const Insn& insn, const RowForm& form, UnitMode mode);
 
 enum class Grouping : uint8_t { kShared, kSingle };  // kSingle: a check for each access
 
@@ -111,6 +130,10 @@ class Unit {
   const std::vector<CodeRange>& ranges() const { return ranges_; }
   // Same page: the target's offset; else -1.
   static int64_t TargetInPage(const UnitInsn& insn);
+  // The same, but -1 also if it depends on where the page lies in CS.
+  int64_t NearTarget(const UnitInsn& insn) const;
+  const UnitMode& mode() const { return mode_; }
+  Grouping grouping() const { return grouping_; }
 
  private:
   DecodeStatus DecodeAt(unsigned offset, const uint8_t* next, Insn* insn) const;
@@ -121,6 +144,8 @@ class Unit {
   void Accesses();
   void Address(UnitInsn& insn);
   void Stack(UnitInsn& insn);
+  void LegacyKey(AddressKey* key, unsigned segment, unsigned address_size) const;
+  void MoveStackPointer(int64_t by);
   void Update(const UnitInsn& insn);
   void Fresh(unsigned reg) { now_[reg & 15] = {next_symbol_++, 0}; }
   void FreshAll();

@@ -106,7 +106,7 @@ void InsnPicker::Begin(const Program& program) {
   segment_shift_ = program.segment_shift;
   high_pointers_ = program.high_half || (layout_.is64() && Chance(30));
   context_.mode = layout_.code_mode;
-  context_.protected_mode = program.shape != Shape::kReal16;
+  context_.protected_mode = !layout_.real_segments;
   context_.cpl = static_cast<uint8_t>(program.cpl);
   context_.features = features_;
   pointers_ = 1 << kRbx | 1 << kRbp | 1 << kRsi | 1 << kRdi;
@@ -263,6 +263,22 @@ bool InsnPicker::AddressVsib(EncodedInsn* e, Item* item) {
   return true;
 }
 
+// With a displacement so large that the sum wraps.
+bool InsnPicker::AddressFar(EncodedInsn* e, Item* item) {
+  const unsigned reg = Scratch();
+  const auto disp = static_cast<uint32_t>(Random());
+  const auto value = static_cast<uint32_t>(DataOffset(Target(Alignment(e->insn)))) - disp;
+  if (layout_.is16()) item->code.push_back(0x66);
+  item->code.push_back(static_cast<uint8_t>(0xb8 | reg));
+  Append32(&item->code, value);
+  std::vector<uint8_t> head(e->code.begin(), e->code.begin() + static_cast<long>(modrm_at_));
+  head.push_back(static_cast<uint8_t>(0x80 | (e->code[modrm_at_] & 0x38) | reg));
+  Append32(&head, disp);
+  head.insert(head.end(), e->code.begin() + static_cast<long>(immediate_at_), e->code.end());
+  e->code = head;
+  return true;
+}
+
 bool InsnPicker::Address16(EncodedInsn* e, Item* item) {
   const unsigned grain = Alignment(e->insn);
   std::vector<uint8_t> head(e->code.begin(), e->code.begin() + static_cast<long>(modrm_at_));
@@ -274,10 +290,22 @@ bool InsnPicker::Address16(EncodedInsn* e, Item* item) {
     Append32(&head, DataOffset(Target(grain)), 2);
   } else {
     const unsigned base = Pointer(item, grain, false);
-    const unsigned rm = base == kRsi ? 4 : base == kRdi ? 5 : base == kRbp ? 6 : 7;
-    const unsigned size = Chance(70) ? 1 : 2;
+    unsigned rm = base == kRsi ? 4 : base == kRdi ? 5 : base == kRbp ? 6 : 7;
+    unsigned size = Chance(70) ? 1 : 2;
+    uint64_t disp = (Chance(90) ? Below(128) : ~Below(128)) & ~uint64_t{grain - 1};
+    if (grain == 1 && Chance(10)) {  // two registers, whose sum wraps, mostly
+      const unsigned sum = static_cast<unsigned>(Below(4));
+      const unsigned first = sum < 2 ? kRbx : kRbp, second = sum % 2 ? kRdi : kRsi;
+      const uint64_t half = Random() & 0xffff;
+      size = 2;
+      disp = Random() & 0xffff;
+      MovImm(item, first, half);
+      MovImm(item, second, (DataOffset(Target(1)) - half - disp) & 0xffff);
+      good_ &= ~(1u << first | 1u << second);
+      rm = sum;
+    }
     head.push_back(static_cast<uint8_t>(size << 6 | rm | reg));
-    Append32(&head, Below(128) & ~uint64_t{grain - 1}, size);
+    Append32(&head, disp, size);
   }
   head.insert(head.end(), tail.begin(), tail.end());
   e->code = head;
@@ -288,9 +316,13 @@ bool InsnPicker::Address16(EncodedInsn* e, Item* item) {
 bool InsnPicker::Address(EncodedInsn* e, Item* item) {
   if (immediate_at_ > e->code.size()) return false;
   if (e->insn.has(kVsib)) return AddressVsib(e, item);
-  if (e->insn.address_size != layout_.width && !layout_.is64()) return false;
+  // It would write code, which may read undefined flags then.
+  if (layout_.real_segments && e->insn.seg() == kCs) return false;
+  const unsigned width = e->insn.address_size;
+  if (width == 2 && !layout_.near_data()) return false;
   if (Chance(1)) return true;
-  if (layout_.is16()) return Address16(e, item);
+  if (width == 2) return Address16(e, item);
+  if (width == 4 && !layout_.is64() && Chance(8)) return AddressFar(e, item);
   const unsigned grain = Chance(96) ? Alignment(e->insn) : 1;
   std::vector<uint8_t> head(e->code.begin(), e->code.begin() + static_cast<long>(modrm_at_));
   const std::vector<uint8_t> tail(e->code.begin() + static_cast<long>(immediate_at_),
@@ -376,7 +408,7 @@ bool InsnPicker::TryRow(const Row& row, Item* item, bool stack) {
   bool ok = true;
   if (HasOperand(*e.insn.row, OperandKind::kMoffs)) {
     const uint64_t target = DataOffset(Target(1));
-    ok = layout_.is64() || e.insn.address_size == layout_.width;
+    ok = e.insn.address_size != 2 || layout_.near_data();
     for (unsigned i = 0; ok && i < e.insn.address_size; ++i)
       e.code[e.code.size() - e.insn.address_size + i] = static_cast<uint8_t>(target >> (8 * i));
   }

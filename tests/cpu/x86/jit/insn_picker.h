@@ -48,6 +48,7 @@ class InsnPicker : public oracle::InsnEncoder {
   void AimImplicit(const Insn& insn, Item* item);
   bool Address(oracle::EncodedInsn* insn, Item* item);
   bool Address16(oracle::EncodedInsn* insn, Item* item);
+  bool AddressFar(oracle::EncodedInsn* insn, Item* item);
   bool AddressVsib(oracle::EncodedInsn* insn, Item* item);
   bool SetRexBits(std::vector<uint8_t>* head, const Insn& insn, unsigned index, unsigned base);
   unsigned Pointer(Item* item, unsigned grain, bool high);

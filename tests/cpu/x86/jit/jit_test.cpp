@@ -11,6 +11,7 @@
 #include "base/sync.h"
 #include "cpu/cpuid.h"
 #include "cpu/x86/jit/comparison.h"
+#include "cpu/x86/jit/engine.h"
 #include "cpu/x86/jit/program_generator.h"
 
 namespace kvartz::cpu::x86::programs {
@@ -129,6 +130,21 @@ class JitTest : public testing::Test {
                   << Disassemble(program, image);
   }
 
+  // Boards whose programs were translated did translate them, in their mode.
+  void ExpectTranslated() {
+    for (unsigned shape = 0; shape < boards_.size(); ++shape) {
+      if (!boards_[shape][1]) continue;
+      const jit::Counters& counters = boards_[shape][1]->board().vcpu().jit()->counters();
+      const Layout layout = LayoutOf(static_cast<Shape>(shape));
+      const uint64_t units = layout.is16()   ? counters.units16
+                             : layout.is64() ? counters.units - counters.units16 - counters.units32
+                                             : counters.units32;
+      EXPECT_GT(units, 0u) << "shape " << shape;
+      // The rest is the exception: what faults, watched code, instructions across pages.
+      EXPECT_LT(counters.steps, 10 * counters.unit_insns) << "shape " << shape;
+    }
+  }
+
   ProgramGenerator generator_;
   Watchdog watchdog_;
   std::array<std::array<std::unique_ptr<ProgramBoard>, 2>, static_cast<size_t>(Shape::kCount)>
@@ -139,8 +155,9 @@ class JitTest : public testing::Test {
 };
 
 Shape ShapeOf(uint64_t seed) {
-  static constexpr Shape kOthers[] = {Shape::kCompat32, Shape::kPae32,   Shape::kPaged32,
-                                      Shape::kFlat32,   Shape::kPaged16, Shape::kReal16};
+  static constexpr Shape kOthers[] = {
+      Shape::kCompat32, Shape::kPae32,  Shape::kPaged32,     Shape::kFlat32,   Shape::kSegmented32,
+      Shape::kPaged16,  Shape::kReal16, Shape::kUnaligned16, Shape::kUnreal16, Shape::kVm86};
   return seed % 10 < 6 ? Shape::k64 : kOthers[seed / 10 % std::size(kOthers)];
 }
 
@@ -152,7 +169,8 @@ TEST_F(JitTest, RandomProgramsDoTheSameWithAndWithout) {
   for (uint64_t seed = first; seed < first + wanted && differences < 10; ++seed) {
     const Shape shape =
         only < static_cast<uint64_t>(Shape::kCount) ? static_cast<Shape>(only) : ShapeOf(seed);
-    const unsigned cpl = shape == Shape::kReal16 || seed % 3 == 0 ? 0 : 3;
+    const bool real = LayoutOf(shape).mode == Mode::kReal16;
+    const unsigned cpl = shape != Shape::kVm86 && (real || seed % 3 == 0) ? 0 : 3;
     const Program program = generator_.Generate(seed, shape, cpl);
     Image image;
     const std::string text = Try(program, {}, &image);
@@ -166,6 +184,7 @@ TEST_F(JitTest, RandomProgramsDoTheSameWithAndWithout) {
     if (v != kEndVector && ends_[v + 1]) printf(" %u: %lu", v, ends_[v + 1]);
   printf("\n");
   EXPECT_EQ(differences, 0u);
+  ExpectTranslated();
 }
 
 }  // namespace

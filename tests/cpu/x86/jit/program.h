@@ -59,6 +59,9 @@ struct Program {
   uint64_t rflags = 2;
   uint64_t cr0_bits = 0;       // besides the usual
   uint64_t segment_shift = 0;  // base of DS and ES, down from the layout's
+  // By segment register, in protected mode.
+  enum class Segment : uint8_t { kUsual, kTight, kDown, kReadOnly, kNull };
+  Segment segments[6] = {};
   XsaveArea fpu;
   uint64_t data_seed = 0;
   bool code_writable = false;

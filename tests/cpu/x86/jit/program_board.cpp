@@ -67,6 +67,7 @@ ProgramBoard::ProgramBoard(Shape shape, const SoftOptions& soft)
     guest_.SetGate(v, 0xe, v == kEndVector ? 3 : 0, guest_.IsLong() ? kCode64 : kCode32,
                    GuestCase::Stub(v), guest_.IsLong() ? 1 : 0);
   }
+  if (!layout_.is64() && !layout_.real_segments) SetDescriptors();
   if (layout_.paged) MapPages();
   if (layout_.paged && !layout_.is16()) SetHandlers();
   X86State& state = guest_.initial;
@@ -81,6 +82,34 @@ ProgramBoard::ProgramBoard(Shape shape, const SoftOptions& soft)
   if (!layout_.paged)
     low_memory_.assign(guest_.at(0),
                        guest_.at(layout_.is16() ? layout_.code + 0x10000 : LastByte() + 1));
+}
+
+// SDM vol. 3 figure 3-8. `flags`: G D L AVL.
+void ProgramBoard::SetDescriptor(uint16_t selector, uint64_t base, uint64_t limit, unsigned type,
+                                 unsigned flags) {
+  const uint64_t raw = flags & 8 ? limit >> 12 : limit;
+  for (unsigned user = 0; user < 2; ++user) {
+    const uint64_t access = 0x90 | type | (user ? 0x60u : 0);
+    guest_.SetGdt(static_cast<uint16_t>(selector + user * 8),
+                  (raw & 0xffff) | (base & 0xffffff) << 16 | access << 40 |
+                      (raw >> 16 & 0xf) << 48 | uint64_t{flags} << 52 | (base >> 24 & 0xff) << 56);
+  }
+}
+
+void ProgramBoard::SetDescriptors() {
+  const unsigned size = layout_.is16() ? 0 : 4;
+  const uint64_t limit = layout_.is16() ? 0xffff : 0xffffffff;
+  const auto base = [](uint64_t value) { return static_cast<uint32_t>(value); };
+  SetDescriptor(kOwnCode, base(layout_.code_base), limit, 0xb, size ? 8 | size : 0);
+  SetDescriptor(kAliasCode, base(layout_.code_base - kAliasShift), limit, 0xb, size ? 8 | size : 0);
+  SetDescriptor(kOtherCode, layout_.code, 0xffff, 0xb, size ^ 4);
+  const uint64_t end = layout_.data_offset() + 0x1800;
+  const bool large = end > 0xfffff;
+  SetDescriptor(kTightData, layout_.data_base, end - 1, 3, large ? 8 | size : size);
+  SetDescriptor(kDownData, layout_.data_base, layout_.data_offset() + 0xfff, 7,
+                large ? 8 | size : size);
+  SetDescriptor(kOwnData, base(layout_.data_base), layout_.paged ? limit : LastByte(), 3,
+                size ? 8 | size : 0);
 }
 
 void ProgramBoard::SetHandlers() {
@@ -200,6 +229,27 @@ void ProgramBoard::LoadMemory(const Program& program, const Image& image,
   }
 }
 
+void ProgramBoard::SetKind(Program::Segment kind, Segment* s) const {
+  const auto data = static_cast<uint32_t>(layout_.data - s->base);
+  switch (kind) {
+    case Program::Segment::kUsual:
+      return;
+    case Program::Segment::kTight:
+      s->limit = std::min(s->limit, data + 0x17ff);
+      return;
+    case Program::Segment::kDown:
+      s->limit = data + 0x7f;
+      s->attributes |= 4;
+      return;
+    case Program::Segment::kReadOnly:
+      s->attributes &= ~2u;
+      return;
+    case Program::Segment::kNull:
+      s->attributes |= Segment::kUnusable;
+      return;
+  }
+}
+
 void ProgramBoard::LoadCpu(const Program& program, uint64_t entry) {
   const X86State& initial = guest_.initial;
   Cpu& cpu = guest_.board.cpu();
@@ -208,6 +258,7 @@ void ProgramBoard::LoadCpu(const Program& program, uint64_t entry) {
   cpu.rflags = program.rflags;
   cpu.fpu = program.fpu;
   cpu.fpu.xstate_bv = 7;
+  const uint16_t user = program.cpl == 3 ? 8 | 3 : 0;
   for (unsigned i = 0; i < kSegCount; ++i) {
     Segment& s = cpu.seg[i];
     s = {.base = layout_.data_base,
@@ -221,17 +272,29 @@ void ProgramBoard::LoadCpu(const Program& program, uint64_t entry) {
     if (!layout_.is64()) s.base = static_cast<uint32_t>(s.base);
     // Without paging, nothing that isn't put back can be reached.
     if (!layout_.paged) s.limit = static_cast<uint32_t>(LastByte() - s.base);
-    if (layout_.mode == Mode::kReal16) s.selector = static_cast<uint16_t>(s.base >> 4);
+    if (program.shape == Shape::kUnreal16 && i != kSs)
+      s.limit = static_cast<uint32_t>(layout_.code + 0xffff - s.base);
+    if (program.shape == Shape::kUnaligned16 && i != kSs) s.limit = 0xffffffff;
+    if (layout_.real_segments)
+      s.selector = static_cast<uint16_t>(s.base >> 4);
+    else if (layout_.data_base != 0)
+      s.selector = kOwnData | user;
+    if (program.shape == Shape::kVm86) s.attributes = 0xf3;
+    SetKind(program.segments[i], &s);
   }
   Segment& code = cpu.seg[kCs];
   code.base = layout_.code_base;
-  code.attributes += 8;
+  if (layout_.is16()) code.limit = 0xffff;
+  if (program.shape != Shape::kVm86) code.attributes += 8;
   code.selector = static_cast<uint16_t>(program.cpl == 3 ? kUserCode32 : kCode32);
   if (layout_.is64()) {
     code.attributes ^= Segment::kL | Segment::kDb;
     code.selector = program.cpl == 3 ? kUserCode64 : kCode64;
   }
-  if (layout_.mode == Mode::kReal16) code.selector = static_cast<uint16_t>(code.base >> 4);
+  if (layout_.real_segments)
+    code.selector = static_cast<uint16_t>(code.base >> 4);
+  else if (layout_.code_base != 0)
+    code.selector = kOwnCode | user;
   cpu.ldtr = initial.ldtr;
   cpu.tr = initial.tr;
   cpu.gdtr = initial.gdtr;
@@ -260,21 +323,24 @@ void ProgramBoard::ReadFrame(End* end) {
   const Cpu& cpu = guest_.board.cpu();
   const bool real = !cpu.protected_mode();
   const unsigned width = real ? 2 : guest_.IsLong() ? 8 : 4;
-  uint64_t sp = real ? (cpu.gpr[kRsp] & 0xffff) + cpu.seg[kSs].base
-                     : cpu.gpr[kRsp] + (guest_.IsLong() ? 0 : cpu.seg[kSs].base);
-  if (!guest_.IsLong()) sp = static_cast<uint32_t>(sp);
-  sp &= ~kHighHalf;
-  TranslateStack(&sp);
+  uint64_t sp = cpu.gpr[kRsp];
+  const auto at = [&] {
+    const uint64_t offset = cpu.stack_size == 2 ? sp & 0xffff : sp;
+    uint64_t address =
+        guest_.IsLong() ? sp & ~kHighHalf : static_cast<uint32_t>(offset + cpu.seg[kSs].base);
+    TranslateStack(&address);
+    return guest_.at(address);
+  };
   const auto pop = [&] {
     uint64_t value = 0;
-    std::memcpy(&value, guest_.at(sp), width);
+    std::memcpy(&value, at(), width);
     sp += width;
     return value;
   };
   if (!real && HasError(end->vector)) end->error = static_cast<uint32_t>(pop());
   end->rip = pop();
   end->cs = static_cast<uint16_t>(pop());
-  uint8_t* flags = guest_.at(sp);
+  uint8_t* flags = at();
   end->rflags = pop();
   end->rsp = cpu.gpr[kRsp];
   if (guest_.IsLong() || (cpl_ != 0 && !real)) {

@@ -45,12 +45,16 @@ class ProgramBoard {
  private:
   void MapPages();
   void SetHandlers();
+  void SetDescriptors();
+  void SetDescriptor(uint16_t selector, uint64_t base, uint64_t limit, unsigned type,
+                     unsigned flags);
   bool Interruptible(const Program& program) const;
   int RunInterrupted(uint64_t seed);
   void MapArea(uint64_t linear, uint64_t pages, uint64_t flags, bool aliased);
   void Put(uint64_t physical, std::span<const uint8_t> bytes);
   void LoadMemory(const Program& program, const Image& image, std::span<const uint8_t> data);
   void LoadCpu(const Program& program, uint64_t entry);
+  void SetKind(Program::Segment kind, Segment* segment) const;
   End Finish();
   void ReadFrame(End* end);
   void TranslateStack(uint64_t* address) const;

@@ -19,6 +19,16 @@ void ProgramGenerator::Start(uint64_t seed, Shape shape, unsigned cpl) {
   program_.interrupted = Chance(10);
   if (!layout.is64() && layout.paged && Chance(25))
     program_.segment_shift = (layout.is16() ? 1 : 1 + Below(2)) * kPage;
+  if (!layout.is64() && !layout.real_segments) {
+    for (unsigned i : {kEs, kSs, kDs, kFs, kGs}) {
+      // IRET loads SS from its descriptor.
+      if (!Chance(i == kSs || i == kDs ? 6 : 20) || (i == kSs && program_.interrupted)) continue;
+      program_.segments[i] = static_cast<Program::Segment>(
+          i == kSs ? unsigned{2} : 1 + Below(i == kFs || i == kGs ? 4 : 3));
+    }
+    // Without paging it would let everything through.
+    if (!layout.paged) std::fill_n(program_.segments, 6, Program::Segment::kUsual);
+  }
   if (Chance(4)) program_.cr0_bits |= cr0::kTs;
   if (Chance(5)) program_.cr0_bits |= cr0::kAm;
   program_.data_seed = seed / 16;
@@ -40,6 +50,8 @@ void ProgramGenerator::Start(uint64_t seed, Shape shape, unsigned cpl) {
   if (Chance(20)) program_.rflags |= rflags::kDf;
   if (Chance(50)) program_.rflags |= rflags::kIf;
   if (Chance(4)) program_.rflags |= rflags::kAc;
+  if (shape == Shape::kVm86)
+    program_.rflags |= rflags::kVm | (Chance(80) ? rflags::kIopl : uint64_t{0});
 }
 
 void ProgramGenerator::AddItem(Section* section, bool function) {
@@ -65,11 +77,13 @@ void ProgramGenerator::AddItem(Section* section, bool function) {
     Frame(&item);
   } else if (kind < 92 && !layout().is64()) {
     AllRegisters(&item);
+  } else if (kind < 94 && !layout().is64()) {
+    Chance(60) ? FarThereAndBack(&item) : Far(&item);
   } else if (kind < 95 && program_.code_writable && !layout().is16() && !program_.high_half) {
     Chance(40) ? Patchable(&item) : Patch(&item, *section);
   } else if (kind < 97 && edits) {
     EditMapping(&item);
-  } else if (kind < 98 && layout().paged && !layout().is16() && program_.segment_shift == 0) {
+  } else if (kind < 98 && layout().paged) {
     LoadSegment(&item);
   } else {
     Plain(&item, function);

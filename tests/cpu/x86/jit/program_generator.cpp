@@ -292,10 +292,110 @@ void ProgramGenerator::EditMapping(Item* item) {
   item->undefined = rflags::kStatus;
 }
 
+// Data segments of all kinds; the flat ones that programs rely on only where theirs are.
 void ProgramGenerator::LoadSegment(Item* item) {
-  picker_->MovImm(item, kRax, program_.cpl == 3 ? kUserData : kData32);
-  const unsigned segment = Chance(50) ? kDs : kEs;
+  const unsigned user = program_.cpl == 3 ? 8 | 3 : 0;
+  if (layout().is64() || (layout().data_base == 0 && program_.segment_shift == 0 && Chance(50))) {
+    picker_->MovImm(item, kRax, program_.cpl == 3 ? kUserData : kData32);
+    const unsigned flat = Chance(50) ? kDs : kEs;
+    return Bytes(item, {0x8e, 0xc0 | flat << 3});
+  }
+  const unsigned segment = Chance(30) ? kEs : Chance(50) ? kFs : kGs;
+  if (layout().real_segments) {
+    picker_->MovImm(item, kRax, (layout().data_base >> 4) + Below(0x300));
+  } else {
+    static constexpr uint16_t kKinds[] = {kTightData, kDownData, kOwnData};
+    picker_->MovImm(item, kRax, Chance(10) ? 0 : kKinds[Below(3)] | user);
+  }
   Bytes(item, {0x8e, 0xc0 | segment << 3});
+}
+
+unsigned ProgramGenerator::CodeSelector(unsigned selector) const {
+  const uint64_t shift = selector == kAliasCode ? kAliasShift : 0;
+  if (layout().real_segments) return static_cast<unsigned>((layout().code_base - shift) >> 4);
+  return selector | (program_.cpl == 3 ? 8 | 3 : 0);
+}
+
+// The place where the item's code ends by now, and behind these bytes, as an offset of `size` bytes
+// and a selector.
+void ProgramGenerator::FarTarget(Item* item, unsigned size, int64_t shift, unsigned selector) {
+  Fixup fixup;
+  fixup.at = static_cast<uint8_t>(item->code.size());
+  fixup.size = static_cast<uint8_t>(size);
+  fixup.target = item->id;
+  fixup.addend = static_cast<int64_t>(item->code.size() + size + 2) + shift;
+  item->fixups.push_back(fixup);
+  Number(item, 0, size);
+  Number(item, CodeSelector(selector), 2);
+}
+
+// Far branches to the next instruction.
+void ProgramGenerator::Far(Item* item) {
+  const uint64_t kind = Below(3);
+  if (kind == 0) {
+    Bytes(item, {0xea});
+    return FarTarget(item, near_size(), 0, kOwnCode);
+  }
+  if (kind == 1) {  // a call, whose return address is dropped
+    Bytes(item, {0x9a});
+    FarTarget(item, near_size(), 0, kOwnCode);
+    if (layout().is16()) Bytes(item, {0x67});
+    return Bytes(item, {0x8d, 0x64, 0x24, 2 * near_size()});  // LEA eSP, [ESP + ...]
+  }
+  Bytes(item, {0x0e, 0x68});  // PUSH CS, the target; RETF
+  Fixup fixup;
+  fixup.at = 2;
+  fixup.size = static_cast<uint8_t>(near_size());
+  fixup.target = item->id;
+  fixup.addend = 3 + near_size();
+  item->fixups.push_back(fixup);
+  Number(item, 0, near_size());
+  Bytes(item, {0xcb});
+}
+
+// A few instructions of the same code in another segment, or of code of the other size.
+void ProgramGenerator::FarThereAndBack(Item* item) {
+  const bool other = !layout().real_segments && Chance(50);
+  const unsigned size = near_size();
+  Bytes(item, {0xea});
+  if (!other) {
+    FarTarget(item, size, kAliasShift, kAliasCode);
+    Item inner;
+    picker_->Pick(&inner, InsnPicker::Kind::kAny, false);
+    if (inner.tested == 0 && inner.undefined == 0 && inner.fixups.empty()) {
+      item->code.insert(item->code.end(), inner.code.begin(), inner.code.end());
+      item->defined = inner.defined;
+    } else {
+      picker_->TrustAll();
+    }
+    Bytes(item, {0xea});
+    return FarTarget(item, size, 0, kOwnCode);
+  }
+  const auto shift = static_cast<int64_t>(layout().code - layout().code_base);
+  FarTarget(item, size, -shift, kOtherCode);
+  const unsigned other_size = 6 - size, reg = picker_->Scratch();
+  for (uint64_t n = Below(4); n > 0; --n) {
+    switch (Below(5)) {
+      case 0:
+        Bytes(item, {0xb8 | reg});
+        Number(item, picker_->Random(), other_size);
+        break;
+      case 1:
+        Bytes(item, {0x50 | reg, 0x58 | picker_->Scratch()});
+        break;
+      case 2:  // LEA, with addresses of either size
+        if (Chance(50)) Bytes(item, {0x67});
+        Bytes(item, {0x8d, 0x40 | reg << 3 | 3, static_cast<unsigned>(Below(256))});
+        break;
+      case 3:  // MOV reg, [...], by addresses as the program's
+        Bytes(item, {0x67, 0x8b, 0x40 | reg << 3 | 7, static_cast<unsigned>(Below(64))});
+        break;
+      default:
+        Bytes(item, {0x89, 0xc0 | reg << 3 | picker_->Scratch()});
+    }
+  }
+  Bytes(item, {0x66, 0xea});
+  FarTarget(item, size, 0, kOwnCode);
 }
 
 }  // namespace kvartz::cpu::x86::programs

@@ -30,6 +30,10 @@ class ProgramGenerator {
   void FlagsOnStack(Item* item);
   void Frame(Item* item);
   void AllRegisters(Item* item);
+  void Far(Item* item);
+  void FarThereAndBack(Item* item);
+  void FarTarget(Item* item, unsigned size, int64_t shift, unsigned selector);
+  unsigned CodeSelector(unsigned selector) const;
   void Patchable(Item* item);
   void Patch(Item* item, const Section& section);
   void EditMapping(Item* item);

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "cpu/x86/guest_case.h"
+#include "cpu/x86/jit/engine.h"
 
 namespace kvartz::cpu::x86 {
 namespace {
@@ -190,6 +191,48 @@ TEST_P(SpecialProgramTest, ReadingAllowsNoWriting) {
   EXPECT_EQ(end.error, 3u);  // present, a write
   EXPECT_EQ(end.state.cr2, kTestPage);
   EXPECT_EQ(guest_.Get<uint32_t>(kTestPage), 0x1234u);
+}
+
+// 64-bit code leaves something in the upper halves of the registers that 32-bit code takes for
+// addresses; sums wrap at 4 GiB, into the first page, too.
+GUEST_CODE(special_narrow, R"(
+1: movabs $0x700009000, %rbx
+  movabs $0x7fffff00009000, %rdi
+  movabs $0xfffff12300000010, %rsi
+  pushq $0x08
+  lea 2f(%rip), %rax
+  push %rax
+  lretq
+.code32
+2: add (%ebx), %ebp
+  add 0x1000(%edi), %ebp
+  add 0x8ff0(%esi), %ebp
+  mov $0xfffffff0, %edx
+  add 0x9010(%edx), %ebp
+  add 0x14(%edx), %ebp
+  lea 0xff0(%esi), %edi
+  add -0xffc(%edi), %ebp
+  push %ebp
+  pop %ebp
+  ljmp $0x18, $(0x8000 + 3f - special_narrow_begin)
+.code64
+3: dec %ecx
+  jnz 1b
+  out %al, $0xf4)")
+
+TEST_P(SpecialProgramTest, AddressesOf32BitsStayBelow4GiB) {
+  guest_.Load(CODE_OF(special_narrow));
+  guest_.Put<uint32_t>(kData, 0x1111);
+  guest_.Put<uint32_t>(kData + 0x1000, 0x2222);
+  guest_.Put<uint32_t>(4, 0x33333333);
+  guest_.initial.gpr[kRbp] = 0;
+  Outcome end = guest_.Run();
+  EXPECT_EQ(end.vector, -1);
+  const uint64_t round = 3 * 0x1111 + 0x2222 + 2 * uint64_t{0x33333333};
+  EXPECT_EQ(end.state.gpr[kRbp], static_cast<uint32_t>(kRounds * round));
+  // Nothing was reached for outside of the guest's memory.
+  const jit::Engine* jit = guest_.board.vcpu().jit();
+  EXPECT_EQ(jit == nullptr ? 0 : jit->counters().traps, 0u);
 }
 
 INSTANTIATE_TEST_SUITE_P(Jit, SpecialProgramTest, testing::Bool(),

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "cpu/x86/engine.h"
 #include "cpu/x86/host_trap.h"
 #include "cpu/x86/interp/block_cache.h"
 #include "cpu/x86/mmu.h"
@@ -62,6 +63,8 @@ Result<std::unique_ptr<Engine>> Engine::Create(State& state, const FeatureSet& f
                                .link = OnLink,
                                .link_same = OnLinkSame,
                                .leave = OnLeave,
+                               .read_tsc = OnReadTsc,
+                               .read_tscp = OnReadTscp,
                                .avx = HostHasAvx(),
                                .xsave = HostHasAvx()};
   engine->stubs_ = EmitStubs(as, targets);
@@ -234,6 +237,14 @@ uint64_t Engine::Link(uint32_t number) {
     }
   }
   return Go(block->entries.body);
+}
+
+uint64_t Engine::OnReadTsc(void* state) { return EngineOf(state).cpu().vcpu->Tsc(); }
+
+uint64_t Engine::OnReadTscp(void* state) {
+  Cpu& cpu = EngineOf(state).cpu();
+  cpu.gpr[kRcx] = static_cast<uint32_t>(cpu.vcpu->msrs.tsc_aux);
+  return cpu.vcpu->Tsc();
 }
 
 // A unit that was dropped is entered, or run into by itself, at its body.

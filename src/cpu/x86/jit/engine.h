@@ -85,6 +85,8 @@ class Engine final : private Tlb::Follower {
   static uint64_t OnDispatch(void* state, uint64_t target, uint64_t);
   static uint64_t OnLink(void* state, uint64_t target, uint64_t exit);
   static uint64_t OnLinkSame(void* state, uint64_t, uint64_t exit);
+  static uint64_t OnReadTsc(void* state);
+  static uint64_t OnReadTscp(void* state);
   static uint64_t OnLeave(void* state, uint64_t, uint64_t after_call);
 
   Cpu& cpu() { return state_.cpu; }

@@ -51,6 +51,7 @@ Form FormOf(const Row& row) {
   if ((row.attributes & kNo64) != 0 && name != "LAHF" && name != "SAHF") return Form::kInterpret;
   if ((row.attributes & kNative) != 0) return Form::kCopy;
   if (In(kX87Waiting, name) || In(kX87Control, name)) return Form::kCopy;
+  if (name == "RDTSC" || name == "RDTSCP") return Form::kReadTsc;
   if (name == "CLI") return Form::kClearInterrupts;
   if (name == "STI") return Form::kSetInterrupts;
   if (name == "PUSHF") return Form::kPushFlags;

@@ -14,6 +14,7 @@ enum class Form : uint8_t {
   kCopy,       // the same instruction, with registers renamed and memory operands rewritten
   kLea,
   kMoveFromSegment,  // MOV r, Sreg
+  kReadTsc,          // RDTSC, RDTSCP
   kClearInterrupts,
   kSetInterrupts,
   kPushFlags,

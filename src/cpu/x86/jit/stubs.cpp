@@ -58,6 +58,10 @@ class StubEmitter {
     stubs.link_same = as_.run();
     SaveFlags();
     Jumped(targets_.link_same);
+    stubs.read_tsc = as_.run();
+    ReadTsc(targets_.read_tsc);
+    stubs.read_tscp = as_.run();
+    ReadTsc(targets_.read_tscp);
     stubs.leave = as_.run();
     SaveFlags();
     as_.Byte(0x41), as_.Byte(0x58 | (kS1 & 7));  // pop: behind the call
@@ -252,6 +256,26 @@ class StubEmitter {
     as_.PatchHere(elsewhere);
     as_.Lea(kRegSp, {.base = kRegSp, .disp = 8});  // not back to the unit
     GoTo();
+  }
+
+  void ReadTsc(uint64_t (*helper)(void*)) {
+    constexpr HostReg kSaved[] = {kRegCx, kRegSi, kRegDi, kReg8, kReg9};
+    SaveIfLive(offsetof(State, vector_live), save_vectors_);
+    SaveIfLive(offsetof(State, x87_live), save_x87_);
+    for (HostReg reg : kSaved) as_.Rex(Assembler::k32, 0, 0, reg), as_.Byte(0x50 | (reg & 7));
+    static_assert((sizeof(uint64_t) * (1 + std::size(kSaved))) % 16 == 0,
+                  "with the return address");
+    as_.Load(kRegDi, Gs(offsetof(State, self)));
+    as_.MovImm64(kRegAx, reinterpret_cast<uint64_t>(helper));
+    as_.RegReg(Assembler::k32, 0xff, 2, kRegAx);  // call rax
+    as_.Mov(kRegDx, kRegAx);
+    Shift(Assembler::k64, 5, kRegDx, 32);
+    as_.RegReg(Assembler::k32, 0x8b, kRegAx, kRegAx);  // mov: the lower half
+    for (unsigned i = std::size(kSaved); i-- > 0;) {
+      as_.Rex(Assembler::k32, 0, 0, kSaved[i]);
+      as_.Byte(0x58 | (kSaved[i] & 7));
+    }
+    as_.Ret();
   }
 
   // Asks the TLB first.

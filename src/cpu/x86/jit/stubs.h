@@ -24,13 +24,15 @@ struct Stubs {
   // if the code's page lies there, which is entered then; else goes to the dispatcher. Of CPL 0 to
   // 2, and of 3.
   const uint8_t* enter_page[2] = {};
-  const uint8_t* execute = nullptr;       // call. S1: ExecuteSite*
-  const uint8_t* execute_end = nullptr;   // jump. The same, and the unit ends
-  const uint8_t* interpret = nullptr;     // jump. S1: Site*
-  const uint8_t* dispatch = nullptr;      // jump. S0: the target
-  const uint8_t* link = nullptr;          // jump. S0: the target; S1: number of the exit
-  const uint8_t* link_same = nullptr;     // jump. S1: number of the exit; host flags valid if live
-  const uint8_t* leave = nullptr;         // call, in place of a unit's body. Goes to the dispatcher
+  const uint8_t* execute = nullptr;      // call. S1: ExecuteSite*
+  const uint8_t* execute_end = nullptr;  // jump. The same, and the unit ends
+  const uint8_t* interpret = nullptr;    // jump. S1: Site*
+  const uint8_t* dispatch = nullptr;     // jump. S0: the target
+  const uint8_t* link = nullptr;         // jump. S0: the target; S1: number of the exit
+  const uint8_t* link_same = nullptr;    // jump. S1: number of the exit; host flags valid if live
+  const uint8_t* leave = nullptr;        // call, in place of a unit's body. Goes to the dispatcher
+  const uint8_t* read_tsc = nullptr;   // call. To RDX:RAX; vectors and x87 are stored; spoils flags
+  const uint8_t* read_tscp = nullptr;  // the same; TSC_AUX is in Cpu::gpr[1]
   const uint8_t* load_vectors = nullptr;  // call
   const uint8_t* load_x87 = nullptr;      // call; spoils flags
 };
@@ -42,6 +44,8 @@ Stubs EmitStubs(Assembler& assembler, const struct StubTargets& targets);
 using Helper = uint64_t (*)(void* state, uint64_t s0, uint64_t s1);
 struct StubTargets {
   Helper fill, execute, execute_end, interpret, dispatch, link, link_same, leave;
+  uint64_t (*read_tsc)(void* state);
+  uint64_t (*read_tscp)(void* state);
   bool avx;
   bool xsave;  // else x87 is left to the interpreter
 };

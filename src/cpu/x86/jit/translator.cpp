@@ -216,6 +216,8 @@ void Translator::Instruction(unsigned i) {
       return Lea(u);
     case Form::kMoveFromSegment:
       return MoveFromSegment(u);
+    case Form::kReadTsc:
+      return ReadTsc(u);
     case Form::kClearInterrupts:
       return ClearInterrupts(u);
     case Form::kSetInterrupts:
@@ -277,6 +279,21 @@ void Translator::MoveFromSegment(const UnitInsn& u) {
              Gs(offsetof(State, cpu) + offsetof(Cpu, seg) + u.insn.reg * sizeof(Segment) +
                 offsetof(Segment, selector)));
   if (to == kS1) as_.Store(GprAt(u.insn.rm), kS1);
+}
+
+void Translator::ReadTsc(const UnitInsn& u) {
+  SpoilFlags(u.live_before);
+  if (!unit_.mode().supervisor) {
+    as_.RegMem(Assembler::k32, 0xf7, 0, Gs(offsetof(State, cpu) + offsetof(Cpu, cr4)));  // test
+    as_.Dword(static_cast<uint32_t>(cr4::kTsd));
+    out_.cold.push_back({.kind = Cold::kInterpret,
+                         .from = as_.Jcc(kCcNe, as_.run()),
+                         .site = {.count = 1, .offset = u.offset}});
+  }
+  const bool with_aux = u.insn.opcode != 0x31;  // RDTSCP
+  as_.Call(with_aux ? context_.stubs->read_tscp : context_.stubs->read_tsc);
+  if (with_aux) as_.Load(kRegCx, GprAt(kRcx));
+  vectors_checked_ = x87_checked_ = false;
 }
 
 void Translator::ClearInterrupts(const UnitInsn& u) {

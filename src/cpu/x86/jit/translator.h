@@ -155,6 +155,7 @@ class Translator {
   void CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg, HostReg rm, HostReg vvvv);
   void Lea(const UnitInsn& u);
   void MoveFromSegment(const UnitInsn& u);
+  void ReadTsc(const UnitInsn& u);
   void ClearInterrupts(const UnitInsn& u);
   void SetInterrupts(unsigned i);
   void PushFlags(const UnitInsn& u);

@@ -323,6 +323,10 @@ void Unit::Update(const UnitInsn& u) {
       return Fresh(kRcx);
     case Form::kMoveFromSegment:
       return Fresh(insn.rm);
+    case Form::kReadTsc:
+      Fresh(kRax);
+      Fresh(kRcx);
+      return Fresh(kRdx);
     case Form::kPop:
       MoveStackPointer(slot);
       if (!insn.has_memory()) Fresh(form.memory_operand >= 0 ? insn.rm : insn.reg);

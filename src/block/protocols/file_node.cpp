@@ -1,4 +1,9 @@
-#include "block/file_node.h"
+#include "block/protocols/file_node.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -7,7 +12,9 @@
 #include <cstring>
 #include <vector>
 
-#include "block/file_open.h"
+#include "block/fiber_io.h"
+#include "block/graph.h"
+#include "block/protocols/file_open.h"
 
 namespace kvartz::block {
 namespace {
@@ -56,11 +63,13 @@ class FileNode final : public Node {
  public:
   FileNode(EventLoop& loop, OpenedFile file, const ImageOptions& options)
       : Node(loop, options.path),
+        options_(options),
         fd_(std::move(file.fd)),
         is_device_(file.is_device),
-        ignore_flush_(options.cache == CacheMode::kUnsafe) {
+        ignore_flush_(options.cache == CacheMode::kUnsafe || options.no_flush) {
     size_bytes_ = file.size_bytes;
-    read_only_ = options.read_only;
+    read_only_ = options_.read_only = file.read_only;
+    grows_ = options.grows && !is_device_;
     limits_.request_alignment = file.direct_alignment ? file.direct_alignment : 1;
     limits_.discard_granularity =
         options.discard_unmap && !read_only_ ? file.discard_granularity : 0;
@@ -75,6 +84,11 @@ class FileNode final : public Node {
       loop().DrainFileOps();
     } while (FinishLateOnes());
   }
+  Result<Extent> Status(uint64_t offset, uint64_t length) override;
+  Result<> Close() override;
+  Result<> Resize(const ResizeOptions& options) override;
+  Result<> SetReadOnly(bool read_only) override;
+  Result<uint64_t> AllocatedBytes() override;
 
  private:
   // One request on its way, in one or more steps.
@@ -100,8 +114,11 @@ class FileNode final : public Node {
   void StepZeros(Op* op);
   void FinishWrite(Op* op);
   bool NeedsBounce(const Request& request) const;
+  int Grow(uint64_t end);
+  Result<> Preallocate(uint64_t from, uint64_t end, Preallocation how);
   static void ZeroRest(Op* op);
 
+  ImageOptions options_;
   UniqueFd fd_;
   const bool is_device_;
   const bool ignore_flush_;
@@ -164,6 +181,9 @@ void FileNode::Submit(Request* request) {
     case Request::Kind::kRead:
     case Request::Kind::kWrite: {
       if (request->length == 0) return FinishLater(request, 0);
+      // From now on, so that size_bytes_ is never less than what is on its way.
+      if (request->kind == Request::Kind::kWrite)
+        size_bytes_ = std::max(size_bytes_, request->offset + request->length);
       Op* op = NewOp(request);
       if (NeedsBounce(*request)) {
         op->bounce = AllocateAligned(memory_alignment_, std::min(kBounceBytes, request->length));
@@ -180,6 +200,10 @@ void FileNode::Submit(Request* request) {
       bool discard = request->kind == Request::Kind::kDiscard;
       bool punch = limits_.discard_granularity != 0 && can_punch_ && (discard || request->unmap);
       if (request->length == 0 || (discard && !punch)) return FinishLater(request, 0);
+      if (request->no_fallback && !punch && !can_zero_) return FinishLater(request, -ENOTSUP);
+      if (uint64_t end = request->offset + request->length; !discard && end > size_bytes_) {
+        if (int error = Grow(end)) return FinishLater(request, error);
+      }
       Op* op = NewOp(request);
       op->file.offset = request->offset;
       op->file.length = request->length;
@@ -294,43 +318,148 @@ void FileNode::OnDone(Op* op, int64_t result) {
   if (result == -EOPNOTSUPP) (punched ? can_punch_ : can_zero_) = false;
   if (discard) return Finish(op, 0);
   if (punched && can_zero_) return Send(op, FileOp::Kind::kWriteZeroes);
+  if (op->request->no_fallback) return Finish(op, -ENOTSUP);
   op->write_zeros = true;
   StepZeros(op);
 }
 
-// Loop-owned. Requests go on to the file with their offset moved; nothing is kept about them.
-class RawNode final : public Node {
- public:
-  RawNode(std::shared_ptr<Node> file, uint64_t offset, uint64_t size)
-      : Node(file->loop(), file->name()), file_(std::move(file)), offset_(offset) {
-    size_bytes_ = size;
-    read_only_ = file_->read_only();
-    limits_ = file_->limits();
-  }
-  const char* driver() const override { return "raw"; }
-  void Drain() override {
-    do {
-      file_->Drain();
-    } while (FinishLateOnes());
-  }
+// What is added reads as zeros. Nothing under way reaches beyond size_bytes_.
+int FileNode::Grow(uint64_t end) {
+  if (ftruncate(fd_.get(), static_cast<off_t>(end)) < 0) return -errno;
+  size_bytes_ = end;
+  return 0;
+}
 
- private:
-  void Submit(Request* request) override {
-    request->offset += offset_;
-    file_->Start(request);
+// Asking the file system for extents doesn't wait for data.
+Result<Extent> FileNode::Status(uint64_t offset, uint64_t length) {
+  Extent extent = {.length = length, .allocated = true, .data = true, .has_offset = true};
+  extent.offset = offset;
+  extent.file = this;
+  if (is_device_) return extent;
+  auto at = static_cast<off_t>(offset);
+  off_t data = lseek(fd_.get(), at, SEEK_DATA);
+  if (data < 0 && errno != ENXIO) return extent;  // the file system can't tell
+  if (data < 0 || data > at) {
+    extent.zero = true;
+    extent.data = false;
+    if (data >= 0) extent.length = std::min(length, static_cast<uint64_t>(data) - offset);
+    return extent;
   }
-  const std::shared_ptr<Node> file_;
-  const uint64_t offset_;
-};
+  off_t hole = lseek(fd_.get(), at, SEEK_HOLE);
+  if (hole > at) {
+    // The file's end may be within a sector that counts as data.
+    uint64_t end = (static_cast<uint64_t>(hole) + 511) / 512 * 512;
+    extent.length = std::min(length, end - offset);
+  }
+  return extent;
+}
+
+Result<> FileNode::Close() {
+  if (read_only_) return {};
+  return Flush(*this);
+}
+
+Result<uint64_t> FileNode::AllocatedBytes() {
+  struct stat st;
+  if (fstat(fd_.get(), &st) < 0)
+    return Fail(ErrnoError(errno, fmt::format("cannot examine '{}'", name())));
+  return static_cast<uint64_t>(st.st_blocks) * 512;
+}
+
+Result<> FileNode::Preallocate(uint64_t from, uint64_t end, Preallocation how) {
+  if (how == Preallocation::kFalloc) {
+    if (fallocate(fd_.get(), 0, static_cast<off_t>(from), static_cast<off_t>(end - from)) < 0)
+      return Fail(ErrnoError(errno, fmt::format("cannot preallocate '{}'", name())));
+    return {};
+  }
+  for (uint64_t at = from; at < end;) {
+    uint64_t length = std::min(kZeroBytes, end - at);
+    TRY(WriteExactly(*this, at, std::span<const uint8_t>(g_zeros, length)));
+    at += length;
+  }
+  return {};
+}
+
+Result<> FileNode::Resize(const ResizeOptions& options) {
+  uint64_t old_size = size_bytes_;
+  if (is_device_) {
+    if (options.size > old_size || (options.exact && options.size != old_size))
+      return Unsupported("another size: it is a device");
+    return {};
+  }
+  if (read_only_) return Fail(ErrnoError(EROFS, fmt::format("cannot resize '{}'", name())));
+  if (options.size > uint64_t{INT64_MAX} ||
+      ftruncate(fd_.get(), static_cast<off_t>(options.size)) < 0) {
+    return Fail(ErrnoError(options.size > uint64_t{INT64_MAX} ? EFBIG : errno,
+                           fmt::format("cannot resize '{}' to {}", name(), options.size)));
+  }
+  size_bytes_ = options.size;
+  if (options.size <= old_size || options.preallocation == Preallocation::kOff ||
+      options.preallocation == Preallocation::kMetadata) {
+    return {};
+  }
+  Result<> allocated = Preallocate(old_size, options.size, options.preallocation);
+  if (!allocated && ftruncate(fd_.get(), static_cast<off_t>(old_size)) == 0) size_bytes_ = old_size;
+  return allocated;
+}
+
+// The new file takes the place of the old one under its number, for what is under way.
+Result<> FileNode::SetReadOnly(bool read_only) {
+  if (read_only == read_only_) return {};
+  ImageOptions options = options_;
+  options.read_only = read_only;
+  OpenedFile file = TRY(ReopenImageFile(options, fd_.get()));
+  loop().Flush();
+  if (dup3(file.fd.get(), fd_.get(), O_CLOEXEC) < 0)
+    return Fail(ErrnoError(errno, fmt::format("cannot reopen '{}'", name())));
+  options_ = options;
+  read_only_ = read_only;
+  limits_.discard_granularity =
+      options_.discard_unmap && !read_only_ ? file.discard_granularity : 0;
+  return {};
+}
+
+// The driver: options "filename", "locking", "aio".
+Result<NodePtr> OpenFile(const OpenEnv& env, const NodeOptions& node, Options& options) {
+  ImageOptions image = {.path = options.Take("filename", ""),
+                        .read_only = node.read_only,
+                        .discard_unmap = node.discard_unmap,
+                        .share_write = node.share_write,
+                        .force_share = node.force_share,
+                        .grows = node.grows,
+                        .auto_read_only = node.auto_read_only,
+                        .no_flush = node.cache_no_flush};
+  image.cache = node.cache_direct ? (node.writethrough ? CacheMode::kDirectSync : CacheMode::kNone)
+                : node.writethrough ? CacheMode::kWritethrough
+                                    : CacheMode::kWriteback;
+  if (image.path.empty()) return Fail(ErrorCode::kInvalid, "filename= is missing");
+  std::string locking = options.Take("locking", node.locking ? "auto" : "off");
+  if (locking != "auto" && locking != "on" && locking != "off")
+    return Fail(ErrorCode::kInvalid, fmt::format("locking={}: it is auto, on or off", locking));
+  if (locking == "off") image.locking = ImageOptions::Locking::kOff;
+  std::string aio = options.Take("aio", "threads");  // the loop knows best
+  if (aio != "threads" && aio != "native" && aio != "io_uring")
+    return Fail(ErrorCode::kInvalid, fmt::format("aio={}: it is threads, native or io_uring", aio));
+  TRY(options.RefuseRest("file", {"filename", "locking", "aio"}));
+  return OpenFileNode(env.loop, image);
+}
 
 }  // namespace
 
-Result<std::shared_ptr<Node>> OpenFileNode(EventLoop& loop, const ImageOptions& options) {
-  return std::make_shared<FileNode>(loop, TRY(OpenImageFile(options)), options);
+extern const Driver kFileDriver;
+extern const Driver kHostDeviceDriver;
+const Driver kFileDriver = {.name = "file", .kind = Driver::Kind::kProtocol, .open = OpenFile};
+const Driver kHostDeviceDriver = {
+    .name = "host_device", .kind = Driver::Kind::kProtocol, .open = OpenFile};
+
+Result<NodePtr> CreateFile(const OpenEnv& env, const std::string& filename) {
+  ImageOptions image = {.path = filename.starts_with("file:") ? filename.substr(5) : filename};
+  image.grows = true;
+  return std::make_shared<FileNode>(env.loop, TRY(CreateImageFile(image)), image);
 }
 
-std::shared_ptr<Node> MakeRawNode(std::shared_ptr<Node> file, uint64_t offset, uint64_t size) {
-  return std::make_shared<RawNode>(std::move(file), offset, size);
+Result<std::shared_ptr<Node>> OpenFileNode(EventLoop& loop, const ImageOptions& options) {
+  return std::make_shared<FileNode>(loop, TRY(OpenImageFile(options)), options);
 }
 
 }  // namespace kvartz::block

@@ -1,4 +1,4 @@
-#include "block/file_lock.h"
+#include "block/protocols/file_lock.h"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -145,6 +145,15 @@ Result<> LockImage(int fd, const std::string& path, LockWish wish) {
                                               path, NameOf(holder)));
   }
   return {};
+}
+
+void UnlockImage(int fd) {
+  struct flock lock = {};
+  lock.l_type = F_UNLCK;
+  lock.l_whence = SEEK_SET;
+  lock.l_start = kUsed;
+  lock.l_len = 2 * (kUnshared - kUsed);
+  fcntl(fd, F_OFD_SETLK, &lock);
 }
 
 }  // namespace kvartz::block

@@ -18,4 +18,7 @@ struct LockWish {
 // file system without locks is no error.
 Result<> LockImage(int fd, const std::string& path, LockWish wish);
 
+// Gives up what LockImage took.
+void UnlockImage(int fd);
+
 }  // namespace kvartz::block

@@ -1,5 +1,5 @@
 // Locks on images, between our machines and with QEMU's.
-#include "block/file_lock.h"
+#include "block/protocols/file_lock.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -10,7 +10,4 @@ namespace kvartz::block {
 // up, the rest reads as zeros until it is written.
 Result<std::shared_ptr<Node>> OpenFileNode(EventLoop& loop, const ImageOptions& options);
 
-// The part [offset, offset + size) of `file` as a disk of its own.
-std::shared_ptr<Node> MakeRawNode(std::shared_ptr<Node> file, uint64_t offset, uint64_t size);
-
 }  // namespace kvartz::block

@@ -9,10 +9,11 @@ namespace kvartz::block {
 extern const Driver kFileDriver;
 extern const Driver kHostDeviceDriver;
 extern const Driver kRawDriver;
+extern const Driver kQcow2Driver;
 
 namespace {
 
-constexpr const Driver* kDrivers[] = {&kFileDriver, &kHostDeviceDriver, &kRawDriver};
+constexpr const Driver* kDrivers[] = {&kFileDriver, &kHostDeviceDriver, &kRawDriver, &kQcow2Driver};
 
 // How images begin whose formats we lack, from each format's specification.
 struct Magic {

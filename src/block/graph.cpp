@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 
 #include "block/fiber_io.h"
 
@@ -10,6 +12,7 @@ namespace kvartz::block {
 namespace {
 
 constexpr size_t kProbeBytes = 512;
+constexpr size_t kMaxChain = 200;  // layers: reads go down through them on a fiber's stack
 
 // Keys of NodeOptions.
 Result<NodeOptions> TakeNodeOptions(Options& options, NodeOptions node) {
@@ -86,7 +89,10 @@ Result<NodePtr> OpenProbed(const OpenEnv& env, const std::string& filename, Opti
 
 }  // namespace
 
-Result<NodePtr> OpenNode(const OpenEnv& env, Options options, const NodeOptions& inherited) {
+namespace {
+
+// Without backing nodes.
+Result<NodePtr> OpenOne(const OpenEnv& env, Options options, const NodeOptions& inherited) {
   std::string filename = options.Take("filename", "");
   if (filename.starts_with("json:")) {
     Options given = TRY(Options::ParseJson(std::string_view(filename).substr(5)));
@@ -108,6 +114,42 @@ Result<NodePtr> OpenNode(const OpenEnv& env, Options options, const NodeOptions&
     options.SetNode("file", TRY(OpenProtocol(env, filename, options.TakeBelow("file"), below)));
   }
   return driver->open(env, node, options);
+}
+
+// The file that a node's contents are in, however it was named.
+std::string Identity(const Node& node) {
+  const Node* bottom = &node;
+  while (bottom->file()) bottom = bottom->file();
+  std::unique_ptr<char, decltype(&free)> path(realpath(bottom->name().c_str(), nullptr), &free);
+  return path ? path.get() : bottom->name();
+}
+
+}  // namespace
+
+Result<NodePtr> OpenNode(const OpenEnv& env, Options options, const NodeOptions& inherited) {
+  NodePtr top = TRY(OpenOne(env, std::move(options), inherited));
+  std::vector<std::string> chain;
+  NodeOptions below = inherited;
+  below.read_only = true;
+  below.auto_read_only = below.for_check = below.grows = false;
+  Node* node = top.get();
+  while (std::optional<BackingWish> wish = node->TakeBackingWish()) {
+    chain.push_back(Identity(*node));
+    Result<NodePtr> opened = OpenOne(env, *wish->options, below);
+    if (!opened) return Fail(std::move(opened).error().In(wish->what));
+    std::string identity = Identity(**opened);
+    if (std::find(chain.begin(), chain.end(), identity) != chain.end()) {
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("{}: the backing files form a loop", wish->what));
+    }
+    if (chain.size() >= kMaxChain) {
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("{}: more than {} backing files", wish->what, kMaxChain));
+    }
+    TRY(node->SetBacking(*opened));
+    node = opened->get();
+  }
+  return top;
 }
 
 Result<NodePtr> OpenFilename(const OpenEnv& env, const std::string& filename,
@@ -151,6 +193,16 @@ Result<> CreateImage(const OpenEnv& env, const std::string& format, const std::s
     if (std::find(known.begin(), known.end(), key) == known.end()) unknown.Set(key, value.text);
   }
   TRY(unknown.RefuseRest(fmt::format("format {}", driver->name), known));
+  if (driver->has_backing && options.Has("backing_file") && !options.Has("size")) {
+    // As large as what is below.
+    Options copy = options;
+    std::string backing = ResolveRelative(filename, copy.Take("backing_file", ""));
+    NodePtr below =
+        TRY(OpenFilename(env, backing, copy.Take("backing_fmt", ""), {.read_only = true}));
+    options.Set("size", std::to_string(below->size_bytes()));
+    TRY(below->Close());
+  }
+  if (!options.Has("size")) return Fail(ErrorCode::kInvalid, "an image needs a size");
   return driver->create(env, filename, options);
 }
 

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -79,6 +80,13 @@ enum class Preallocation : uint8_t { kOff, kMetadata, kFalloc, kFull };
 Result<Preallocation> ParsePreallocation(const std::string& name);
 const char* NameOf(Preallocation preallocation);
 
+class Options;
+// A backing node that an image asks for when it is opened.
+struct BackingWish {
+  std::shared_ptr<Options> options;  // as for OpenNode
+  std::string what;                  // for errors: "backing file 'base.qcow2' of 'a.qcow2'"
+};
+
 struct ResizeOptions {
   uint64_t size = 0;
   Preallocation preallocation = Preallocation::kOff;  // of what is added
@@ -117,6 +125,9 @@ class Node {
   virtual bool is_filter() const { return false; }     // shows file()'s contents as they are
   // Replaces backing() in memory alone; null: none any more.
   virtual Result<> SetBacking(NodePtr backing);
+
+  // Once, after it was opened: what OpenNode (graph.h) still has to open and SetBacking.
+  virtual std::optional<BackingWish> TakeBackingWish() { return std::nullopt; }
 
   // Fiber: what [offset, offset + length) is made of; the answer covers at least one byte and may
   // be shorter than the range. `length` > 0, within size_bytes().

@@ -21,7 +21,7 @@ int Qcow2Node::ZeroRange(uint64_t offset, uint64_t length, bool unmap, bool no_f
   // The disk's last cluster counts as whole.
   uint64_t whole_end = end == size_bytes_ ? geo.RoundUp(end) : end & ~(geo.cluster_size - 1);
   uint64_t whole_from = geo.RoundUp(offset);
-  if (whole_from >= whole_end) return ZeroPart(offset, length, no_fallback);
+  if (whole_from >= end) return ZeroPart(offset, length, no_fallback);
   if (offset < whole_from) {
     if (int rc = ZeroPart(offset, whole_from - offset, no_fallback)) return rc;
   }
@@ -29,10 +29,11 @@ int Qcow2Node::ZeroRange(uint64_t offset, uint64_t length, bool unmap, bool no_f
                             no_fallback)) {
     return rc;
   }
+  whole_end = std::max(whole_end, whole_from);
   return whole_end < end ? ZeroPart(whole_end, end - whole_end, no_fallback) : 0;
 }
 
-// Less than a cluster at each end.
+// Less than a cluster, within one.
 int Qcow2Node::ZeroPart(uint64_t offset, uint64_t length, bool no_fallback) {
   bool zero = false;
   if (int rc = AllZero(offset, offset + length, &zero)) return rc;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <random>
 #include <string>
@@ -23,9 +24,12 @@ class MemoryNode final : public Node {
   }
   const char* driver() const override { return "memory"; }
   void Drain() override {
-    while (!pending_.empty()) FinishOne();
+    do {
+      while (!pending_.empty()) FinishOne();
+    } while (FinishLateOnes());
   }
   Result<> Resize(const ResizeOptions& options) override {
+    if (options.size > room_) return Fail(ErrnoError(ENOSPC, "no room"));
     bytes_.resize(options.size);
     size_bytes_ = options.size;
     log_.push_back({Event::Kind::kResize, log_.size(), options.size, {}});
@@ -36,6 +40,7 @@ class MemoryNode final : public Node {
     return {};
   }
   const std::string& bytes() const { return bytes_; }
+  void set_room(uint64_t bytes) { room_ = bytes; }  // beyond that there is no space
 
   struct Event {
     enum class Kind { kSubmit, kDone, kFlushSubmit, kFlushDone, kResize };
@@ -84,6 +89,8 @@ class MemoryNode final : public Node {
 
   void Submit(Request* request) override {
     size_t event = log_.size();
+    bool writes = request->kind != Request::Kind::kRead && request->kind != Request::Kind::kFlush;
+    if (writes && request->offset + request->length > room_) return FinishLater(request, -ENOSPC);
     switch (request->kind) {
       case Request::Kind::kRead:
         break;
@@ -134,6 +141,7 @@ class MemoryNode final : public Node {
   }
 
   std::string bytes_;
+  uint64_t room_ = UINT64_MAX;
   std::mt19937_64 random_;
   const bool shuffle_;
   std::vector<Pending> pending_;

@@ -205,7 +205,8 @@ int Checker::CountSnapshots() {
   if (meta_.header.snapshot_count == 0) return 0;
   Count(meta_.header.snapshots_offset, snapshots().table_bytes(), "snapshot table");
   for (const SnapshotEntry& entry : snapshots().entries()) {
-    if (uint64_t{entry.l1_entries} * 8 > kMaxL1Bytes || entry.l1_offset > kMaxImageBytes) {
+    if (uint64_t{entry.l1_entries} * 8 > kMaxL1Bytes ||
+        !meta_.InFile(entry.l1_offset, uint64_t{entry.l1_entries} * 8)) {
       Corruption("snapshot {} has an L1 table of {} entries at {:#x}", entry.info.id,
                  entry.l1_entries, entry.l1_offset);
       continue;

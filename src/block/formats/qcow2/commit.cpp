@@ -39,7 +39,18 @@ Metadata::Metadata(Node& file, Node* data_file, Header image_header, uint64_t ca
   dirty_on_disk_ = (header.incompatible & kDirty) != 0;
 }
 
+// A table that is there as a whole: what it takes in memory is on disk already.
+bool Metadata::InFile(uint64_t offset, uint64_t bytes) const {
+  uint64_t held = geo_.RoundUp(file_.size_bytes());
+  return offset <= held && bytes <= held - offset;
+}
+
 Result<> Metadata::Load(bool writable) {
+  if (!InFile(header.l1_offset, uint64_t{header.l1_entries} * 8) ||
+      !InFile(header.reftable_offset, uint64_t{header.reftable_clusters} << geo_.cluster_bits)) {
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("'{}': a table is beyond the end of the file", file_.name()));
+  }
   std::vector<uint8_t> table(uint64_t{header.l1_entries} * 8);
   if (int rc = ReadBytes(header.l1_offset, table))
     return Fail(IoError(file_, "read", header.l1_offset, rc));

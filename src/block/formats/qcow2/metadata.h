@@ -147,6 +147,8 @@ class Metadata {
   }
   bool busy() const { return busy_[0] + busy_[1] > 0; }
 
+  // The file is long enough for it.
+  bool InFile(uint64_t offset, uint64_t bytes) const;
   // Unaligned reads and writes of the file.
   int ReadBytes(uint64_t offset, std::span<uint8_t> bytes);
   int WriteBytes(uint64_t offset, std::span<const uint8_t> bytes);

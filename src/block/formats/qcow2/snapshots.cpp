@@ -238,7 +238,7 @@ Result<std::vector<uint64_t>> Snapshots::ReadL1(const SnapshotEntry& entry) {
   const Geometry& geo = node_.metadata().geometry();
   uint64_t bytes = uint64_t{entry.l1_entries} * 8;
   if (bytes > kMaxL1Bytes || geo.InCluster(entry.l1_offset) != 0 ||
-      entry.l1_offset > kMaxImageBytes || geo.L1Entries(entry.info.disk_size) > entry.l1_entries) {
+      !node_.metadata().InFile(entry.l1_offset, bytes) || geo.L1Entries(entry.info.disk_size) > entry.l1_entries) {
     return Fail(ErrorCode::kInvalid, fmt::format("'{}': snapshot '{}' has a broken L1 table",
                                                  node_.name(), entry.info.name));
   }

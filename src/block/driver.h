@@ -73,6 +73,7 @@ struct Driver {
   // Fiber. How large a file an image of `options` ("size" is set) gets, with the contents of
   // `source` (may be null).
   Result<MeasureResult> (*measure)(Options& options, Node* source) = nullptr;
+  bool can_compress = false;  // takes compressed writes
 };
 
 // Null: there is none.

@@ -97,7 +97,7 @@ Result<MeasureResult> MeasureRaw(Options& options, Node* source) {
 
 constexpr OptionRow kCreateOptions[] = {
     {"preallocation", OptionRow::Type::kString,
-     "Preallocation mode (allowed values: off, falloc, full)", "off"},
+     "Preallocation mode (allowed values: off, falloc, full)"},
     {"nocow", OptionRow::Type::kBool, "Turn off copy-on-write (valid only on btrfs)"},
 };
 

@@ -10,10 +10,16 @@ extern const Driver kFileDriver;
 extern const Driver kHostDeviceDriver;
 extern const Driver kRawDriver;
 extern const Driver kQcow2Driver;
+extern const Driver kVdiDriver;
+extern const Driver kVmdkDriver;
+extern const Driver kVpcDriver;
 
 namespace {
 
-constexpr const Driver* kDrivers[] = {&kFileDriver, &kHostDeviceDriver, &kRawDriver, &kQcow2Driver};
+constexpr const Driver* kDrivers[] = {
+    &kFileDriver, &kHostDeviceDriver, &kRawDriver, &kQcow2Driver,
+    &kVdiDriver,  &kVmdkDriver,       &kVpcDriver,
+};
 
 // How images begin whose formats we lack, from each format's specification.
 struct Magic {
@@ -22,11 +28,7 @@ struct Magic {
   std::string_view bytes;
 };
 constexpr Magic kMissing[] = {
-    {"vmdk", 0, "KDMV"},
     {"vmdk", 0, "COWD"},
-    {"vmdk", 0, "# Disk DescriptorFile"},
-    {"vdi", 0x40, "\x7f\x10\xda\xbe"},
-    {"vpc", 0, "conectix"},
     {"vhdx", 0, "vhdxfile"},
     {"luks", 0, "LUKS\xba\xbe"},
     {"qed", 0, std::string_view("QED\0", 4)},

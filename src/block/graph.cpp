@@ -160,6 +160,16 @@ Result<NodePtr> OpenFilename(const OpenEnv& env, const std::string& filename,
   return OpenNode(env, std::move(options), inherited);
 }
 
+// What is below a format is a file, whatever it looks like.
+static Result<NodePtr> OpenFileChild(const OpenEnv& env, Options options,
+                                     const NodeOptions& inherited) {
+  if (options.all().at("filename").text.starts_with("json:"))
+    return OpenNode(env, std::move(options), inherited);
+  NodeOptions node = TRY(TakeNodeOptions(options, inherited));
+  std::string filename = options.Take("filename", "");
+  return OpenProtocol(env, std::move(filename), std::move(options), node);
+}
+
 Result<NodePtr> OpenChild(const OpenEnv& env, Options& options, const std::string& key,
                           const NodeOptions& inherited) {
   if (NodePtr node = options.TakeNode(key)) return node;
@@ -174,7 +184,9 @@ Result<NodePtr> OpenChild(const OpenEnv& env, Options& options, const std::strin
   }
   Options below = options.TakeBelow(key);
   if (below.empty()) return nullptr;
-  Result<NodePtr> node = OpenNode(env, std::move(below), inherited);
+  Result<NodePtr> node = key == "file" && !below.Has("driver") && below.Has("filename")
+                             ? OpenFileChild(env, std::move(below), inherited)
+                             : OpenNode(env, std::move(below), inherited);
   if (!node) return Fail(std::move(node).error().In(key));
   return node;
 }
@@ -223,7 +235,7 @@ Node* BackingOf(Node* node) {
   return node ? SkipFilters(node->backing()) : nullptr;
 }
 
-Result<Extent> StatusOf(Node& node, uint64_t offset, uint64_t length) {
+Result<Extent> StatusOf(Node& node, uint64_t offset, uint64_t length, Holes holes) {
   if (offset >= node.size_bytes() || length == 0) return Extent{};
   length = std::min(length, node.size_bytes() - offset);
   Node* real = SkipFilters(&node);
@@ -234,6 +246,7 @@ Result<Extent> StatusOf(Node& node, uint64_t offset, uint64_t length) {
   } else if (!extent.allocated) {
     extent.length = std::min(extent.length, backing->size_bytes() - offset);
   }
+  if (holes == Holes::kOfRaw && real->driver() != std::string_view("raw")) return extent;
   // Holes of the file.
   if (extent.data && !extent.zero && extent.has_offset && extent.file != real &&
       extent.offset < extent.file->size_bytes()) {

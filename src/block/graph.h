@@ -41,7 +41,9 @@ Node* BackingOf(Node* node);
 
 // As Node::Status, with what the layers below add: ranges beyond a short backing node and holes of
 // the file read as zeros.
-Result<Extent> StatusOf(Node& node, uint64_t offset, uint64_t length);
+// kOfRaw: holes of the file are told of raw images alone, as qemu-img map does.
+enum class Holes : uint8_t { kTell, kOfRaw };
+Result<Extent> StatusOf(Node& node, uint64_t offset, uint64_t length, Holes holes = Holes::kTell);
 
 // What the guest sees at `offset` of the chain from `top` down to `base` (exclusive; null: all).
 // `depth`: how many layers below `top` the extent comes from; extent.allocated is false if none of

@@ -11,6 +11,7 @@
 namespace kvartz::block {
 namespace {
 constexpr uint64_t kPieceBytes = 2 << 20;
+constexpr uint64_t kSector = 512;
 
 bool ReadsAsZero(const ChainExtent& found) { return found.extent.zero || !found.extent.allocated; }
 }  // namespace
@@ -39,7 +40,8 @@ Result<> CompareJob::DoRun() {
 
 bool CompareJob::Differs(const uint8_t* a, const uint8_t* b, uint64_t length, uint64_t offset) {
   if (std::memcmp(a, b, length) == 0) return false;
-  result_.differs_at = offset + static_cast<uint64_t>(std::mismatch(a, a + length, b).first - a);
+  auto at = static_cast<uint64_t>(std::mismatch(a, a + length, b).first - a);
+  result_.differs_at = (offset + at) / kSector * kSector;
   return true;
 }
 
@@ -79,7 +81,7 @@ Result<uint64_t> CompareJob::CheckRest(Node& longer, uint64_t offset) {
   if (!IsZero({a_.get(), length})) {
     uint64_t at = 0;
     while (a_[at] == 0) at++;
-    result_.differs_at = offset + at;
+    result_.differs_at = (offset + at) / kSector * kSector;
   }
   return length;
 }

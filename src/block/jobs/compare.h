@@ -9,7 +9,7 @@
 namespace kvartz::block {
 
 struct CompareResult {
-  std::optional<uint64_t> differs_at = {};         // contents: the first byte that differs
+  std::optional<uint64_t> differs_at = {};         // contents: the first sector that differs
   std::optional<uint64_t> status_differs_at = {};  // strict: one has what the other lacks
 };
 

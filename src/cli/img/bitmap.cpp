@@ -27,7 +27,7 @@ Result<> Merge(Session& session, const Arguments& arguments, BitmapStore& store,
   BitmapStore* source = &store;
   if (auto file = arguments.Find("b")) {
     NodePtr node = TRY(session.Open({.name = *file, .format = arguments.Get("F")},
-                                    {.read_only = true, .no_io = true, .no_backing = true}));
+                                    {.read_only = true, .no_backing = true}));
     source = TRY(StoreOf(node));
   }
   auto bitmap = source->Find(from);
@@ -114,8 +114,7 @@ Result<int> RunAmend(Session& session, const Arguments& arguments) {
     std::string format = arguments.Get("format");
     if (format.empty() && arguments.operands.size() == 1) {
       ImageName image = TRY(TakeImage(arguments));
-      format = TRY(session.Open(image, {.read_only = true, .no_io = true, .no_backing = true}))
-                   ->driver();
+      format = TRY(session.Open(image, {.read_only = true, .no_backing = true}))->driver();
     }
     PrintCreateHelp(*TRY(block::RequireDriver(format.empty() ? "raw" : format, "")),
                     HelpOf::kAmend);

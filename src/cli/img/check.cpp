@@ -77,7 +77,6 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   ImageName image = TRY(TakeImage(arguments));
   block::NodeOptions options = {.read_only = repair == Repair::kNone};
   options.force_share = arguments.Has("force-share");
-  options.no_io = true;
   options.no_backing = true;
   options.for_check = true;
   TRY(ApplyCache(arguments.Get("T", "writeback"), options));

@@ -15,6 +15,7 @@ using block::CompareJob;
 using block::NodePtr;
 
 constexpr int kDifferent = 1;
+constexpr int kMisused = 1;
 constexpr int kCannotOpen = 2;
 constexpr int kCannotExamine = 3;
 constexpr int kCannotRead = 4;
@@ -29,7 +30,7 @@ Result<int> Compare(Session& session, const Arguments& arguments, const NodePtr&
     }
   }
   CompareJob job("compare", a, b, strict ? CompareJob::Mode::kStrict : CompareJob::Mode::kContents);
-  Progress progress(ShowProgress(arguments));
+  Progress progress(ShowProgress(arguments), 2);
   progress.Watch(job);
   if (Result<> done = job.Run(); !done) {
     session.Complain(done.error().what);
@@ -52,7 +53,10 @@ Result<int> Compare(Session& session, const Arguments& arguments, const NodePtr&
 }
 
 Result<int> Run(Session& session, const Arguments& arguments) {
-  if (arguments.operands.size() != 2) return Misuse("Expecting two image file names");
+  if (arguments.operands.size() != 2) {
+    session.Complain(Misuse("Expecting two image file names").error().what);
+    return kMisused;
+  }
   bool is_options = arguments.Has("image-opts");
   block::NodeOptions options = {.read_only = true, .force_share = arguments.Has("force-share")};
   TRY(ApplyCache(arguments.Get("T", "writeback"), options));

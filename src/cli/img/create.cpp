@@ -12,6 +12,20 @@ using block::Driver;
 using block::OptionRow;
 using block::Options;
 
+constexpr std::string_view kGeneral[] = {"size", "backing_file", "backing_fmt"};
+
+bool Contains(std::span<const std::string_view> names, std::string_view name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+bool AllKnown(const Driver& driver, const Options& options) {
+  return std::all_of(options.all().begin(), options.all().end(), [&](const auto& option) {
+    auto named = [&](const OptionRow& row) { return row.name == option.first; };
+    return Contains(kGeneral, option.first) ||
+           std::any_of(driver.create_options.begin(), driver.create_options.end(), named);
+  });
+}
+
 // A value as it is understood: sizes in bytes, flags as on and off.
 std::string Canonical(const OptionRow& row, const std::string& text) {
   if (row.type == OptionRow::Type::kSize) {
@@ -29,6 +43,8 @@ std::string Canonical(const OptionRow& row, const std::string& text) {
 std::string Announcement(const Driver& driver, const std::string& filename,
                          const Options& options) {
   constexpr std::string_view kFirst[] = {"cluster_size", "extended_l2", "compression_type"};
+  // Their defaults go without saying.
+  constexpr std::string_view kSilent[] = {"compat", "preallocation"};
   std::string before, after, size;
   auto text_of = [&](std::string_view name) -> const std::string* {
     auto it = options.all().find(std::string(name));
@@ -37,17 +53,22 @@ std::string Announcement(const Driver& driver, const std::string& filename,
   auto add = [&](std::string& to, std::string_view name, std::string_view text) {
     to += fmt::format(" {}={}", name, text);
   };
-  for (const OptionRow& row : driver.create_options) {
-    if (row.name == "size" || row.name == "backing_file" || row.name == "backing_fmt") continue;
-    const std::string* given = text_of(row.name);
-    bool first = std::find(std::begin(kFirst), std::end(kFirst), row.name) != std::end(kFirst);
-    if (given) {
-      add(first ? before : after, row.name, Canonical(row, *given));
-    } else if (!row.fallback.empty()) {
-      add(first ? before : after, row.name, Canonical(row, std::string(row.fallback)));
+  auto add_row = [&](std::string& to, const OptionRow& row) {
+    if (const std::string* given = text_of(row.name)) {
+      add(to, row.name, Canonical(row, *given));
+    } else if (!row.fallback.empty() && !Contains(kSilent, row.name)) {
+      add(to, row.name, Canonical(row, std::string(row.fallback)));
+    }
+  };
+  for (std::string_view name : kFirst) {
+    for (const OptionRow& row : driver.create_options) {
+      if (row.name == name) add_row(before, row);
     }
   }
-  for (std::string_view name : {"size", "backing_file", "backing_fmt"}) {
+  for (const OptionRow& row : driver.create_options) {
+    if (!Contains(kFirst, row.name) && !Contains(kGeneral, row.name)) add_row(after, row);
+  }
+  for (std::string_view name : kGeneral) {
     if (const std::string* given = text_of(name)) add(size, name, *given);
   }
   return fmt::format("Formatting '{}', fmt={}{}{}{}", filename, driver.name, before, size, after);
@@ -65,8 +86,7 @@ Result<> CheckBacking(Session& session, const std::string& filename, Options& op
     return Fail(ErrorCode::kInvalid, "Backing file specified without backing format");
   }
   std::string path = block::ResolveRelative(filename, backing);
-  Result<block::NodePtr> node =
-      session.Open({.name = path, .format = format}, {.read_only = true, .no_io = true});
+  Result<block::NodePtr> node = session.Open({.name = path, .format = format}, {.read_only = true});
   if (!node) return Fail(std::move(node).error().In("Could not open backing image"));
   if (format.empty()) {
     return Fail(
@@ -100,7 +120,8 @@ Result<> Create(Session& session, const Driver& driver, const std::string& filen
   }
   if (!options.Has("size"))
     return Fail(ErrorCode::kInvalid, "Image creation needs a size parameter");
-  session.Say("{}\n", Announcement(driver, filename, options));
+  // What is unknown is refused below.
+  if (AllKnown(driver, options)) session.Say("{}\n", Announcement(driver, filename, options));
   return block::CreateImage(session.env(), std::string(driver.name), filename, std::move(options));
 }
 

@@ -105,24 +105,27 @@ void PrintCreateHelp(const block::Driver& driver, HelpOf of);
 class Progress {
  public:
   enum class Show : uint8_t { kNo, kYes };
-  explicit Progress(Show show);
+  explicit Progress(Show show, double step_percent = 1);
   ~Progress();
   void Update(uint64_t done, uint64_t total);
   void Watch(block::Job& job);
 
  private:
   const bool show_;
+  const double step_percent_;
   bool finished_ = false;
   int64_t started_ns_;
-  double last_ = -1;
+  double last_ = -100;
 };
+void ListenForProgressSignal();  // before that, SIGUSR1 ends the process
 Progress::Show ShowProgress(const Arguments& arguments);
 
-#define KVARTZ_IMG_VERBS(X)                                                                    \
-  X(Amend)                                                                                     \
-  X(Bench)                                                                                     \
-  X(Bitmap) X(Check) X(Commit) X(Compare) X(Convert) X(Create) X(Dd) X(Info) X(Map) X(Measure) \
-      X(Snapshot) X(Rebase) X(Resize) X(Verify)
+#define KVARTZ_IMG_VERBS(X)                                                                      \
+  X(Amend)                                                                                       \
+  X(Bench)                                                                                       \
+  X(Bitmap)                                                                                      \
+  X(Check) X(Commit) X(Compare) X(Convert) X(Create) X(Dd) X(Info) X(Map) X(Measure) X(Snapshot) \
+      X(Rebase) X(Resize) X(Verify)
 #define KVARTZ_DECLARE_VERB(name) extern const Verb k##name;
 KVARTZ_IMG_VERBS(KVARTZ_DECLARE_VERB)
 #undef KVARTZ_DECLARE_VERB

@@ -19,9 +19,16 @@ struct Layer {
 };
 
 Result<Layer> Examine(Session& session, const ImageName& image, bool force_share) {
-  block::NodeOptions node = {.read_only = true, .force_share = force_share, .no_io = true};
-  node.no_backing = true;
-  block::NodePtr opened = TRY(session.Open(image, node));
+  block::NodeOptions node = {.read_only = true, .force_share = force_share, .no_backing = true};
+  Result<block::NodePtr> first = session.Open(image, node);
+  if (!first) {
+    // Perhaps it is only its contents that can't be got at, for lack of a key.
+    node.no_io = true;
+    Result<block::NodePtr> second = session.Open(image, node);
+    if (!second) return std::unexpected(first.error());
+    first = std::move(second);
+  }
+  const block::NodePtr& opened = *first;
   Layer layer = {image.is_options ? opened->name() : image.name, TRY(opened->Info())};
   Result<uint64_t> allocated = opened->AllocatedBytes();
   if (allocated) layer.allocated = *allocated;

@@ -24,6 +24,17 @@ struct Entry {
   }
 };
 
+// The first layer that knows what is read here.
+Result<block::ChainExtent> Examine(block::Node& top, uint64_t offset, uint64_t length) {
+  block::ChainExtent found;
+  for (block::Node* node = block::SkipFilters(&top);; found.depth++) {
+    found.extent = TRY(block::StatusOf(*node, offset, length, block::Holes::kOfRaw));
+    length = std::min(length, found.extent.length);
+    node = block::BackingOf(node);
+    if (found.extent.zero || found.extent.data || !node) return found;
+  }
+}
+
 Entry ToEntry(uint64_t start, const block::ChainExtent& found) {
   const block::Extent& extent = found.extent;
   Entry entry = {.start = start, .length = extent.length, .depth = found.depth};
@@ -86,8 +97,8 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   uint64_t start = 0, most = UINT64_MAX;
   if (auto text = arguments.Find("start-offset")) start = TRY(TakeSize(*text, "start offset"));
   if (auto text = arguments.Find("max-length")) most = TRY(TakeSize(*text, "max length"));
-  block::NodePtr node = TRY(session.Open(
-      image, {.read_only = true, .force_share = arguments.Has("force-share"), .no_io = true}));
+  block::NodePtr node =
+      TRY(session.Open(image, {.read_only = true, .force_share = arguments.Has("force-share")}));
   uint64_t end = node->size_bytes();
   if (start > end)
     return Fail(ErrorCode::kInvalid,
@@ -96,7 +107,7 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   Printer printer(output);
   Entry last;
   for (uint64_t at = start; at < end;) {
-    block::ChainExtent found = TRY(block::StatusAbove(*node, nullptr, at, end - at));
+    block::ChainExtent found = TRY(Examine(*node, at, end - at));
     if (found.extent.length == 0) break;
     Entry entry = ToEntry(at, found);
     at += entry.length;
@@ -107,7 +118,8 @@ Result<int> Run(Session& session, const Arguments& arguments) {
     if (last.length > 0) TRY(printer.Add(last));
     last = entry;
   }
-  if (last.length > 0) TRY(printer.Add(last));
+  // An empty image has one entry of no bytes, in JSON.
+  if (last.length > 0 || (output == Output::kJson && start == end)) TRY(printer.Add(last));
   printer.Finish();
   return 0;
 }

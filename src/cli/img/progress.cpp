@@ -13,7 +13,6 @@ namespace {
 
 std::atomic<bool> g_asked = false;  // set by the signal's handler
 
-constexpr double kStepPercent = 1;
 constexpr int64_t kRemainingAfterNs = 2'000'000'000;
 
 }  // namespace
@@ -22,12 +21,17 @@ Progress::Show ShowProgress(const Arguments& arguments) {
   return arguments.Has("p") && !arguments.Has("q") ? Progress::Show::kYes : Progress::Show::kNo;
 }
 
-Progress::Progress(Show show)
-    : show_(show == Show::kYes), started_ns_(MonotonicClock::Instance().NowNs()) {
+void ListenForProgressSignal() {
   struct sigaction action = {};
   action.sa_handler = [](int) { g_asked = true; };
   action.sa_flags = SA_RESTART;
   sigaction(SIGUSR1, &action, nullptr);
+}
+
+Progress::Progress(Show show, double step_percent)
+    : show_(show == Show::kYes),
+      step_percent_(step_percent),
+      started_ns_(MonotonicClock::Instance().NowNs()) {
   Update(0, 1);
 }
 
@@ -41,7 +45,7 @@ void Progress::Update(uint64_t done, uint64_t total) {
       total == 0 ? 100
                  : std::min(100.0, 100.0 * static_cast<double>(done) / static_cast<double>(total));
   if (g_asked.exchange(false)) fmt::print(stderr, "    ({:.2f}/100%)\n", percent);
-  if (!show_ || finished_ || (percent < 100 && percent < last_ + kStepPercent)) return;
+  if (!show_ || finished_ || (percent < 100 && percent < last_ + step_percent_)) return;
   last_ = percent;
   finished_ = percent >= 100;
   std::string remaining;

@@ -46,7 +46,6 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   if (!list && arguments.Has("force-share"))
     return Fail(ErrorCode::kInvalid, "--force-share conflicts with -a, -c and -d: they write");
   options.no_backing = true;
-  options.no_io = list;
   block::NodePtr node = TRY(session.Open(image, options));
   block::SnapshotStore* store = node->snapshots();
   if (list) {

@@ -91,6 +91,7 @@ class Program {
       fmt::print("{}", VerbHelp(call_.name, verb));
       return 0;
     }
+    ListenForProgressSignal();
     Result<std::unique_ptr<EventLoop>> loop = EventLoop::Create();
     if (!loop) return Refuse(loop.error(), verb.error_code);
     Session session(call_.name, **loop);

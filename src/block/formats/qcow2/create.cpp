@@ -121,6 +121,20 @@ Result<> Create(const OpenEnv& env, const std::string& filename, Options& option
   return sized ? closed : sized;
 }
 
+// Of the source's persistent bitmaps, with their tables and directory.
+static uint64_t BitmapsSize(const Geometry& geo, Node& source) {
+  constexpr uint64_t kDirectoryEntryBytes = 24;
+  uint64_t bytes = 0, directory = 0;
+  for (const BitmapInfo& bitmap : source.bitmaps()->List()) {
+    if (!bitmap.persistent || bitmap.in_use) continue;
+    uint64_t bits = (source.size_bytes() + bitmap.granularity - 1) / bitmap.granularity;
+    uint64_t data = geo.RoundUp((bits + 7) / 8);
+    bytes += data + geo.RoundUp((data >> geo.cluster_bits) * 8);
+    directory += (kDirectoryEntryBytes + bitmap.name.size() + 7) / 8 * 8;
+  }
+  return bytes + geo.RoundUp(directory);
+}
+
 Result<MeasureResult> Measure(Options& options, Node* source) {
   Preallocation preallocation = TRY(ParsePreallocation(options.Take("preallocation", "off")));
   if (source && !options.Has("size")) options.Set("size", std::to_string(source->size_bytes()));
@@ -128,7 +142,9 @@ Result<MeasureResult> Measure(Options& options, Node* source) {
   Geometry geo(header);
   uint64_t data = geo.RoundUp(header.size);
   // Clusters of the guest that have contents of their own.
-  uint64_t used = preallocation == Preallocation::kOff ? 0 : data;
+  bool in_advance =
+      preallocation == Preallocation::kFalloc || preallocation == Preallocation::kFull;
+  uint64_t used = in_advance ? data : 0;
   for (uint64_t at = 0; source && used < data && at < source->size_bytes();) {
     ChainExtent extent = TRY(StatusAbove(*source, nullptr, at, source->size_bytes() - at));
     uint64_t end = at + extent.extent.length;
@@ -151,7 +167,13 @@ Result<MeasureResult> Measure(Options& options, Node* source) {
   };
   uint64_t full = header.has_data_file() ? 0 : data;
   used = header.has_data_file() ? 0 : std::min(used, data);
-  return MeasureResult{.required = metadata(full) + used, .fully_allocated = metadata(full) + full};
+  MeasureResult result = {.required = metadata(full) + used,
+                          .fully_allocated = metadata(full) + full};
+  if (source && source->bitmaps()) {
+    result.has_bitmaps = true;
+    result.bitmaps = BitmapsSize(geo, *source);
+  }
+  return result;
 }
 
 }  // namespace kvartz::block::qcow2

@@ -317,6 +317,7 @@ const Driver kQcow2Driver = {
     .create = qcow2::Create,
     .has_backing = true,
     .measure = qcow2::Measure,
+    .can_compress = true,
 };
 
 }  // namespace kvartz::block

@@ -9,6 +9,7 @@ namespace kvartz::block {
 extern const Driver kFileDriver;
 extern const Driver kHostDeviceDriver;
 extern const Driver kRawDriver;
+extern const Driver kNbdDriver;
 extern const Driver kQcow2Driver;
 extern const Driver kVdiDriver;
 extern const Driver kVmdkDriver;
@@ -18,7 +19,7 @@ namespace {
 
 constexpr const Driver* kDrivers[] = {
     &kFileDriver, &kHostDeviceDriver, &kRawDriver, &kQcow2Driver,
-    &kVdiDriver,  &kVmdkDriver,       &kVpcDriver,
+    &kVdiDriver,  &kVmdkDriver,       &kVpcDriver, &kNbdDriver,
 };
 
 // How images begin whose formats we lack, from each format's specification.

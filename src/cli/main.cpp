@@ -14,6 +14,7 @@ namespace {
 
 constexpr Tool kTools[] = {
     {"img", "qemu-img", "make, examine, convert and repair disk images", RunImg},
+    {"nbd", "qemu-nbd", "offer a disk image to NBD clients", RunNbd},
 };
 
 int Usage(int code) {

@@ -14,6 +14,7 @@ namespace kvartz::block {
 namespace nbd {
 namespace {
 
+constexpr int64_t kHandshakeNs = 30'000'000'000;
 constexpr uint64_t kMostZeroes = 1 << 30;  // of one request without payload
 
 // Loop-owned. Requests become calls one to one, in pieces where the server wants them smaller.
@@ -218,7 +219,10 @@ Result<NodePtr> Open(const OpenEnv& env, const NodeOptions& node, Options& optio
                                  "host", "port", "export"}));
   UniqueFd socket = TRY(Connect(location.address));
   auto client = std::make_shared<Client>(env.loop, std::move(socket));
+  Timer deadline(env.loop, [&] { client->Break(); });
+  deadline.Arm(env.loop.clock().NowNs() + kHandshakeNs);
   Result<> greeted = client->Handshake(location.name);
+  deadline.Cancel();
   if (!greeted) return Fail(std::move(greeted).error().In(fmt::format("'{}'", name)));
   if (!node.read_only && (client->info().flags & kReadOnly) && !node.auto_read_only)
     return Fail(ErrorCode::kPermission,

@@ -21,8 +21,11 @@ struct Layer {
 Result<Layer> Examine(Session& session, const ImageName& image, bool force_share) {
   block::NodeOptions node = {.read_only = true, .force_share = force_share, .no_backing = true};
   Result<block::NodePtr> first = session.Open(image, node);
+  bool contents_only = !first && (first.error().code == ErrorCode::kUnsupported ||
+                                  first.error().code == ErrorCode::kNotFound);
+  if (!first && !contents_only) return std::unexpected(first.error());
   if (!first) {
-    // Perhaps it is only its contents that can't be got at, for lack of a key.
+    // Perhaps only its contents can't be got at, for lack of a key or a data file.
     node.no_io = true;
     Result<block::NodePtr> second = session.Open(image, node);
     if (!second) return std::unexpected(first.error());

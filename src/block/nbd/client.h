@@ -50,7 +50,7 @@ class Client : public std::enable_shared_from_this<Client> {
     uint64_t received = 0;
     int result = 0;
   };
-  void Send(Call* call);
+  void Send(Call* call);  // not when it is broken()
   bool idle() const { return calls_.empty() && queue_.empty(); }
   bool broken() const { return broken_; }
 

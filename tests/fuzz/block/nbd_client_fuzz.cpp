@@ -1,6 +1,8 @@
 // What a server sends to the NBD client: it is refused, or answers come to all calls.
 #include <sys/socket.h>
 
+#include <cerrno>
+
 #include "block/nbd/client.h"
 #include "fuzz/block/image_fuzz.h"
 
@@ -10,6 +12,7 @@ using namespace kvartz::block;
 namespace {
 
 int Wait(nbd::Client& client, nbd::Client::Call& call) {
+  if (client.broken()) return -EIO;
   struct Waiting {
     Fiber* fiber;
     int result;

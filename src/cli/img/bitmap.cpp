@@ -120,6 +120,8 @@ Result<int> RunAmend(Session& session, const Arguments& arguments) {
                     HelpOf::kAmend);
     return 0;
   }
+  if (arguments.Has("force"))
+    return Fail(ErrorCode::kUnsupported, "not supported yet: --force (it is for encrypted images)");
   if (!arguments.Has("o")) return Misuse("Must specify options (-o)");
   ImageName image = TRY(TakeImage(arguments));
   block::NodeOptions options;
@@ -146,7 +148,7 @@ constexpr OptionSpec kAmendOptions[] = {
     kQuiet,
     kFormat,
     kCache,
-    {0, "force", {}, "allow what may make the image unreadable"},
+    {0, "force", {}, "not supported yet: what may make an encrypted image unreadable"},
     {'o', {}, "OPTIONS", "what to change; 'help' lists it"},
 };
 

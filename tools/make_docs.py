@@ -3,6 +3,7 @@
 
   docs/kvartz-vmm.1    the man page, from -help
   docs/devices.md      the devices, from -device help
+  docs/kvartz-img.1, docs/kvartz-nbd.1   the man pages of the tools, from --help of the kvartz beside PROGRAM
 
 --check writes nothing and fails when a document is not what would be written.
 """
@@ -95,12 +96,50 @@ def devices(program):
             "tools/make_docs.py.\n\n| device | bus | what it is |\n|---|---|---|\n" + table)
 
 
+TOOLS = {
+    "img": ("make, examine, convert and repair disk images",
+            "Commands, options, output and exit codes are those of qemu-img 7.2, and called by that name the program answers as it.\n"
+            "What is not supported yet is refused by name.\n.PP\n"
+            "SIGUSR1 makes a command that works on an image print its progress.\n.PP\n"
+            "With\n.B \\-\\-json\nbefore the command errors are JSON objects, one a line.\n",
+            "0 success; 1 an error. compare: 1 different, 2 an image cannot be opened, 3 its allocation cannot be examined, 4 it\n"
+            "cannot be read. check: 2 corruptions, 3 leaked clusters alone, 63 the format has no checks.\n"),
+    "nbd": ("offer a disk image to NBD clients",
+            "Options are those of qemu-nbd 7.2, and called by that name the program answers as it.\n"
+            "It ends when its last client has gone, unless it is persistent.\n",
+            "0 when it ended as asked; 1 when it could not serve.\n"),
+}
+
+
+def tool_options(text):
+    """Rows of "  -f FMT, --format   help"."""
+    page = ""
+    for match in re.finditer(r"^  (-.{29}\S*) +(\S.*)$", text, re.M):
+        page += f".TP\n.B {roff(match[1].strip())}\n{roff(match[2])}\n"
+    return page
+
+
+def tool_page(program, tool):
+    kvartz = os.path.join(os.path.dirname(os.path.abspath(program)), "kvartz")
+    summary, description, status = TOOLS[tool]
+    text = output(kvartz, tool, "--help")
+    page = (f'.TH KVARTZ-{tool.upper()} 1 "" "Kvartz" "Kvartz"\n.SH NAME\nkvartz-{tool} \\- {summary}\n.SH SYNOPSIS\n'
+            f".B kvartz {tool}\n{roff(text.splitlines()[0].split(tool, 1)[1].strip())}\n.SH DESCRIPTION\n{description}"
+            f".SH OPTIONS\n{tool_options(text)}")
+    verbs = re.findall(r"^  ([a-z]+) \[", text, re.M) if tool == "img" else []
+    for verb in verbs:
+        lines = output(kvartz, tool, verb, "--help").splitlines()
+        page += f".SH {verb.upper()}\n.B {roff(lines[0].removeprefix('usage: '))}\n.PP\n{roff(lines[1])}\n" + tool_options("\n".join(lines[2:]))
+    return page + f".SH EXIT STATUS\n{status}"
+
+
 def main():
     arguments = [a for a in sys.argv[1:] if a != "--check"]
     if len(arguments) != 1:
         sys.exit(__doc__)
     stale = []
-    for path, text in (("docs/kvartz-vmm.1", man_page(arguments[0])), ("docs/devices.md", devices(arguments[0]))):
+    for path, text in (("docs/kvartz-vmm.1", man_page(arguments[0])), ("docs/devices.md", devices(arguments[0])),
+                       ("docs/kvartz-img.1", tool_page(arguments[0], "img")), ("docs/kvartz-nbd.1", tool_page(arguments[0], "nbd"))):
         full = os.path.join(ROOT, path)
         old = ""
         if os.path.exists(full):

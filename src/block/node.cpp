@@ -1,7 +1,12 @@
 #include "block/node.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
 #include <cerrno>
 #include <utility>
+
+#include "block/dirty_bitmap.h"
 
 namespace kvartz::block {
 
@@ -19,6 +24,13 @@ struct Node::LateList {
       request->done(request, request->result);
     }
   }
+};
+
+// A request that a bitmap is told of when it is done.
+struct Node::Tracked {
+  Request inner;
+  Request* outer;
+  Node* node;
 };
 
 Node::Node(EventLoop& loop, std::string name)
@@ -46,12 +58,36 @@ bool Node::FinishLateOnes() {
 
 void Node::Start(Request* request) {
   if (int error = Check(*request)) return FinishLater(request, error);
+  if (!attached_.empty()) return SubmitTracked(request);
   Submit(request);
+}
+
+void Node::SubmitTracked(Request* request) {
+  if (request->kind == Request::Kind::kRead || request->kind == Request::Kind::kFlush)
+    return Submit(request);
+  auto* tracked = new Tracked{*request, request, this};
+  tracked->inner.owner = tracked;
+  // The range as it was asked for: the nodes may change their copy.
+  tracked->inner.done = [](Request* inner, int result) {
+    std::unique_ptr<Tracked> done(static_cast<Tracked*>(inner->owner));
+    for (const auto& bitmap : done->node->attached_) {
+      if (bitmap->enabled()) bitmap->Set(done->outer->offset, done->outer->length);
+    }
+    done->outer->done(done->outer, result);
+  };
+  Submit(&tracked->inner);
+}
+
+void Node::Attach(std::shared_ptr<DirtyBitmap> bitmap) { attached_.push_back(std::move(bitmap)); }
+
+void Node::Detach(const DirtyBitmap& bitmap) {
+  std::erase_if(attached_, [&](const auto& other) { return other.get() == &bitmap; });
 }
 
 int Node::Check(const Request& request) const {
   if (request.kind == Request::Kind::kFlush) return 0;
-  if (request.offset > size_bytes_ || request.length > size_bytes_ - request.offset) return -EINVAL;
+  uint64_t limit = grows_ ? uint64_t{INT64_MAX} : size_bytes_;
+  if (request.offset > limit || request.length > limit - request.offset) return -EINVAL;
   if (request.kind != Request::Kind::kRead && read_only_) return -EROFS;
   if (request.kind == Request::Kind::kDiscard) return 0;
   if ((request.offset | request.length) % limits_.request_alignment != 0) return -EINVAL;
@@ -61,6 +97,65 @@ int Node::Check(const Request& request) const {
     if (__builtin_add_overflow(held, request.iov[i].iov_len, &held)) return -EINVAL;
   }
   return held == request.length ? 0 : -EINVAL;
+}
+
+std::unexpected<Error> Node::Unsupported(const char* what) const {
+  return Fail(ErrorCode::kUnsupported,
+              fmt::format("'{}': format {} doesn't support {}", name_, driver(), what));
+}
+
+Result<> Node::SetBacking(NodePtr) { return Unsupported("a backing file"); }
+Result<> Node::Resize(const ResizeOptions&) { return Unsupported("another size"); }
+Result<> Node::SetReadOnly(bool) { return Unsupported("being reopened"); }
+
+Result<Extent> Node::Status(uint64_t offset, uint64_t length) {
+  return Extent{.length = std::min(length, size_bytes_ - offset), .allocated = true, .data = true};
+}
+
+Result<> Node::Close() {
+  Result<> result;
+  for (Node* child : {data_file(), file(), backing()}) {
+    if (!child) continue;
+    Result<> closed = child->Close();
+    if (result) result = std::move(closed);
+  }
+  return result;
+}
+
+Result<ImageInfo> Node::Info() {
+  return ImageInfo{.format = driver(), .virtual_size = size_bytes_};
+}
+
+Result<uint64_t> Node::AllocatedBytes() {
+  uint64_t bytes = 0;
+  for (Node* child : {data_file(), file()}) {
+    if (child) bytes += TRY(child->AllocatedBytes());
+  }
+  return bytes;
+}
+
+Result<Preallocation> ParsePreallocation(const std::string& name) {
+  for (Preallocation mode : {Preallocation::kOff, Preallocation::kMetadata, Preallocation::kFalloc,
+                             Preallocation::kFull}) {
+    if (name == NameOf(mode)) return mode;
+  }
+  return Fail(
+      ErrorCode::kInvalid,
+      fmt::format("unknown preallocation '{}': it is one of off, metadata, falloc, full", name));
+}
+
+const char* NameOf(Preallocation preallocation) {
+  switch (preallocation) {
+    case Preallocation::kOff:
+      return "off";
+    case Preallocation::kMetadata:
+      return "metadata";
+    case Preallocation::kFalloc:
+      return "falloc";
+    case Preallocation::kFull:
+      break;
+  }
+  return "full";
 }
 
 }  // namespace kvartz::block

@@ -1,21 +1,34 @@
-// The block graph: protocol nodes (files, host devices) below format nodes (raw...) below filters.
-// Each is a `Node`; a disk holds the top one and starts requests on it.
+// The block graph: protocol nodes (files, host devices) below format nodes (raw, qcow2...) below
+// filters. Each is a `Node`; a disk holds the top one and starts requests on it.
+//
+// Two ways to use a node, both on its loop's thread:
+//   Start(Request*)   asynchronous, intrusive, scatter/gather: the guests' path
+//   fiber functions   straight-line code that waits (marked "Fiber:"), called within a Fiber only;
+//                     fiber_io.h reads and writes that way, sync_io.h is for tools without a loop
 #pragma once
 
 #include <sys/uio.h>
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "base/event_loop.h"
 #include "base/result.h"
+#include "block/image_info.h"
 
 namespace kvartz::block {
 
+class DirtyBitmap;
+class Node;
+using NodePtr = std::shared_ptr<Node>;
+
 // One request under way. The owner keeps it, the iovecs and the buffers alive until `done` is
-// called: later (never from within Start), on the loop's thread, with 0 or -errno. Intrusive: embed
-// it in what the request is for. The nodes may change its fields meanwhile.
+// called: later (never from within Start), on the loop's thread, outside of fibers, with 0 or
+// -errno. Intrusive: embed it in what the request is for. The nodes may change its fields
+// meanwhile.
 struct Request {
   enum class Kind : uint8_t {
     kRead,
@@ -25,10 +38,12 @@ struct Request {
     kWriteZeroes,  // reads as zeros afterwards
   };
   Kind kind = Kind::kRead;
-  bool fua = false;     // kWrite, kWriteZeroes: on stable storage when done
-  bool unmap = false;   // kWriteZeroes: the space may be given back
-  uint64_t offset = 0;  // bytes
-  uint64_t length = 0;  // bytes; kRead, kWrite: what the iovecs hold together
+  bool fua = false;          // kWrite, kWriteZeroes: on stable storage when done
+  bool unmap = false;        // kWriteZeroes: the space may be given back
+  bool no_fallback = false;  // kWriteZeroes: -ENOTSUP rather than writing the zeros out
+  bool compressed = false;   // kWrite: whole clusters, to be stored compressed
+  uint64_t offset = 0;       // bytes
+  uint64_t length = 0;       // bytes; kRead, kWrite: what the iovecs hold together
   const iovec* iov = nullptr;
   unsigned iov_count = 0;
   void (*done)(Request* request, int result) = nullptr;
@@ -48,7 +63,39 @@ struct Limits {
   bool write_cache = true;  // false: each write is on stable storage when done (writethrough)
 };
 
-// Loop-owned by loop(); opened on any thread before requests start, destroyed with none under way.
+// What a range of a node is made of, by this node alone.
+struct Extent {
+  uint64_t length = 0;      // bytes from the offset asked for that are alike; 0: at the end
+  bool allocated = false;   // this node says what they read as; false: its backing node does
+  bool zero = false;        // they read as zeros
+  bool data = false;        // they are stored (which may be zeros)
+  bool compressed = false;  // stored compressed
+  // Stored in `file` (owned by the graph) at `offset` as they are.
+  bool has_offset = false;
+  uint64_t offset = 0;
+  Node* file = nullptr;
+};
+
+enum class Preallocation : uint8_t { kOff, kMetadata, kFalloc, kFull };
+Result<Preallocation> ParsePreallocation(const std::string& name);
+const char* NameOf(Preallocation preallocation);
+
+class Options;
+// A backing node that an image asks for when it is opened.
+struct BackingWish {
+  std::shared_ptr<Options> options;  // as for OpenNode
+  std::string what;                  // for errors: "backing file 'base.qcow2' of 'a.qcow2'"
+};
+
+struct ResizeOptions {
+  uint64_t size = 0;
+  Preallocation preallocation = Preallocation::kOff;  // of what is added
+  bool exact = true;        // false: a node that can't be so small may stay larger
+  bool zero_added = false;  // what is added reads as zeros, whatever the backing node has there
+};
+
+// Loop-owned by loop(); opened before requests start, destroyed with none under way and, if it is
+// writable, after Close.
 class Node {
  public:
   Node(EventLoop& loop, std::string name);
@@ -59,15 +106,53 @@ class Node {
   // Checks the request against size, limits and read-only (-EINVAL, -EROFS), then starts it.
   void Start(Request* request);
   // Returns when no request is under way: their `done` is called meanwhile, and nothing else of the
-  // loop's turn runs.
+  // loop's turn runs. Not in a fiber.
   virtual void Drain() = 0;
 
   uint64_t size_bytes() const { return size_bytes_; }
   bool read_only() const { return read_only_; }
   const Limits& limits() const { return limits_; }
   const std::string& name() const { return name_; }  // as in messages: the path of a file
-  virtual const char* driver() const = 0;            // "file", "host_device", "raw"
+  virtual const char* driver() const = 0;            // "file", "host_device", "raw", "qcow2"
   EventLoop& loop() const { return loop_; }
+  // Writes beyond the end make it larger (and reads there give zeros): files below formats.
+  bool grows() const { return grows_; }
+
+  // Where it stands in the graph. Null where there is none.
+  virtual Node* file() const { return nullptr; }       // what its bytes and metadata are in
+  virtual Node* backing() const { return nullptr; }    // what it shows where it has nothing itself
+  virtual Node* data_file() const { return nullptr; }  // where its guest's data are, if not in file
+  virtual bool is_filter() const { return false; }     // shows file()'s contents as they are
+  // Replaces backing() in memory alone; null: none any more.
+  virtual Result<> SetBacking(NodePtr backing);
+
+  // Once, after it was opened: what OpenNode (graph.h) still has to open and SetBacking.
+  virtual std::optional<BackingWish> TakeBackingWish() { return std::nullopt; }
+
+  // Fiber: what [offset, offset + length) is made of; the answer covers at least one byte and may
+  // be shorter than the range. `length` > 0, within size_bytes().
+  virtual Result<Extent> Status(uint64_t offset, uint64_t length);
+  // Fiber: flushes, writes metadata that is only in memory, and marks the image as clean. No
+  // request is under way and none follows. The children's too.
+  virtual Result<> Close();
+  // Fiber: another virtual size (of growing files: their length).
+  virtual Result<> Resize(const ResizeOptions& options);
+  // Fiber: from read-only to writable and back.
+  virtual Result<> SetReadOnly(bool read_only);
+  // Fiber: rereads nothing; what the image says of itself.
+  virtual Result<ImageInfo> Info();
+  // Fiber: bytes that it takes on the host.
+  virtual Result<uint64_t> AllocatedBytes();
+
+  // What only some formats have; null: this one doesn't.
+  virtual SnapshotStore* snapshots() { return nullptr; }
+  virtual BitmapStore* bitmaps() { return nullptr; }
+  virtual ImageEditor* editor() { return nullptr; }
+
+  // Is told of what changes, when a write to it is done. While attached. See dirty_bitmap.h.
+  void Attach(std::shared_ptr<DirtyBitmap> bitmap);
+  void Detach(const DirtyBitmap& bitmap);
+  const std::vector<std::shared_ptr<DirtyBitmap>>& attached_bitmaps() const { return attached_; }
 
  protected:
   // Of a request that passed the checks: calls its `done` later, or hands it to another node's
@@ -77,17 +162,23 @@ class Node {
   void FinishLater(Request* request, int result);
   // Does so now; true if there were any. For Drain.
   bool FinishLateOnes();
+  // "format qcow2 of 'a.img' doesn't support ..."
+  std::unexpected<Error> Unsupported(const char* what) const;
 
   uint64_t size_bytes_ = 0;
   bool read_only_ = false;
+  bool grows_ = false;
   Limits limits_;
 
  private:
   struct LateList;
+  struct Tracked;
   int Check(const Request& request) const;  // 0 or -errno
+  void SubmitTracked(Request* request);
   EventLoop& loop_;
   std::string name_;
   std::shared_ptr<LateList> late_;
+  std::vector<std::shared_ptr<DirtyBitmap>> attached_;
 };
 
 enum class CacheMode : uint8_t {
@@ -99,15 +190,19 @@ enum class CacheMode : uint8_t {
 };
 
 struct ImageOptions {
-  std::string path;
-  std::string format = {};  // "raw"; empty: found out
+  std::string path = {};
+  std::string format = {};  // "raw", "qcow2"...; empty: found out
   CacheMode cache = CacheMode::kWriteback;
   bool read_only = false;
   bool discard_unmap = true;  // false: discards are ignored
   // Byte-range locks as QEMU's: two machines can't write to one image.
   enum class Locking : uint8_t { kAuto, kOff };
   Locking locking = Locking::kAuto;
-  bool share_write = false;  // others may write too (share-rw=on)
+  bool share_write = false;     // others may write too (share-rw=on)
+  bool force_share = false;     // reads whatever others do (force-share=on; with read_only)
+  bool grows = false;           // a file below a format
+  bool auto_read_only = false;  // read-only where writing isn't permitted
+  bool no_flush = false;        // flushes are ignored (as with kUnsafe)
   // raw: the part of the file that is the disk.
   uint64_t raw_offset = 0;
   uint64_t raw_size = UINT64_MAX;  // UINT64_MAX: up to the end
@@ -116,8 +211,12 @@ struct ImageOptions {
 // cache= of -drive. Errors: an unknown name.
 Result<CacheMode> ParseCacheMode(const std::string& name);
 
-// Opens a disk image for a machine. Errors in one line: absent, not readable, a directory, in use
-// (by whom), empty, a format that isn't supported.
-Result<std::shared_ptr<Node>> OpenImage(EventLoop& loop, const ImageOptions& options);
+// Opens a disk image for a machine, before the loop runs: OpenNode (graph.h) in a fiber. Errors in
+// one line: absent, not readable, a directory, in use (by whom), empty, a format that isn't
+// supported.
+Result<NodePtr> OpenImage(EventLoop& loop, const ImageOptions& options);
+
+// Closes what OpenImage opened, when the loop doesn't run any more.
+Result<> CloseImage(const NodePtr& node);
 
 }  // namespace kvartz::block

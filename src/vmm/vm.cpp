@@ -85,6 +85,10 @@ Vm::~Vm() {
   vcpus_.reset();
   board_.reset();
   netdevs_.clear();
+  for (const auto& [id, node] : drives_) {
+    Result<> closed = block::CloseImage(node);
+    if (!closed) KLOG(kError, "drive {}: {}", id, closed.error().what);
+  }
   drives_.clear();
   if (signals_) loop_->Unwatch(signals_.get());
   for (const auto& chardev : chardevs_) chardev->Drain(kDrainMs);

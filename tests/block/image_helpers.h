@@ -18,9 +18,13 @@ constexpr uint64_t kMiB = 1 << 20;
 
 class TempDir {
  public:
-  TempDir() {
-    char path[] = "/tmp/kvartz-block-XXXXXX";
-    EXPECT_NE(mkdtemp(path), nullptr);
+  // kMemory: flushes cost nothing there.
+  enum class Place { kDisk, kMemory };
+  explicit TempDir(Place place = Place::kDisk) {
+    char disk[] = "/tmp/kvartz-block-XXXXXX", memory[] = "/dev/shm/kvartz-block-XXXXXX";
+    char* path = place == Place::kMemory ? mkdtemp(memory) : nullptr;
+    if (!path) path = mkdtemp(disk);
+    EXPECT_NE(path, nullptr);
     path_ = path;
   }
   ~TempDir() { [[maybe_unused]] int rc = system(("rm -rf " + path_).c_str()); }

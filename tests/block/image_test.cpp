@@ -332,14 +332,14 @@ TEST(OpenImage, ErrorsNameTheThingAndTheRemedy) {
   ASSERT_EQ(mkfifo(fifo.c_str(), 0600), 0);
   EXPECT_THAT(OpenError({.path = fifo}), HasSubstr("is neither a file nor a block device"));
   EXPECT_THAT(OpenError({.path = dir.File("empty.img", 0)}), HasSubstr("is empty: give it a size"));
-  std::string qcow2 = dir.File("q.img", 0);
-  std::ofstream(qcow2) << "QFI\xfb" << std::string(600, '\0');
-  EXPECT_THAT(OpenError({.path = qcow2}),
-              HasSubstr("not supported yet: disk image '" + qcow2 + "' is in format qcow2"));
-  EXPECT_THAT(OpenError({.path = qcow2, .format = "vmdk"}), HasSubstr("not supported yet"));
-  EXPECT_THAT(OpenError({.path = qcow2, .format = "qcow7"}),
+  std::string vmdk = dir.File("q.img", 0);
+  std::ofstream(vmdk) << "KDMV" << std::string(600, '\0');
+  EXPECT_THAT(OpenError({.path = vmdk}),
+              HasSubstr("not supported yet: disk image '" + vmdk + "' is in format vmdk"));
+  EXPECT_THAT(OpenError({.path = vmdk, .format = "vmdk"}), HasSubstr("not supported yet"));
+  EXPECT_THAT(OpenError({.path = vmdk, .format = "qcow7"}),
               HasSubstr("unknown image format 'qcow7'"));
-  EXPECT_EQ(OpenError({.path = qcow2, .format = "raw"}), "");
+  EXPECT_EQ(OpenError({.path = vmdk, .format = "raw"}), "");
 }
 
 // Root may do everything: run as nobody in a child.

@@ -95,7 +95,7 @@ TEST(CommandLineTest, RefusalsNameOptionAndArgument) {
   EXPECT_NE(Refusal({"-drive", "file=a.img,if=virtio,sizee=1"}).find("sizee"), std::string::npos);
   EXPECT_TRUE(Refusal({"-drive", "file=a.img,if=virtio,sizee=1"}).starts_with("-drive file=a.img"));
   EXPECT_NE(Refusal({"-drive", "file=a.img"}).find("if=virtio"), std::string::npos);
-  EXPECT_NE(Refusal({"-drive", "file=a.img,if=virtio,format=qcow2"}).find("qcow2"),
+  EXPECT_NE(Refusal({"-drive", "file=a.img,if=virtio,format=vmdk"}).find("vmdk"),
             std::string::npos);
   EXPECT_NE(Refusal({"-m", "12x"}).find("12x"), std::string::npos);
   EXPECT_NE(Refusal({"-smp", "0"}).find("-smp"), std::string::npos);

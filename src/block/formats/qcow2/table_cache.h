@@ -1,0 +1,85 @@
+// The cached slices of L2 tables and refcount blocks, bounded by bytes.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "base/fiber.h"
+#include "block/node.h"
+
+namespace kvartz::block::qcow2 {
+
+// One slice of a table. Loop-owned. Valid until the next wait, unless pinned.
+struct Slice {
+  enum class Kind : uint8_t { kL2, kRefblock };
+  uint64_t offset = 0;  // in the file
+  Kind kind = Kind::kL2;
+  // The table isn't reachable on disk yet: it is written before what points to it.
+  bool fresh = false;
+  bool dirty = false;
+  bool writing = false;  // a copy is on its way to the disk
+  bool loading = false;
+  uint32_t pins = 0;
+  std::unique_ptr<uint8_t[]> data;
+  Slice* newer = nullptr;  // by last use
+  Slice* older = nullptr;
+  FiberQueue waiting;  // for it to be loaded
+  int load_result = 0;
+};
+
+struct CacheStatistics {
+  uint64_t limit_bytes = 0, used_bytes = 0, dirty_bytes = 0;
+  uint64_t hits = 0, misses = 0, evictions = 0;
+};
+
+// Loop-owned.
+class TableCache {
+ public:
+  TableCache(Node& file, uint64_t slice_bytes, uint64_t limit_bytes);
+  ~TableCache();
+
+  // Null: not cached.
+  Slice* Find(uint64_t offset) {
+    auto it = slices_.find(offset);
+    if (it == slices_.end() || it->second->loading) return nullptr;
+    Touch(it->second.get());
+    statistics_.hits++;
+    return it->second.get();
+  }
+  // Fiber: 0 and the slice, from the file if need be, or -errno.
+  int Load(uint64_t offset, Slice::Kind kind, Slice** slice);
+  // A slice that is all zeros and not on disk; replaces what is cached of that offset.
+  Slice* Insert(uint64_t offset, Slice::Kind kind, bool fresh);
+  void MarkDirty(Slice* slice);
+  void MarkClean(Slice* slice);  // its contents are on their way
+  // Forgets the slices in [offset, offset + length), dirty or not: the table is no more.
+  void Drop(uint64_t offset, uint64_t length);
+  void DropAllClean();
+  void ForEachDirty(const std::function<void(Slice&)>& visit);
+
+  // Dirty slices are held over the limit: write them out soon.
+  bool crowded() const { return statistics_.dirty_bytes > statistics_.limit_bytes / 2; }
+  bool has_dirty() const { return statistics_.dirty_bytes > 0; }
+  const CacheStatistics& statistics() const { return statistics_; }
+  void set_limit(uint64_t bytes) { statistics_.limit_bytes = bytes; }
+
+ private:
+  void Touch(Slice* slice);
+  void Unlink(Slice* slice);
+  void LinkNewest(Slice* slice);
+  void MakeRoom();
+  Slice* Add(uint64_t offset, Slice::Kind kind);
+  void Remove(Slice* slice);
+
+  Node& file_;
+  const uint64_t slice_bytes_;
+  std::unordered_map<uint64_t, std::unique_ptr<Slice>> slices_;
+  Slice* newest_ = nullptr;
+  Slice* oldest_ = nullptr;
+  CacheStatistics statistics_;
+};
+
+}  // namespace kvartz::block::qcow2

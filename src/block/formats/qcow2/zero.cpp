@@ -1,0 +1,197 @@
+// Write-zeroes and discard: what the tables can say is said there.
+#include <algorithm>
+#include <cerrno>
+
+#include "base/check.h"
+#include "block/fiber_io.h"
+#include "block/formats/qcow2/qcow2_node.h"
+
+namespace kvartz::block::qcow2 {
+namespace {
+
+constexpr uint64_t kZeroChunk = 64 << 10;
+constexpr uint64_t kAllZero = uint64_t{UINT32_MAX} << 32;  // of an extended entry
+alignas(4096) uint8_t g_zeros[kZeroChunk];                 // never written to
+
+}  // namespace
+
+int Qcow2Node::ZeroRange(uint64_t offset, uint64_t length, bool unmap, bool no_fallback) {
+  const Geometry& geo = meta_->geometry();
+  uint64_t end = offset + length;
+  // The disk's last cluster counts as whole.
+  uint64_t whole_end = end == size_bytes_ ? geo.RoundUp(end) : end & ~(geo.cluster_size - 1);
+  uint64_t whole_from = geo.RoundUp(offset);
+  if (whole_from >= end) return ZeroPart(offset, length, no_fallback);
+  if (offset < whole_from) {
+    if (int rc = ZeroPart(offset, whole_from - offset, no_fallback)) return rc;
+  }
+  if (int rc = ZeroClusters(whole_from >> geo.cluster_bits, whole_end >> geo.cluster_bits, unmap,
+                            no_fallback)) {
+    return rc;
+  }
+  whole_end = std::max(whole_end, whole_from);
+  return whole_end < end ? ZeroPart(whole_end, end - whole_end, no_fallback) : 0;
+}
+
+// Less than a cluster, within one.
+int Qcow2Node::ZeroPart(uint64_t offset, uint64_t length, bool no_fallback) {
+  bool zero = false;
+  if (int rc = AllZero(offset, offset + length, &zero)) return rc;
+  if (zero) return 0;
+  const Geometry& geo = meta_->geometry();
+  uint64_t unit = geo.subcluster_size;
+  uint64_t from = (offset + unit - 1) / unit * unit, end = (offset + length) / unit * unit;
+  if (geo.subclusters > 1 && from < end && !data_file_) {
+    bool done = false;
+    if (int rc = ZeroSubclusters(from, end - from, &done)) return rc;
+    if (done) {
+      if (offset < from) {
+        if (int rc = ZeroPart(offset, from - offset, no_fallback)) return rc;
+      }
+      return end < offset + length ? ZeroPart(end, offset + length - end, no_fallback) : 0;
+    }
+  }
+  return no_fallback ? -ENOTSUP : WriteZerosOut(offset, length);
+}
+
+int Qcow2Node::WriteZerosOut(uint64_t offset, uint64_t length) {
+  while (length > 0) {
+    uint64_t bytes = std::min(length, 16 * kZeroChunk);
+    std::vector<iovec> iov;
+    for (uint64_t left = bytes; left > 0; left -= std::min(left, kZeroChunk))
+      iov.push_back({g_zeros, std::min(left, kZeroChunk)});
+    IovCursor from(iov.data(), static_cast<unsigned>(iov.size()));
+    if (int rc = WriteRange(offset, bytes, from)) return rc;
+    offset += bytes;
+    length -= bytes;
+  }
+  return 0;
+}
+
+// Whole subclusters of one cluster. Not done: it is compressed.
+int Qcow2Node::ZeroSubclusters(uint64_t offset, uint64_t length, bool* done) {
+  const Geometry& geo = meta_->geometry();
+  uint64_t cluster = offset >> geo.cluster_bits;
+  Slice* slice = nullptr;
+  do {
+    while (WaitForBusy(cluster, cluster + 1)) {
+    }
+    if (int rc = meta_->WritableSlice(offset, &slice)) return rc;
+  } while (WaitForBusy(cluster, cluster + 1));
+  uint64_t index = meta_->IndexInSlice(offset);
+  uint64_t entry = meta_->Entry(*slice, index);
+  if (entry & kPacked) return 0;
+  uint64_t bits = meta_->SubBits(*slice, index);
+  uint64_t first = geo.InCluster(offset) / geo.subcluster_size;
+  for (uint64_t sub = first; sub < first + length / geo.subcluster_size; sub++)
+    bits = (bits & ~(uint64_t{1} << sub)) | uint64_t{1} << (32 + sub);
+  meta_->SetEntry(slice, index, entry, bits);
+  *done = true;
+  return 0;
+}
+
+// False: it can't be said in the tables.
+bool Qcow2Node::ZeroEntry(Slice* slice, uint64_t guest, bool unmap) {
+  const Geometry& geo = meta_->geometry();
+  uint64_t index = meta_->IndexInSlice(guest);
+  uint64_t old = meta_->Entry(*slice, index);
+  uint64_t bits = meta_->SubBits(*slice, index);
+  bool old_version = meta_->header.version < 3;
+  bool nothing = !(old & kPacked) && (old & (kOffsetMask | kCopied)) == 0;
+  if (old_version) {
+    if (InBacking(guest)) return false;
+    if (nothing) return true;
+    if (!unmap && !(old & kPacked) && (old & kCopied)) return false;  // keep the cluster
+    meta_->ReleaseEntry(old, unmap);
+    meta_->SetEntry(slice, index, 0);
+    return true;
+  }
+  if (nothing && bits == 0 && !(old & kZeroFlag) && !InBacking(guest)) return true;
+  uint64_t flag = geo.subclusters > 1 ? 0 : kZeroFlag;
+  bool keep = !(old & kPacked) && (old & kCopied) && (!unmap || data_file_);
+  uint64_t entry = keep ? (old & (kOffsetMask | kCopied)) | flag : flag;
+  uint64_t new_bits = geo.subclusters > 1 ? kAllZero : 0;
+  if (entry == old && new_bits == bits) return true;
+  if (!keep) meta_->ReleaseEntry(old, unmap);
+  meta_->SetEntry(slice, index, entry, new_bits);
+  return true;
+}
+
+int Qcow2Node::ZeroClusters(uint64_t first, uint64_t end, bool unmap, bool no_fallback) {
+  const Geometry& geo = meta_->geometry();
+  while (first < end) {
+    uint64_t guest = first << geo.cluster_bits;
+    uint64_t stop = std::min(end, (guest / meta_->slice_covers() + 1) * meta_->slice_entries());
+    // A table that isn't there reads as zeros, unless something is behind it.
+    if ((meta_->l1()[guest / geo.l2_covers] & kOffsetMask) == 0 && !InBacking(guest)) {
+      first = std::min(end, (guest / geo.l2_covers + 1) * geo.l2_entries);
+      continue;
+    }
+    if (meta_->cache().crowded()) {
+      if (int rc = meta_->Commit()) return rc;
+    }
+    if (WaitForBusy(first, stop)) continue;
+    Slice* slice = nullptr;
+    if (int rc = meta_->WritableSlice(guest, &slice)) return rc;
+    if (WaitForBusy(first, stop)) continue;
+    if (data_file_) {
+      BusyGuard guard(*this, first, stop);
+      uint64_t length = std::min(stop << geo.cluster_bits, size_bytes_) - guest;
+      int rc = WriteZeroesAt(*data_file_, guest, length, unmap, no_fallback);
+      if (rc != 0) return rc;
+      if ((rc = meta_->WritableSlice(guest, &slice)) != 0) return rc;
+      for (; first < stop; first++) ZeroEntry(slice, first << geo.cluster_bits, unmap);
+      continue;
+    }
+    while (first < stop && ZeroEntry(slice, first << geo.cluster_bits, unmap)) first++;
+    if (first == stop) continue;
+    if (no_fallback) return -ENOTSUP;
+    uint64_t at = first << geo.cluster_bits;
+    if (int rc = WriteZerosOut(at, std::min(geo.cluster_size, size_bytes_ - at))) return rc;
+    first++;
+  }
+  return 0;
+}
+
+int Qcow2Node::DiscardRange(uint64_t offset, uint64_t length) {
+  const Geometry& geo = meta_->geometry();
+  uint64_t end = offset + length;
+  uint64_t first = geo.RoundUp(offset) >> geo.cluster_bits;
+  uint64_t stop = (end == size_bytes_ ? geo.RoundUp(end) : end) >> geo.cluster_bits;
+  if (first >= stop) return 0;
+  if (data_file_) return ZeroClusters(first, stop, true, false);
+  return DiscardClusters(first, stop);
+}
+
+int Qcow2Node::DiscardClusters(uint64_t first, uint64_t end) {
+  const Geometry& geo = meta_->geometry();
+  while (first < end) {
+    uint64_t guest = first << geo.cluster_bits;
+    uint64_t stop = std::min(end, (guest / meta_->slice_covers() + 1) * meta_->slice_entries());
+    if ((meta_->l1()[guest / geo.l2_covers] & kOffsetMask) == 0) {
+      first = std::min(end, (guest / geo.l2_covers + 1) * geo.l2_entries);
+      continue;
+    }
+    if (meta_->cache().crowded()) {
+      if (int rc = meta_->Commit()) return rc;
+    }
+    if (WaitForBusy(first, stop)) continue;
+    Slice* slice = nullptr;
+    if (int rc = meta_->WritableSlice(guest, &slice)) return rc;
+    if (WaitForBusy(first, stop)) continue;
+    for (; first < stop; first++) {
+      guest = first << geo.cluster_bits;
+      uint64_t old = meta_->Entry(*slice, meta_->IndexInSlice(guest));
+      if (!(old & kPacked) && (old & kOffsetMask) == 0) continue;
+      // Old data mustn't show again from below; version 2 can't say so.
+      if (meta_->header.version < 3 && InBacking(guest)) continue;
+      uint64_t zero = meta_->header.version < 3 || geo.subclusters > 1 ? 0 : kZeroFlag;
+      meta_->ReleaseEntry(old, true);
+      meta_->SetEntry(slice, meta_->IndexInSlice(guest), InBacking(guest) ? zero : 0,
+                      geo.subclusters > 1 && InBacking(guest) ? kAllZero : 0);
+    }
+  }
+  return 0;
+}
+
+}  // namespace kvartz::block::qcow2

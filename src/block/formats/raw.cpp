@@ -1,0 +1,116 @@
+// Format raw: the file as it is, or a part of it.
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "block/fiber_io.h"
+#include "block/graph.h"
+
+namespace kvartz::block {
+namespace {
+
+// Loop-owned. Requests go on to the file with their offset moved; nothing is kept about them.
+class RawNode final : public Node {
+ public:
+  RawNode(NodePtr file, uint64_t offset, uint64_t size, bool read_only, bool whole)
+      : Node(file->loop(), file->name()), file_(std::move(file)), offset_(offset), whole_(whole) {
+    size_bytes_ = size;
+    read_only_ = read_only || file_->read_only();
+    limits_ = file_->limits();
+  }
+  const char* driver() const override { return "raw"; }
+  Node* file() const override { return file_.get(); }
+  void Drain() override {
+    do {
+      file_->Drain();
+    } while (FinishLateOnes());
+  }
+
+  Result<Extent> Status(uint64_t offset, uint64_t length) override {
+    return file_->Status(offset + offset_, length);
+  }
+  Result<> Resize(const ResizeOptions& options) override {
+    if (!whole_) return Unsupported("another size when it is a part of a file");
+    TRY(file_->Resize(options));
+    size_bytes_ = file_->size_bytes();
+    return {};
+  }
+  Result<> SetReadOnly(bool read_only) override {
+    TRY(file_->SetReadOnly(read_only));
+    read_only_ = read_only;
+    return {};
+  }
+
+ private:
+  void Submit(Request* request) override {
+    request->offset += offset_;
+    file_->Start(request);
+  }
+  const NodePtr file_;
+  const uint64_t offset_;
+  const bool whole_;
+};
+
+Result<NodePtr> OpenRaw(const OpenEnv& env, const NodeOptions& node, Options& options) {
+  uint64_t offset = TRY(options.TakeSize("offset", 0));
+  uint64_t size = TRY(options.TakeSize("size", UINT64_MAX));
+  bool whole = offset == 0 && size == UINT64_MAX;
+  NodeOptions below = node;
+  below.grows = true;
+  NodePtr file = TRY(OpenChild(env, options, "file", below));
+  if (!file) return Fail(ErrorCode::kInvalid, "raw needs 'file'");
+  TRY(options.RefuseRest("raw", {"file", "offset", "size"}));
+  if (offset > file->size_bytes() || (size != UINT64_MAX && size > file->size_bytes() - offset)) {
+    return Fail(
+        ErrorCode::kInvalid,
+        fmt::format("offset {} and size {} reach beyond the end of disk image '{}' ({} bytes)",
+                    offset, size, file->name(), file->size_bytes()));
+  }
+  size = std::min(size, file->size_bytes() - offset);
+  uint32_t unit = std::max<uint32_t>(512, file->limits().request_alignment);
+  if ((offset | size) % unit != 0) {
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("offset and size of disk image '{}' must be multiples of {}",
+                            file->name(), unit));
+  }
+  return std::make_shared<RawNode>(std::move(file), offset, size, node.read_only, whole);
+}
+
+Result<> CreateRaw(const OpenEnv& env, const std::string& filename, Options& options) {
+  ResizeOptions resize = {.size = TRY(options.TakeSize("size", 0))};
+  resize.preallocation = TRY(ParsePreallocation(options.Take("preallocation", "off")));
+  if (resize.preallocation == Preallocation::kMetadata)
+    return Fail(ErrorCode::kInvalid, "preallocation=metadata: a raw image has none");
+  if (TRY(options.TakeBool("nocow", false)))
+    return Fail(ErrorCode::kUnsupported, "not supported yet: nocow=on");
+  NodePtr file = TRY(CreateFile(env, filename));
+  resize.size = (resize.size + 511) / 512 * 512;
+  TRY(file->Resize(resize));
+  return file->Close();
+}
+
+Result<MeasureResult> MeasureRaw(Options& options, Node* source) {
+  uint64_t size = TRY(options.TakeSize("size", source ? source->size_bytes() : 0));
+  options.Take("preallocation");
+  return MeasureResult{.required = size, .fully_allocated = size};
+}
+
+constexpr OptionRow kCreateOptions[] = {
+    {"preallocation", OptionRow::Type::kString,
+     "Preallocation mode (allowed values: off, falloc, full)"},
+    {"nocow", OptionRow::Type::kBool, "Turn off copy-on-write (valid only on btrfs)"},
+};
+
+}  // namespace
+
+extern const Driver kRawDriver;
+const Driver kRawDriver = {
+    .name = "raw",
+    .kind = Driver::Kind::kFormat,
+    .open = OpenRaw,
+    .create_options = kCreateOptions,
+    .create = CreateRaw,
+    .measure = MeasureRaw,
+};
+
+}  // namespace kvartz::block

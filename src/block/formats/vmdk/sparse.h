@@ -1,0 +1,68 @@
+// A sparse extent of a VMDK: the whole image, or one of several files.
+#pragma once
+
+#include <list>
+#include <unordered_map>
+#include <vector>
+
+#include "block/formats/mapped_node.h"
+#include "block/formats/vmdk/layout.h"
+
+namespace kvartz::block::vmdk {
+
+class SparseNode final : public MappedNode {
+ public:
+  // Fiber. Reads header, grain directory and descriptor (where there is one).
+  static Result<NodePtr> Open(NodePtr file, const NodeOptions& node);
+  SparseNode(NodePtr file, bool read_only, const SparseHeader& header, std::vector<Le32> directory,
+             std::vector<Le32> redundant, Descriptor descriptor, std::string text);
+
+  const char* driver() const override { return "vmdk"; }
+  Result<ImageInfo> Info() override;
+  ImageEditor* editor() override { return &editor_; }
+
+ private:
+  using Table = std::vector<Le32>;
+
+  int Find(uint64_t offset, Place& place) override;
+  int NewPlace(uint64_t index, uint64_t& offset) override;
+  int Publish(uint64_t index, uint64_t offset) override;
+  int MarkZero(uint64_t index) override;
+  int ReadCompressed(const Place& place, uint64_t index, std::span<uint8_t> block) override;
+  int WriteCompressed(uint64_t index, std::span<const uint8_t> block) override;
+  int BeginWriting() override;
+
+  bool is_compressed() const { return (header_.flags & kCompressed) != 0; }
+  // The table that `index` is in; null and an error in `rc`. Stays until the fiber waits.
+  Table* Load(uint64_t index, int& rc);
+  int SetEntry(uint64_t index, uint32_t value);
+  uint64_t End() const;
+  Result<CheckResult> CheckAll(const ReportFn& report);
+
+  class Checker final : public ImageEditor {
+   public:
+    explicit Checker(SparseNode& node) : node_(node) {}
+    Result<CheckResult> Check(Repair repair, const ReportFn& report) override;
+    Result<> Amend(Options&, const ProgressFn&) override;
+    Result<> RecordBacking(const std::string&, const std::string&) override;
+    Result<> MakeEmpty() override;
+
+   private:
+    SparseNode& node_;
+  };
+
+  const SparseHeader header_;
+  const std::vector<Le32> directory_, redundant_;  // sectors of grain tables
+  const Descriptor descriptor_;
+  std::string text_;  // of the descriptor
+  // Grain tables, a bounded number of them, those used last first.
+  std::list<std::pair<uint32_t, Table>> tables_;
+  std::unordered_map<uint32_t, std::list<std::pair<uint32_t, Table>>::iterator> by_number_;
+  FiberMutex loading_;
+  Checker editor_{*this};
+};
+
+// A descriptor's text, with another CID in place of the one that it has.
+std::string WithCid(std::string text, uint32_t cid);
+
+}  // namespace kvartz::block::vmdk

@@ -1,0 +1,125 @@
+#include "block/nbd/stream.h"
+
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+namespace kvartz::block::nbd {
+namespace {
+constexpr size_t kBufferBytes = 64 << 10;
+constexpr size_t kMostIov = 1024;
+}  // namespace
+
+Stream::Stream(EventLoop& loop, UniqueFd socket)
+    : loop_(loop), socket_(std::move(socket)), buffer_(kBufferBytes) {
+  loop_.Watch(socket_.get(), FdEvents::kNone, [this](FdEvents ready) { OnReady(ready); });
+}
+
+Stream::~Stream() { loop_.Unwatch(socket_.get()); }
+
+void Stream::Rearm() {
+  auto wanted = static_cast<FdEvents>((reader_ ? 1u : 0u) | (writer_ ? 2u : 0u));
+  if (std::exchange(armed_, wanted) != wanted) loop_.Rearm(socket_.get(), wanted);
+}
+
+// Those who are woken may wait again at once, or end the stream.
+void Stream::OnReady(FdEvents ready) {
+  bool read = static_cast<uint32_t>(ready) & 1, write = static_cast<uint32_t>(ready) & 2;
+  Fiber* reader = read ? std::exchange(reader_, nullptr) : nullptr;
+  Fiber* writer = write ? std::exchange(writer_, nullptr) : nullptr;
+  Rearm();
+  if (reader) reader->Wake();
+  if (writer) writer->Wake();
+}
+
+void Stream::Await(Fiber*& waiter) {
+  waiter = Fiber::Current();
+  Rearm();
+  Fiber::Suspend();
+}
+
+void Stream::Shutdown() {
+  if (std::exchange(shut_, true)) return;
+  shutdown(socket_.get(), SHUT_RDWR);
+}
+
+int64_t Stream::Receive(iovec* iov, int count) {
+  while (true) {
+    ssize_t got = readv(socket_.get(), iov, count);
+    if (got > 0) return got;
+    if (got == 0) return -EPIPE;
+    if (errno == EINTR) continue;
+    if (errno != EAGAIN) return -errno;
+    if (shut_) return -EPIPE;
+    Await(reader_);
+  }
+}
+
+int Stream::Read(std::span<uint8_t> bytes) {
+  while (!bytes.empty()) {
+    size_t held = std::min(bytes.size(), end_ - begin_);
+    std::memcpy(bytes.data(), buffer_.data() + begin_, held);
+    begin_ += held;
+    bytes = bytes.subspan(held);
+    if (bytes.empty()) break;
+    // Into place, and what comes after it into the buffer.
+    iovec iov[2] = {{bytes.data(), bytes.size()}, {buffer_.data(), buffer_.size()}};
+    begin_ = end_ = 0;
+    int64_t got = Receive(iov, 2);
+    if (got < 0) return static_cast<int>(got);
+    auto count = static_cast<size_t>(got);
+    size_t direct = std::min(count, bytes.size());
+    bytes = bytes.subspan(direct);
+    end_ = count - direct;
+  }
+  return 0;
+}
+
+int Stream::Skip(uint64_t bytes) {
+  std::vector<uint8_t> waste(std::min<uint64_t>(bytes, kBufferBytes));
+  while (bytes > 0) {
+    uint64_t part = std::min<uint64_t>(bytes, waste.size());
+    if (int rc = Read({waste.data(), part})) return rc;
+    bytes -= part;
+  }
+  return 0;
+}
+
+int Stream::Write(std::span<iovec> iov) {
+  while (!iov.empty()) {
+    if (iov[0].iov_len == 0) {
+      iov = iov.subspan(1);
+      continue;
+    }
+    msghdr message = {};
+    message.msg_iov = iov.data();
+    message.msg_iovlen = std::min(iov.size(), kMostIov);
+    ssize_t sent = sendmsg(socket_.get(), &message, MSG_NOSIGNAL);
+    if (sent < 0) {
+      if (errno == EINTR) continue;
+      if (errno != EAGAIN) return -errno;
+      if (shut_) return -EPIPE;
+      Await(writer_);
+      continue;
+    }
+    auto left = static_cast<size_t>(sent);
+    while (left > 0) {
+      size_t part = std::min(left, iov[0].iov_len);
+      iov[0].iov_base = static_cast<uint8_t*>(iov[0].iov_base) + part;
+      iov[0].iov_len -= part;
+      left -= part;
+      if (iov[0].iov_len == 0) iov = iov.subspan(1);
+    }
+  }
+  return 0;
+}
+
+int Stream::Write(std::span<const uint8_t> bytes) {
+  iovec iov = {const_cast<uint8_t*>(bytes.data()), bytes.size()};
+  return Write({&iov, 1});
+}
+
+}  // namespace kvartz::block::nbd

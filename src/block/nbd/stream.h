@@ -1,0 +1,59 @@
+// A stream socket for fibers: reads and writes that wait.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/event_loop.h"
+#include "base/fd.h"
+#include "base/fiber.h"
+
+namespace kvartz::block::nbd {
+
+// Loop-owned. At most one fiber reads and one writes at a time. Reads are buffered.
+class Stream {
+ public:
+  Stream(EventLoop& loop, UniqueFd socket);  // non-blocking
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  // Fiber. 0 or -errno; -EPIPE at the end of the stream (also within what is read).
+  int Read(std::span<uint8_t> bytes);
+  int Skip(uint64_t bytes);
+  // Bytes are there already: the next Read of so many doesn't wait.
+  bool Buffered(size_t bytes) const { return end_ - begin_ >= bytes; }
+  // Fiber: all of them, whose array is changed.
+  int Write(std::span<iovec> iov);
+  int Write(std::span<const uint8_t> bytes);
+
+  // Both ways: who waits gets an error. Any time.
+  void Shutdown();
+
+  template <typename T>
+  int ReadStruct(T& value) {
+    return Read({reinterpret_cast<uint8_t*>(&value), sizeof value});
+  }
+
+ private:
+  void OnReady(FdEvents ready);
+  void Await(Fiber*& waiter);
+  void Rearm();
+  int64_t Receive(iovec* iov, int count);
+
+  EventLoop& loop_;
+  const UniqueFd socket_;
+  std::vector<uint8_t> buffer_;
+  size_t begin_ = 0, end_ = 0;
+  Fiber* reader_ = nullptr;
+  Fiber* writer_ = nullptr;
+  FdEvents armed_ = FdEvents::kNone;
+  bool shut_ = false;
+};
+
+}  // namespace kvartz::block::nbd

@@ -1,0 +1,245 @@
+#include <fcntl.h>
+#include <fmt/core.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "base/fd.h"
+#include "base/file_error.h"
+#include "cli/img/img.h"
+
+namespace kvartz::cli::img {
+namespace {
+
+constexpr size_t kLargestSecret = 1 << 20;
+
+Result<std::string> ReadSecretFile(const std::string& path) {
+  UniqueFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd) return Fail(OpenFileError("secret", path, errno));
+  std::string text(kLargestSecret + 1, '\0');
+  size_t size = 0;
+  while (size < text.size()) {
+    ssize_t got = read(fd.get(), text.data() + size, text.size() - size);
+    if (got < 0) return Fail(ErrnoError(errno, fmt::format("cannot read secret '{}'", path)));
+    if (got == 0) break;
+    size += static_cast<size_t>(got);
+  }
+  if (size > kLargestSecret)
+    return Fail(ErrorCode::kInvalid, fmt::format("secret '{}' has more than 1 MiB", path));
+  text.resize(size);
+  return text;
+}
+
+Result<std::string> DecodeBase64(const std::string& text) {
+  constexpr std::string_view kDigits =
+      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string out;
+  uint32_t bits = 0;
+  int count = 0;
+  bool ended = false;
+  for (char c : text) {
+    if (c == '\n' || c == '\r') continue;
+    if (c == '=') {
+      ended = true;
+      continue;
+    }
+    size_t digit = kDigits.find(c);
+    if (digit == std::string_view::npos || ended)
+      return Fail(ErrorCode::kInvalid, "the secret isn't base64 text");
+    bits = bits << 6 | static_cast<uint32_t>(digit);
+    count += 6;
+    if (count >= 8) {
+      count -= 8;
+      out += static_cast<char>(bits >> count & 0xff);
+    }
+  }
+  return out;
+}
+
+Result<std::string> ReadSecret(block::Options& options) {
+  std::optional<std::string> data = options.Take("data");
+  std::optional<std::string> file = options.Take("file");
+  std::string format = options.Take("format", "raw");
+  if (options.Has("keyid") || options.Has("iv"))
+    return Fail(ErrorCode::kUnsupported, "not supported yet: secrets that are encrypted (keyid=)");
+  TRY(options.RefuseRest("secret", {"id", "data", "file", "format", "keyid", "iv"}));
+  if (data.has_value() == file.has_value())
+    return Fail(ErrorCode::kInvalid, "either data= or file= must be given");
+  if (format != "raw" && format != "base64")
+    return Fail(ErrorCode::kInvalid, fmt::format("format={}: it is raw or base64", format));
+  std::string text = data ? std::move(*data) : TRY(ReadSecretFile(*file));
+  return format == "raw" ? text : DecodeBase64(text);
+}
+
+}  // namespace
+
+Session::Session(std::string program, EventLoop& loop)
+    : program_(std::move(program)), loop_(loop), env_{.loop = loop} {
+  env_.secret = [this](const std::string& id) -> Result<std::string> {
+    auto it = secrets_.find(id);
+    if (it != secrets_.end()) return it->second;
+    return Fail(
+        ErrorCode::kNotFound,
+        fmt::format("there is no secret '{0}': give it with --object secret,id={0},file=...", id));
+  };
+}
+
+void Session::Complain(const std::string& text) const {
+  fflush(stdout);
+  fmt::print(stderr, "{}: {}\n", program_, text);
+}
+
+Result<> Session::AddObjects(const Arguments& arguments) {
+  for (const std::string& text : arguments.All("object")) {
+    block::Options options;
+    std::string type;
+    if (text.starts_with('{')) {
+      options = TRY(block::Options::ParseJson(text));
+      type = options.Take("qom-type", "");
+    } else {
+      type = text.substr(0, text.find(','));
+      if (type.starts_with("qom-type=")) type.erase(0, 9);
+      size_t comma = text.find(',');
+      options =
+          TRY(block::Options::Parse(comma == std::string::npos ? "" : text.substr(comma + 1)));
+    }
+    if (type != "secret") {
+      return Fail(ErrorCode::kUnsupported,
+                  fmt::format("--object {}: not supported yet; there are: secret", type));
+    }
+    std::string id = options.Take("id", "");
+    if (id.empty()) return Fail(ErrorCode::kInvalid, "--object secret: id= is missing");
+    if (secrets_.contains(id))
+      return Fail(ErrorCode::kExists, fmt::format("--object secret: there are two with id={}", id));
+    Result<std::string> secret = ReadSecret(options);
+    if (!secret) return Fail(std::move(secret).error().In("--object secret,id=" + id));
+    secrets_[id] = std::move(*secret);
+  }
+  return {};
+}
+
+Result<block::NodePtr> Session::Open(const ImageName& image, const block::NodeOptions& node) {
+  block::NodePtr opened;
+  if (image.is_options) {
+    block::Options options = TRY(block::Options::Parse(image.name));
+    opened = TRY(block::OpenNode(env_, std::move(options), node));
+  } else {
+    opened = TRY(block::OpenFilename(env_, image.name, image.format, node));
+  }
+  open_.push_back(opened);
+  return opened;
+}
+
+Result<> Session::Close(const block::NodePtr& node) {
+  std::erase(open_, node);
+  return node->Close();
+}
+
+Result<> Session::CloseAll() {
+  Result<> result;
+  while (!open_.empty()) {
+    block::NodePtr node = std::move(open_.back());
+    open_.pop_back();
+    Result<> closed = node->Close();
+    if (result) result = std::move(closed);
+  }
+  return result;
+}
+
+std::unexpected<Error> Misuse(std::string what) {
+  return Fail(ErrorCode::kInvalid, what + " (--help says more)");
+}
+
+Result<ImageName> TakeImage(const Arguments& arguments) {
+  if (arguments.operands.size() != 1) return Misuse("Expecting one image file name");
+  ImageName image = {arguments.operands[0], arguments.Get("format"), arguments.Has("image-opts")};
+  if (image.is_options && !image.format.empty())
+    return Fail(ErrorCode::kInvalid, "--image-opts and --format are mutually exclusive");
+  return image;
+}
+
+Result<Output> TakeOutput(const Arguments& arguments) {
+  std::string name = arguments.Get("output", "human");
+  if (name == "human") return Output::kHuman;
+  if (name == "json") return Output::kJson;
+  return Fail(ErrorCode::kInvalid, "--output must be used with human or json as argument");
+}
+
+Result<> ApplyCache(const std::string& name, block::NodeOptions& node) {
+  using block::CacheMode;
+  CacheMode mode = TRY(block::ParseCacheMode(name));
+  node.cache_direct = mode == CacheMode::kNone || mode == CacheMode::kDirectSync;
+  node.cache_no_flush = mode == CacheMode::kUnsafe;
+  node.writethrough = mode == CacheMode::kWritethrough || mode == CacheMode::kDirectSync;
+  return {};
+}
+
+Result<uint64_t> TakeSize(const std::string& text, const std::string& what) {
+  Result<uint64_t> size = block::ParseSize(text);
+  if (!size) return Fail(std::move(size).error().In("Invalid " + what + " specified"));
+  if (*size > uint64_t{INT64_MAX})
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("Invalid {} specified: it must be less than 8 EiB", what));
+  return *size;
+}
+
+Result<uint64_t> TakeCount(const std::string& text, const std::string& what) {
+  Result<uint64_t> count = block::ParseNumber(text);
+  if (!count || *count > uint64_t{INT64_MAX})
+    return Fail(ErrorCode::kInvalid, fmt::format("Invalid {} specified: '{}'", what, text));
+  return *count;
+}
+
+Result<CreateOptions> TakeCreateOptions(const Arguments& arguments) {
+  CreateOptions result;
+  for (const std::string& text : arguments.All("o")) {
+    if (text == "help" || text == "?") {
+      result.help = true;
+      continue;
+    }
+    block::Options one = TRY(block::Options::Parse(text));
+    for (const auto& [key, value] : one.all()) {
+      if (key == "help") {
+        result.help = true;
+      } else {
+        result.options.Set(key, value.text);
+      }
+    }
+  }
+  return result;
+}
+
+void PrintCreateHelp(const block::Driver& driver, HelpOf of) {
+  using Type = block::OptionRow::Type;
+  std::vector<block::OptionRow> rows(driver.create_options.begin(), driver.create_options.end());
+  auto add = [&](std::string_view name, Type type, std::string_view help) {
+    bool there =
+        std::any_of(rows.begin(), rows.end(), [&](const auto& row) { return row.name == name; });
+    if (!there) rows.push_back({.name = name, .type = type, .help = help, .amendable = true});
+  };
+  add("size", Type::kSize, "Virtual disk size");
+  if (driver.has_backing) {
+    add("backing_file", Type::kString, "File name of a base image");
+    add("backing_fmt", Type::kString, "Image format of the base image");
+  }
+  std::sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
+  if (of == HelpOf::kAmend) std::erase_if(rows, [](const auto& row) { return !row.amendable; });
+  if (of == HelpOf::kAmend) {
+    fmt::print("Amend options for '{}':\n", driver.name);
+  } else {
+    fmt::print("Supported {} options:\n", driver.name);
+  }
+  for (const block::OptionRow& row : rows) {
+    const char* type = row.type == Type::kString ? "str"
+                       : row.type == Type::kBool ? "bool (on/off)"
+                       : row.type == Type::kSize ? "size"
+                                                 : "num";
+    fmt::print("  {:<22} - {}\n", fmt::format("{}=<{}>", row.name, type), row.help);
+  }
+  if (of == HelpOf::kAmend) return;
+  fmt::print(
+      "\nThe protocol level may support further options.\nSpecify the target filename to include "
+      "those options.\n");
+}
+
+}  // namespace kvartz::cli::img

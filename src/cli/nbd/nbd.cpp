@@ -1,0 +1,268 @@
+// kvartz nbd (qemu-nbd): offers an image to NBD clients. Words and options are those of
+// qemu-nbd 7.2, without those of the kernel's NBD devices.
+#include <fcntl.h>
+#include <fmt/core.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <csignal>
+#include <cstdlib>
+
+#include "block/nbd/address.h"
+#include "block/nbd/server.h"
+#include "block/sync_io.h"
+#include "cli/img/img.h"
+#include "cli/nbd/background.h"
+#include "cli/tool.h"
+
+namespace kvartz::cli {
+namespace {
+
+using block::NodePtr;
+
+constexpr OptionSpec kOptions[] = {
+    {'h', "help", {}, "display this help and exit"},
+    {'V', "version", {}, "output version information and exit"},
+    {'v', "verbose", {}, "say what is going on"},
+    {'p', "port", "PORT", "port to listen on (default 10809)"},
+    {'b', "bind", "IFACE", "address to listen on (default 0.0.0.0)"},
+    {'k', "socket", "PATH", "unix socket to listen on"},
+    {'e', "shared", "NUM", "clients at once (default 1; 0: any number)"},
+    {'t', "persistent", {}, "go on when the last client has gone"},
+    {'x', "export-name", "NAME", "the export's name (default: empty)"},
+    {'D', "description", "TEXT", "the export's description"},
+    {'B', "bitmap", "NAME", "offer this dirty bitmap as metadata context"},
+    {'A', "allocation-depth", {}, "offer the allocation depth as metadata context"},
+    {0, "fork", {}, "go to the background when ready"},
+    {0, "pid-file", "PATH", "write the process's number there"},
+    {'o', "offset", "OFFSET", "the export begins there (format raw)"},
+    {'f', "format", "FORMAT", "format of the image (else it is found out)"},
+    {'r', "read-only", {}, "don't let clients write"},
+    {'s', "snapshot", {}, "what clients write is kept until the end only"},
+    {'l', "load-snapshot", "SNAPSHOT", "offer an internal snapshot, read-only"},
+    {'n', "nocache", {}, "past the host's page cache"},
+    {0, "cache", "MODE", "cache mode: writeback (default), none, writethrough, directsync, unsafe"},
+    {0, "discard", "MODE", "ignore (default) or unmap"},
+    {0, "image-opts", {}, "the image is a list of options"},
+    {0, "object", "OBJECT", "a secret: secret,id=ID,data=TEXT|file=FILE"},
+    {'c', "connect", "DEV", "not supported: kernel devices"},
+    {'d', "disconnect", {}, "not supported: kernel devices"},
+    {'L', "list", {}, "not supported yet: list what a server offers"},
+    {0, "tls-creds", "ID", "not supported yet: TLS"},
+    {0, "detect-zeroes", "MODE", "off (default); others are not supported yet"},
+};
+
+std::atomic<EventLoop*> g_loop = nullptr;
+
+class NbdProgram {
+ public:
+  NbdProgram(const ToolCall& call, Arguments arguments)
+      : call_(call), arguments_(std::move(arguments)) {}
+
+  Result<int> Run() {
+    TRY(CheckOptions());
+    Background background;
+    if (arguments_.Has("fork")) {
+      if (!TRY(background.Fork())) return background.AwaitReady();
+    }
+    std::unique_ptr<EventLoop> loop = TRY(EventLoop::Create());
+    img::Session session(call_.name, *loop);
+    CatchSignals(*loop);
+    auto offered = TRY(block::RunInFiber(*loop, [&] { return OpenExport(session); }));
+    Result<> served = Serve(*loop, std::move(offered), background);
+    Result<> closed = block::RunInFiber(*loop, [&] { return session.CloseAll(); });
+    g_loop = nullptr;
+    if (!socket_path_.empty()) unlink(socket_path_.c_str());
+    TRY(std::move(served));
+    TRY(std::move(closed));
+    return 0;
+  }
+
+ private:
+  Result<> CheckOptions() {
+    for (const char* name : {"connect", "disconnect"}) {
+      if (arguments_.Has(name))
+        return Fail(
+            ErrorCode::kUnsupported,
+            fmt::format("--{}: kernel NBD devices are not supported; nbd-client connects them",
+                        name));
+    }
+    if (arguments_.Has("list"))
+      return Fail(ErrorCode::kUnsupported, "not supported yet: --list; nbdinfo --list does it");
+    if (arguments_.Has("tls-creds"))
+      return Fail(ErrorCode::kUnsupported, "not supported yet: --tls-creds");
+    if (arguments_.Get("detect-zeroes", "off") != "off")
+      return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: --detect-zeroes={}",
+                                                       arguments_.Get("detect-zeroes")));
+    if (arguments_.operands.size() != 1) return img::Misuse("Expecting one image file name");
+    if (arguments_.Has("socket") && (arguments_.Has("port") || arguments_.Has("bind")))
+      return Fail(ErrorCode::kInvalid, "--socket can't go with --port or --bind");
+    if (arguments_.Has("cache") && arguments_.Has("nocache"))
+      return Fail(ErrorCode::kInvalid, "-n and --cache can only be specified once");
+    return {};
+  }
+
+  Result<NodePtr> OpenImage(img::Session& session) {
+    img::ImageName image = {arguments_.operands[0], arguments_.Get("format"),
+                            arguments_.Has("image-opts")};
+    if (image.is_options && !image.format.empty())
+      return Fail(ErrorCode::kInvalid, "--image-opts and -f are mutually exclusive");
+    read_only_ = arguments_.Has("read-only") || arguments_.Has("load-snapshot");
+    block::NodeOptions options = {.read_only = read_only_ || arguments_.Has("snapshot")};
+    TRY(img::ApplyCache(arguments_.Get("cache", arguments_.Has("nocache") ? "none" : "writeback"),
+                        options));
+    std::string discard = arguments_.Get("discard", "ignore");
+    if (discard != "ignore" && discard != "unmap" && discard != "off" && discard != "on")
+      return Fail(ErrorCode::kInvalid, fmt::format("--discard={}: it is ignore or unmap", discard));
+    options.discard_unmap = discard == "unmap" || discard == "on";
+    if (auto offset = arguments_.Find("offset")) {
+      if (image.format != "raw")
+        return Fail(ErrorCode::kInvalid, "--offset goes with -f raw alone");
+      uint64_t at = TRY(img::TakeSize(*offset, "offset"));
+      image = {fmt::format("driver=raw,offset={},file.filename={}", at, EscapeCommas(image.name)),
+               "", true};
+    }
+    NodePtr node = TRY(session.Open(image, options));
+    if (auto snapshot = arguments_.Find("load-snapshot")) {
+      if (!node->snapshots())
+        return Fail(ErrorCode::kUnsupported,
+                    fmt::format("format {} has no snapshots", node->driver()));
+      TRY(node->snapshots()->ShowReadOnly(*snapshot));
+    }
+    return arguments_.Has("snapshot") ? Overlay(session, std::move(node)) : node;
+  }
+
+  static std::string EscapeCommas(const std::string& text) {
+    std::string out;
+    for (char c : text) out += c == ',' ? ",," : std::string(1, c);
+    return out;
+  }
+
+  // A qcow2 over it whose file has no name any more.
+  Result<NodePtr> Overlay(img::Session& session, NodePtr base) {
+    char path[] = "/var/tmp/kvartz-nbd-XXXXXX";
+    UniqueFd fd(mkstemp(path));
+    if (!fd) return Fail(ErrnoError(errno, "cannot make a temporary file in /var/tmp"));
+    struct Unlink {
+      const char* path;
+      ~Unlink() { unlink(path); }
+    } cleanup = {path};
+    block::Options create;
+    create.Set("size", std::to_string(base->size_bytes()));
+    TRY(block::CreateImage(session.env(), "qcow2", path, std::move(create)));
+    img::ImageName name = {.name = path, .format = "qcow2"};
+    NodePtr overlay = TRY(
+        session.Open(name, {.cache_no_flush = true, .discard_unmap = true, .no_backing = true}));
+    TRY(overlay->SetBacking(std::move(base)));
+    return overlay;
+  }
+
+  Result<std::shared_ptr<block::nbd::Export>> OpenExport(img::Session& session) {
+    TRY(session.AddObjects(arguments_));
+    auto offered = std::make_shared<block::nbd::Export>();
+    offered->node = TRY(OpenImage(session));
+    offered->name = arguments_.Get("export-name");
+    offered->description = arguments_.Get("description");
+    offered->writable = !read_only_ && !offered->node->read_only();
+    offered->allocation_depth = arguments_.Has("allocation-depth");
+    for (const std::string& name : arguments_.All("bitmap")) {
+      block::BitmapStore* store = offered->node->bitmaps();
+      auto bitmap = store ? store->Find(name) : nullptr;
+      if (!bitmap)
+        return Fail(ErrorCode::kNotFound,
+                    fmt::format("Bitmap '{}' is not found, or inconsistent", name));
+      offered->bitmaps.push_back(std::move(bitmap));
+    }
+    return offered;
+  }
+
+  Result<UniqueFd> Listener() {
+    block::nbd::Address address;
+    address.path = arguments_.Get("socket");
+    address.host = arguments_.Get("bind", "0.0.0.0");
+    address.port = arguments_.Get("port", block::nbd::kDefaultPort);
+    socket_path_ = address.path;
+    Result<UniqueFd> listener = block::nbd::Listen(address);
+    if (!listener) socket_path_.clear();
+    return listener;
+  }
+
+  Result<> WritePidFile() const {
+    auto path = arguments_.Find("pid-file");
+    if (!path) return {};
+    UniqueFd fd(open(path->c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+    std::string text = fmt::format("{}\n", getpid());
+    if (!fd || write(fd.get(), text.data(), text.size()) != static_cast<ssize_t>(text.size()))
+      return Fail(ErrnoError(errno, fmt::format("cannot write pid file '{}'", *path)));
+    return {};
+  }
+
+  Result<> Serve(EventLoop& loop, std::shared_ptr<block::nbd::Export> offered,
+                 Background& background) {
+    uint64_t shared = 1;
+    if (auto text = arguments_.Find("shared"))
+      shared = TRY(img::TakeCount(*text, "shared device number"));
+    block::nbd::Server server(loop, TRY(Listener()), static_cast<unsigned>(shared));
+    server.Add(std::move(offered));
+    bool persistent = arguments_.Has("persistent");
+    server.on_client_gone = [&] {
+      if (!persistent && server.clients() == 0) loop.Stop();
+    };
+    Result<> ready = WritePidFile();
+    if (ready) {
+      if (arguments_.Has("verbose"))
+        fmt::print(stderr, "{}: ready ({} bytes)\n", call_.name,
+                   server.exports()[0]->node->size_bytes());
+      background.Ready();
+      if (!stopped_early()) loop.Run();
+    }
+    block::RunInFiber(loop, [&] { server.Stop(); });
+    return ready;
+  }
+
+  static std::atomic<bool>& Stopped() {
+    static std::atomic<bool> stopped = false;
+    return stopped;
+  }
+  static bool stopped_early() { return Stopped(); }
+
+  static void CatchSignals(EventLoop& loop) {
+    g_loop = &loop;
+    struct sigaction action = {};
+    action.sa_handler = [](int) {
+      Stopped() = true;
+      if (EventLoop* running = g_loop) running->Stop();
+    };
+    for (int number : {SIGTERM, SIGINT, SIGHUP}) sigaction(number, &action, nullptr);
+  }
+
+  const ToolCall& call_;
+  const Arguments arguments_;
+  bool read_only_ = false;
+  std::string socket_path_;
+};
+
+}  // namespace
+
+int RunNbd(const ToolCall& call) {
+  auto refuse = [&](const Error& error) {
+    fmt::print(stderr, "{}: {}\n", call.name, error.what);
+    return 1;
+  };
+  Result<Arguments> arguments = ParseArguments(kOptions, call.words);
+  if (!arguments) return refuse(img::Misuse(arguments.error().what).error());
+  if (arguments->Has("help")) {
+    fmt::print("usage: {} [options] FILENAME\nOffers a disk image to NBD clients.\n\n{}", call.name,
+               OptionsHelp(kOptions));
+    return 0;
+  }
+  if (arguments->Has("version")) {
+    fmt::print("{} 7.2.0 (Kvartz {})\n", call.name, kVersion);
+    return 0;
+  }
+  Result<int> code = NbdProgram(call, std::move(*arguments)).Run();
+  return code ? *code : refuse(code.error());
+}
+
+}  // namespace kvartz::cli

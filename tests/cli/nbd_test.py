@@ -1,0 +1,187 @@
+"""The NBD server beside public clients, and the client beside public servers."""
+
+import json
+import os
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import unittest
+
+from harness import MIB, ImageTest
+
+
+class NbdServer(ImageTest):
+    def serve(self, *arguments, program=None):
+        """Starts a server in the background; answers the name of its export."""
+        self.run_tool(program or self.path(".bin", "qemu-nbd"), "--fork", "--pid-file", self.path("pid"), "-t", "-e", "8",
+                      "-k", self.path("socket"), *arguments)
+        self.addCleanup(self.stop)
+        return f"nbd+unix:///?socket={self.path('socket')}"
+
+    def stop(self):
+        if not os.path.exists(self.path("pid")):
+            return
+        with open(self.path("pid"), encoding="ascii") as file:
+            pid = int(file.read())
+        os.remove(self.path("pid"))
+        # It is nobody's child any more: what it holds open tells when it has gone.
+        descriptor = os.pidfd_open(pid)
+        os.kill(pid, 15)
+        select.select([descriptor], [], [], 30)
+        os.close(descriptor)
+
+
+class NbdTest(NbdServer):
+    def chain(self):
+        self.peers("create", "-q", "-f", "qcow2", "base.qcow2", "64M")
+        self.peer_io("base.qcow2", "write -P 3 1M 5M", "write -z 8M 1M")
+        self.peers("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2")
+        self.peers("bitmap", "--add", "top.qcow2", "b0")
+        self.peer_io("top.qcow2", "write -P 4 20M 2M")
+        self.peers("convert", "-O", "raw", "top.qcow2", "want.raw")
+
+    def same_bytes(self, a, b):
+        self.run_tool("cmp", a, b)
+
+    def test_clients_read_all(self):
+        self.chain()
+        uri = self.serve("-r", "top.qcow2")
+        self.peers("convert", "-O", "raw", uri, "peer.raw")
+        self.same_bytes("peer.raw", "want.raw")
+        self.ours("convert", "-O", "raw", uri, "ours.raw")
+        self.same_bytes("ours.raw", "want.raw")
+        if shutil.which("nbdcopy"):
+            self.run_tool("nbdcopy", uri, "nbdcopy.raw")
+            self.same_bytes("nbdcopy.raw", "want.raw")
+        self.ours("compare", uri, "want.raw")
+
+    def test_clients_write(self):
+        raw = self.write_raw("a.raw", 32 * MIB, seed=4, pieces=60)
+        for writer in ("peer", "ours", "nbdcopy"):
+            if writer == "nbdcopy" and not shutil.which("nbdcopy"):
+                continue
+            with self.subTest(writer=writer):
+                self.peers("create", "-q", "-f", "qcow2", "t.qcow2", "32M")
+                uri = self.serve("--discard=unmap", "t.qcow2")
+                if writer == "nbdcopy":
+                    self.run_tool("nbdcopy", "--connections=4", raw, uri)
+                else:
+                    (self.peers if writer == "peer" else self.ours)("convert", "-n", "-f", "raw", "-O", "raw", raw, uri)
+                self.stop()
+                self.peers("check", "t.qcow2")
+                self.identical(raw, "t.qcow2", "-f", "raw")
+
+    def test_our_client_and_their_server(self):
+        self.chain()
+        uri = self.serve("-f", "qcow2", "top.qcow2", program="qemu-nbd")
+        self.ours("compare", uri, "want.raw")
+        ours = json.loads(self.ours("map", "--output=json", uri).stdout)
+        peers = json.loads(self.peers("map", "--output=json", uri).stdout)
+        self.assertEqual(ours, peers)
+        raw = self.write_raw("a.raw", 64 * MIB, seed=5, pieces=30)
+        self.ours("convert", "-n", "-f", "raw", "-O", "raw", raw, uri)
+        self.stop()
+        self.identical(raw, "top.qcow2", "-f", "raw")
+
+    def test_contexts(self):
+        if not shutil.which("nbdinfo"):
+            self.skipTest("nbdinfo isn't installed")
+        self.chain()
+        arguments = ["-A", "-B", "b0", "-D", "a disk", "-r", "top.qcow2"]
+        answers = []
+        for program in (None, "qemu-nbd"):
+            # The peer offers a bitmap that is enabled only where it may write.
+            self.peers("bitmap", "--disable", "top.qcow2", "b0")
+            uri = self.serve(*arguments, program=program)
+            answers.append([self.run_tool("nbdinfo", f"--map={context}", uri).stdout for context in
+                            ("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:b0")])
+            info = json.loads(self.run_tool("nbdinfo", "--json", uri).stdout)["exports"][0]
+            answers[-1].append((info["export-size"], info["description"], sorted(info["contexts"]), info["is_read_only"]))
+            self.stop()
+        self.assertEqual(*answers)
+
+    def test_snapshot_keeps_the_image(self):
+        raw = self.write_raw("a.raw", 8 * MIB, seed=6)
+        uri = self.serve("-s", "-f", "raw", raw)
+        self.peer_io(uri, "write -P 7 0 8M", "read -P 7 0 8M", fmt="raw")
+        self.stop()
+        self.run_tool("qemu-io", "-f", "raw", "-c", "read 0 512", raw)
+        again = self.write_raw("b.raw", 8 * MIB, seed=6)
+        self.same_bytes(raw, again)
+
+    def test_ends_with_its_last_client(self):
+        raw = self.write_raw("a.raw", MIB, seed=7)
+        server = subprocess.Popen([self.path(".bin", "qemu-nbd"), "-v", "-f", "raw", "-k", self.path("socket"), self.path(raw)],
+                                  stderr=subprocess.PIPE, text=True)
+        self.assertIn("ready", server.stderr.readline())
+        self.ours("info", f"nbd+unix:///?socket={self.path('socket')}")
+        self.assertEqual(server.wait(30), 0)
+        server.stderr.close()
+        self.assertFalse(os.path.exists(self.path("socket")))
+
+    def test_errors_are_one_line(self):
+        raw = self.write_raw("a.raw", MIB, seed=8)
+        for words, says in ((["nope"], "nope"), ([], "image file name"), (["-x", "a", "-k", "/nope/s", raw], "/nope/s"),
+                            (["--tls-creds", "x", raw], "not supported yet"), (["-c", "/dev/nbd0", raw], "kernel"),
+                            (["-B", "b", raw], "not found")):
+            done = self.run_tool(self.path(".bin", "qemu-nbd"), *words, code=1)
+            self.assertIn(says, done.stderr)
+            self.assertEqual(done.stderr.count("\n"), 1)
+        self.assertIn("cannot connect", self.ours("info", "nbd+unix:///?socket=nowhere", code=1).stderr)
+        uri = self.serve("-r", "-x", "one", raw)
+        self.assertIn("no export 'two'", self.ours("info", uri.replace("///", "///two"), code=1).stderr)
+        self.assertIn("read-only", self.ours("convert", "-n", "-O", "raw", raw, uri.replace("///", "///one"), code=1).stderr)
+
+
+class HostilePeersTest(NbdServer):
+    def connect(self):
+        peer = socket.socket(socket.AF_UNIX)
+        peer.settimeout(20)
+        peer.connect(self.path("socket"))
+        self.addCleanup(peer.close)
+        return peer
+
+    def test_clients_that_break_the_protocol(self):
+        uri = self.serve("-f", "raw", self.write_raw("a.raw", MIB, seed=9))
+        option = b"IHAVEOPT"
+        go = option + struct.pack(">IIIH", 7, 6, 0, 0)
+        bad = [b"\xff" * 64, struct.pack(">I", 3) + b"\0" * 16, struct.pack(">I", 3) + option + struct.pack(">II", 7, 1 << 31),
+               struct.pack(">I", 3) + option + struct.pack(">IIIH", 7, 6, 0xffffffff, 1),
+               struct.pack(">I", 3) + option + struct.pack(">III", 10, 4, 5),
+               struct.pack(">I", 3) + go + struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, 0, 0xffffffff),
+               struct.pack(">I", 3) + go + struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 1 << 62, 4096),
+               struct.pack(">I", 3) + go + struct.pack(">IHHQQI", 0x25609513, 0xffff, 99, 1, 0, 4096),
+               struct.pack(">I", 3) + go + b"\0" * 28]
+        for data in bad:
+            peer = self.connect()
+            peer.sendall(data)
+            peer.shutdown(socket.SHUT_WR)
+            while peer.recv(65536):
+                pass
+        self.ours("info", uri)  # it still serves
+
+    def test_servers_that_break_the_protocol(self):
+        greeting = b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3)
+        reply = struct.pack(">QIII", 0x3e889045565a9, 8, 1, 0)
+        for data in (b"", b"\0" * 100, greeting, greeting + b"\0" * 40, greeting + struct.pack(">QIII", 0x3e889045565a9, 8, 1, 1 << 31),
+                     greeting + reply + struct.pack(">QIII", 0x3e889045565a9, 10, 4, 2) + b"xx",
+                     greeting + reply + struct.pack(">QIII", 0x3e889045565a9, 10, 1, 0) +
+                     struct.pack(">QIIIHQH", 0x3e889045565a9, 7, 3, 12, 0, 1 << 63, 1) + struct.pack(">QIII", 0x3e889045565a9, 7, 1, 0)):
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(self.path("evil"))
+                listener.listen()
+                client = subprocess.Popen([self.path(".bin", "qemu-img"), "info", f"nbd+unix:///?socket={self.path('evil')}"],
+                                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+                peer, _ = listener.accept()
+                with peer:
+                    peer.sendall(data)
+                    peer.shutdown(socket.SHUT_WR)
+                    _, errors = client.communicate(timeout=20)
+                self.assertEqual((client.returncode, errors.count("\n")), (1, 1), errors)
+            os.remove(self.path("evil"))
+
+
+if __name__ == "__main__":
+    unittest.main()

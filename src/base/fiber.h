@@ -1,6 +1,6 @@
 // Fibers: straight-line code that waits without blocking its thread, each on a stack of its own.
 // For slow paths and long work on an event loop (metadata of disk images, jobs); what must be fast
-// is intrusive callbacks. See docs/decisions/0007.
+// is intrusive callbacks. See docs/decisions/0008.
 //
 // A fiber belongs to the thread that started it and runs only there, one at a time, until it waits
 // or ends; so code between two waits needs no lock. Stacks have kFiberStackBytes and a guard page:

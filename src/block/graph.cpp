@@ -104,6 +104,8 @@ Result<NodePtr> OpenOne(const OpenEnv& env, Options options, const NodeOptions& 
   }
   NodeOptions node = TRY(TakeNodeOptions(options, inherited));
   std::string name = options.Take("driver", "");
+  // What is below a format is what it is named as, whatever it may contain.
+  if (name.empty() && node.grows) return OpenProtocol(env, filename, std::move(options), node);
   if (name.empty()) return OpenProbed(env, filename, std::move(options), node);
   const Driver* driver = TRY(RequireDriver(name, filename));
   if (driver->kind == Driver::Kind::kProtocol) {

@@ -40,7 +40,8 @@ class MemoryNode final : public Node {
     return {};
   }
   const std::string& bytes() const { return bytes_; }
-  void set_room(uint64_t bytes) { room_ = bytes; }  // beyond that there is no space
+  void set_room(uint64_t bytes) { room_ = bytes; }               // beyond that there is no space
+  void set_failures(uint64_t one_in) { fail_one_in_ = one_in; }  // of writes and flushes; 0: none
 
   struct Event {
     enum class Kind { kSubmit, kDone, kFlushSubmit, kFlushDone, kResize };
@@ -91,6 +92,9 @@ class MemoryNode final : public Node {
     size_t event = log_.size();
     bool writes = request->kind != Request::Kind::kRead && request->kind != Request::Kind::kFlush;
     if (writes && request->offset + request->length > room_) return FinishLater(request, -ENOSPC);
+    bool fails =
+        fail_one_in_ != 0 && request->kind != Request::Kind::kRead && random_() % fail_one_in_ == 0;
+    if (fails) return FinishLater(request, -EIO);
     switch (request->kind) {
       case Request::Kind::kRead:
         break;
@@ -141,7 +145,7 @@ class MemoryNode final : public Node {
   }
 
   std::string bytes_;
-  uint64_t room_ = UINT64_MAX;
+  uint64_t room_ = UINT64_MAX, fail_one_in_ = 0;
   std::mt19937_64 random_;
   const bool shuffle_;
   std::vector<Pending> pending_;

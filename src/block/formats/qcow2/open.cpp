@@ -18,6 +18,8 @@
 namespace kvartz::block::qcow2 {
 namespace {
 
+constexpr unsigned kMaxWorkers = 4;
+
 Result<Header> ReadHeader(Node& file) {
   std::vector<uint8_t> start(std::min<uint64_t>(file.size_bytes(), 4096));
   TRY(ReadExactly(file, 0, start));
@@ -168,7 +170,8 @@ Qcow2Node::Qcow2Node(NodePtr file, NodePtr data_file, Header header, const NodeO
     : Node(file->loop(), file->name()),
       file_(std::move(file)),
       data_file_(std::move(data_file)),
-      options_(options) {
+      options_(options),
+      workers_(loop(), kMaxWorkers) {
   size_bytes_ = header.size;
   read_only_ = options.read_only;
   limits_.request_alignment = std::max(file_->limits().request_alignment,
@@ -213,6 +216,10 @@ Result<> Qcow2Node::Load() {
 
 Result<> Qcow2Node::SetBacking(NodePtr backing) {
   backing_ = std::move(backing);
+  if (backing_) {
+    limits_.request_alignment =
+        std::max(limits_.request_alignment, backing_->limits().request_alignment);
+  }
   return {};
 }
 

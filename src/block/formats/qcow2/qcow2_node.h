@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "base/workers.h"
 #include "block/driver.h"
 #include "block/formats/qcow2/metadata.h"
 #include "block/io_batch.h"
@@ -121,6 +122,7 @@ class Qcow2Node final : public Node {
   std::vector<std::unique_ptr<Op>> ops_;
   Op* free_op_ = nullptr;
   std::list<Busy*> busy_;
+  Workers workers_;  // pack and unpack
   std::unique_ptr<Snapshots> snapshots_;
   std::unique_ptr<Bitmaps> bitmaps_;
   std::unique_ptr<Editor> editor_;

@@ -1,6 +1,7 @@
 // Reads, and how requests get into fibers.
 #include <algorithm>
 #include <cerrno>
+#include <functional>
 
 #include "base/check.h"
 #include "block/fiber_io.h"
@@ -137,7 +138,7 @@ int Qcow2Node::Process(Request& request) {
       rc = DiscardRange(request.offset, request.length);
       break;
     case Request::Kind::kWriteZeroes:
-      rc = ZeroRange(request.offset, request.length, request.unmap, request.no_fallback);
+      rc = ZeroRange(request.offset, request.length, request.unmap && discard_, request.no_fallback);
       break;
   }
   if (rc != 0) return rc;
@@ -181,8 +182,17 @@ int Qcow2Node::ReadCompressed(const Mapping& mapping, uint64_t offset, uint64_t 
   std::vector<uint8_t> packed(mapping.host_bytes);
   if (int rc = meta_->ReadBytes(mapping.host, packed)) return rc;
   std::vector<uint8_t> cluster(geo.cluster_size);
-  if (!Decompress(meta_->header.compression, packed, cluster))
-    return meta_->Broken("a compressed cluster can't be unpacked");
+  bool good = false;
+  std::function<void()> unpack = [&] {
+    good = Decompress(meta_->header.compression, packed, cluster);
+  };
+  // Alone it is faster here.
+  if (in_flight_ > 1) {
+    workers_.Run(unpack);
+  } else {
+    unpack();
+  }
+  if (!good) return meta_->Broken("a compressed cluster can't be unpacked");
   to.CopyIn(std::span<const uint8_t>(cluster).subspan(geo.InCluster(offset), length));
   return 0;
 }
@@ -192,7 +202,7 @@ void Qcow2Node::Drain() {
     if (data_file_) data_file_->Drain();
     if (backing_) backing_->Drain();
     file_->Drain();
-  } while (FinishLateOnes() || in_flight_ > 0);
+  } while (FinishLateOnes() || workers_.FinishOne() || in_flight_ > 0);
 }
 
 Result<Extent> Qcow2Node::Status(uint64_t offset, uint64_t length) {

@@ -238,7 +238,8 @@ Result<std::vector<uint64_t>> Snapshots::ReadL1(const SnapshotEntry& entry) {
   const Geometry& geo = node_.metadata().geometry();
   uint64_t bytes = uint64_t{entry.l1_entries} * 8;
   if (bytes > kMaxL1Bytes || geo.InCluster(entry.l1_offset) != 0 ||
-      !node_.metadata().InFile(entry.l1_offset, bytes) || geo.L1Entries(entry.info.disk_size) > entry.l1_entries) {
+      !node_.metadata().InFile(entry.l1_offset, bytes) ||
+      geo.L1Entries(entry.info.disk_size) > entry.l1_entries) {
     return Fail(ErrorCode::kInvalid, fmt::format("'{}': snapshot '{}' has a broken L1 table",
                                                  node_.name(), entry.info.name));
   }
@@ -277,6 +278,17 @@ Result<> Snapshots::WriteTable() {
   return {};
 }
 
+// Refcounts that were raised before something failed go back by counting all anew.
+std::unexpected<Error> Snapshots::Undo(int rc) {
+  (void)node_.editor()->Check(Repair::kAll, [](const std::string&) {});
+  if (rc == -EINVAL) {
+    return Fail(ErrorCode::kNoSpace,
+                fmt::format("'{}': a refcount has no room for one more reference (refcount_bits)",
+                            node_.name()));
+  }
+  return Fail(TablesError(node_, rc));
+}
+
 Result<SnapshotInfo> Snapshots::Create(SnapshotInfo snapshot) {
   Metadata& meta = node_.metadata();
   const Geometry& geo = meta.geometry();
@@ -308,14 +320,7 @@ Result<SnapshotInfo> Snapshots::Create(SnapshotInfo snapshot) {
   if (clusters > 0) rc = WriteAt(*node_.file(), run.offset, table);
   if (rc == 0) rc = AddReferences(meta, l1, 1, TableOwner::kActive);
   if (rc == 0) rc = meta.Commit();
-  if (rc != 0) {
-    // Some refcounts are full: those that were raised go back by counting all anew.
-    (void)node_.editor()->Check(Repair::kAll, [](const std::string&) {});
-    return Fail(rc == -EINVAL ? Error{ErrorCode::kNoSpace,
-                                      "a refcount has no room for one more "
-                                      "snapshot (refcount_bits)"}
-                              : TablesError(node_, rc));
-  }
+  if (rc != 0) return Undo(rc);
   entries_.push_back({snapshot, run.offset, static_cast<uint32_t>(l1.size())});
   if (Result<> written = WriteTable(); !written) {
     entries_.pop_back();
@@ -352,7 +357,7 @@ Result<> Snapshots::Apply(const std::string& id_or_name) {
     rc = WriteAt(*node_.file(), run.offset, table);
   }
   if (rc == 0) rc = meta.Commit();
-  if (rc != 0) return Fail(TablesError(node_, rc));
+  if (rc != 0) return Undo(rc);
   Header old = meta.header;
   meta.header.l1_offset = run.offset;
   meta.header.l1_entries = static_cast<uint32_t>(l1.size());

@@ -62,6 +62,7 @@ class Snapshots final : public SnapshotStore {
   Result<size_t> Find(const std::string& id_or_name) const;
   Result<std::vector<uint64_t>> ReadL1(const SnapshotEntry& entry);
   void UpdateList();
+  std::unexpected<Error> Undo(int rc);
 
   Qcow2Node& node_;
   std::vector<SnapshotEntry> entries_;

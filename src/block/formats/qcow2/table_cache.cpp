@@ -35,7 +35,7 @@ void TableCache::Touch(Slice* slice) {
 
 void TableCache::Remove(Slice* slice) {
   VERIFY(!slice->loading && slice->pins == 0);
-  if (slice->dirty) statistics_.dirty_bytes -= slice_bytes_;
+  MarkClean(slice);
   statistics_.used_bytes -= slice_bytes_;
   Unlink(slice);
   slices_.erase(slice->offset);
@@ -108,12 +108,18 @@ void TableCache::MarkDirty(Slice* slice) {
   if (slice->dirty) return;
   slice->dirty = true;
   statistics_.dirty_bytes += slice_bytes_;
+  slice->previous_dirty = nullptr;
+  slice->next_dirty = dirty_;
+  if (dirty_) dirty_->previous_dirty = slice;
+  dirty_ = slice;
 }
 
 void TableCache::MarkClean(Slice* slice) {
   if (!slice->dirty) return;
   slice->dirty = false;
   statistics_.dirty_bytes -= slice_bytes_;
+  (slice->previous_dirty ? slice->previous_dirty->next_dirty : dirty_) = slice->next_dirty;
+  if (slice->next_dirty) slice->next_dirty->previous_dirty = slice->previous_dirty;
 }
 
 void TableCache::Drop(uint64_t offset, uint64_t length) {
@@ -136,9 +142,7 @@ void TableCache::DropAllClean() {
 }
 
 void TableCache::ForEachDirty(const std::function<void(Slice&)>& visit) {
-  for (auto& [offset, slice] : slices_) {
-    if (slice->dirty) visit(*slice);
-  }
+  for (Slice* slice = dirty_; slice; slice = slice->next_dirty) visit(*slice);
 }
 
 }  // namespace kvartz::block::qcow2

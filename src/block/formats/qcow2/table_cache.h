@@ -26,8 +26,9 @@ struct Slice {
   std::unique_ptr<uint8_t[]> data;
   Slice* newer = nullptr;  // by last use
   Slice* older = nullptr;
+  Slice* next_dirty = nullptr;  // while it is dirty
+  Slice* previous_dirty = nullptr;
   FiberQueue waiting;  // for it to be loaded
-  int load_result = 0;
 };
 
 struct CacheStatistics {
@@ -79,6 +80,7 @@ class TableCache {
   std::unordered_map<uint64_t, std::unique_ptr<Slice>> slices_;
   Slice* newest_ = nullptr;
   Slice* oldest_ = nullptr;
+  Slice* dirty_ = nullptr;
   CacheStatistics statistics_;
 };
 

@@ -278,7 +278,9 @@ int Qcow2Node::WriteCompressedCluster(uint64_t offset, std::span<const uint8_t> 
                                       bool* stored) {
   const Geometry& geo = meta_->geometry();
   std::vector<uint8_t> packed;
-  if (!Compress(meta_->header.compression, cluster, packed)) return 0;
+  bool smaller = false;
+  workers_.Run([&] { smaller = Compress(meta_->header.compression, cluster, packed); });
+  if (!smaller) return 0;
   if (meta_->cache().crowded()) {
     if (int rc = meta_->Commit()) return rc;
   }

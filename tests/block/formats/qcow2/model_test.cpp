@@ -248,7 +248,10 @@ class ModelRun {
         auto it = std::next(snapshots_.begin(), static_cast<ptrdiff_t>(Below(snapshots_.size())));
         if (shape_.version2 && it->second.size() != model_.size()) return;
         trace += "apply " + it->first + "\n";
-        ASSERT_EQ(TestDisk::Text(disk_.InFiber([&] { return store->Apply(it->first); })), "");
+        Result<> applied = disk_.InFiber([&] { return store->Apply(it->first); });
+        // Narrow refcounts: nothing has changed.
+        if (!applied && applied.error().code == ErrorCode::kNoSpace) return CheckAll();
+        ASSERT_EQ(TestDisk::Text(applied), "");
         model_ = it->second;
         ASSERT_EQ(disk_.node->size_bytes(), model_.size());
         return CompareWhole();

@@ -72,6 +72,7 @@ class Checker {
   int ReadTable(uint64_t offset, uint64_t entries, std::vector<uint64_t>& table);
   int Compare();
   int CompareCluster(uint64_t cluster);
+  int PutRefcount(uint64_t cluster, uint64_t value);
   int Rebuild();
   int WriteRebuilt();
   int CheckCopied();
@@ -343,6 +344,20 @@ int Checker::Compare() {
   return 0;
 }
 
+int Checker::PutRefcount(uint64_t cluster, uint64_t value) {
+  Slice* slice = nullptr;
+  uint64_t index = 0;
+  int rc = meta_.RefcountSlice(cluster, &slice, &index);
+  if (rc == Metadata::kMissing) {
+    rc = meta_.MakeRefblock(cluster / geo_.refblock_entries);
+    if (rc == 0) rc = meta_.RefcountSlice(cluster, &slice, &index);
+  }
+  if (rc != 0) return rc < 0 ? rc : -EIO;
+  SetRefcount(slice->data.get(), geo_.refcount_order, index, value);
+  meta_.cache().MarkDirty(slice);
+  return 0;
+}
+
 int Checker::CompareCluster(uint64_t cluster) {
   uint64_t stored = 0;
   uint64_t counted = counts_.Get(cluster);
@@ -358,8 +373,7 @@ int Checker::CompareCluster(uint64_t cluster) {
   report_(fmt::format("{} cluster {} refcount={} reference={}",
                       fix ? "Repairing" : (leak ? "Leaked" : "ERROR"), cluster, stored, counted));
   if (fix && counted <= geo_.max_refcount) {
-    rc = meta_.AddRefcounts(cluster << geo_.cluster_bits, 1,
-                            static_cast<int64_t>(counted) - static_cast<int64_t>(stored));
+    rc = PutRefcount(cluster, counted);
     if (rc == 0) (leak ? result_.leaks_fixed : result_.corruptions_fixed)++;
     if (rc == 0) return 0;
     result_.check_errors++;

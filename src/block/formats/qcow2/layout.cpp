@@ -27,7 +27,7 @@ Result<> ParseVersion3(const HeaderDisk& disk, Header& header) {
   uint32_t length = disk.header_length;
   if (length < kHeaderV3MinBytes) return Bad("its length {} is too small", length);
   if (length % 8 != 0) return Bad("its length {} is no multiple of 8", length);
-  if (header.refcount_order > 6) return Bad("refcounts of {} bits", 1ull << header.refcount_order);
+  if (header.refcount_order > 6) return Bad("refcounts of 2^{} bits", header.refcount_order);
   if (uint64_t unknown = header.incompatible & ~kKnownIncompatible) {
     return Fail(ErrorCode::kUnsupported,
                 fmt::format("qcow2 image uses incompatible features {:#x}, which are not known "
@@ -146,9 +146,9 @@ uint64_t FirstClusterBytes(std::span<const uint8_t> start) {
 
 Result<Header> ParseHeader(std::span<const uint8_t> bytes) {
   HeaderDisk disk = {};
-  std::memcpy(&disk, bytes.data(), std::min(bytes.size(), sizeof(disk)));
-  if (bytes.size() < kHeaderV2Bytes || disk.magic != kMagic)
-    return Fail(ErrorCode::kInvalid, "this is no qcow2 image");
+  if (bytes.size() >= kHeaderV2Bytes)
+    std::memcpy(&disk, bytes.data(), std::min(bytes.size(), sizeof(disk)));
+  if (disk.magic != kMagic) return Fail(ErrorCode::kInvalid, "this is no qcow2 image");
   Header header;
   header.version = disk.version;
   if (header.version != 2 && header.version != 3) {

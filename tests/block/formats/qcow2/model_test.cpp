@@ -360,7 +360,7 @@ class ModelRun {
 
 TEST(Qcow2Model, RandomOperationsLeaveWhatTheyShould) {
   uint64_t seed = FromEnvironment("KVARTZ_BLOCK_SEED", 1);
-  uint64_t cases = FromEnvironment("KVARTZ_BLOCK_CASES", 60);
+  uint64_t cases = FromEnvironment("KVARTZ_BLOCK_CASES", 25);
   auto loop = MakeLoop();
   for (uint64_t i = 0; i < cases; i++) {
     ModelRun run(*loop, seed + i);

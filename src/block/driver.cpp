@@ -13,13 +13,14 @@ extern const Driver kNbdDriver;
 extern const Driver kQcow2Driver;
 extern const Driver kVdiDriver;
 extern const Driver kVmdkDriver;
+extern const Driver kVhdxDriver;
 extern const Driver kVpcDriver;
 
 namespace {
 
 constexpr const Driver* kDrivers[] = {
-    &kFileDriver, &kHostDeviceDriver, &kRawDriver, &kQcow2Driver,
-    &kVdiDriver,  &kVmdkDriver,       &kVpcDriver, &kNbdDriver,
+    &kFileDriver, &kHostDeviceDriver, &kRawDriver, &kQcow2Driver, &kVdiDriver,
+    &kVmdkDriver, &kVpcDriver,        &kNbdDriver, &kVhdxDriver,
 };
 
 // How images begin whose formats we lack, from each format's specification.
@@ -30,7 +31,6 @@ struct Magic {
 };
 constexpr Magic kMissing[] = {
     {"vmdk", 0, "COWD"},
-    {"vhdx", 0, "vhdxfile"},
     {"luks", 0, "LUKS\xba\xbe"},
     {"qed", 0, std::string_view("QED\0", 4)},
     {"parallels", 0, "WithoutFreeSpace"},

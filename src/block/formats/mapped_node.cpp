@@ -174,8 +174,7 @@ Result<Extent> MappedNode::Status(uint64_t offset, uint64_t length) {
   extent.data = first.kind == Place::Kind::kStored || first.kind == Place::Kind::kCompressed;
   extent.compressed = first.kind == Place::Kind::kCompressed;
   extent.zero = !extent.data;
-  // There is nothing below that could show.
-  extent.allocated = first.kind != Place::Kind::kNowhere;
+  extent.allocated = first.kind != Place::Kind::kNowhere || !HasParents();
   if (first.kind == Place::Kind::kStored) {
     extent.has_offset = true;
     extent.offset = first.offset;

@@ -51,6 +51,8 @@ class MappedNode : public Node {
   virtual int ReadCompressed(const Place& place, uint64_t index, std::span<uint8_t> block);
   // A whole block (or the last, cut short), to be stored compressed. Holding the lock.
   virtual int WriteCompressed(uint64_t index, std::span<const uint8_t> block);
+  // Images of the format may stand on others, so that what is nowhere isn't this image's.
+  virtual bool HasParents() const { return false; }
   // Before the first write since it was opened; on Close of a writable node.
   virtual int BeginWriting() { return 0; }
   virtual Result<> EndWriting() { return {}; }

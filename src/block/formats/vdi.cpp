@@ -130,8 +130,9 @@ class VdiNode final : public MappedNode {
   int Find(uint64_t offset, Place& place) override {
     uint32_t entry = map_[offset / kBlockBytes];
     place = {};
-    if (entry == kFree) return 0;
-    place.kind = entry == kZero ? Place::Kind::kZero : Place::Kind::kStored;
+    // There is never a parent: what is nowhere is known to be zeros, too.
+    place.kind = entry >= kZero ? Place::Kind::kZero : Place::Kind::kStored;
+    if (entry >= kZero) return 0;
     place.offset = OffsetOf(entry) + offset % kBlockBytes;
     return 0;
   }

@@ -31,6 +31,7 @@ class SparseNode final : public MappedNode {
   int ReadCompressed(const Place& place, uint64_t index, std::span<uint8_t> block) override;
   int WriteCompressed(uint64_t index, std::span<const uint8_t> block) override;
   int BeginWriting() override;
+  bool HasParents() const override { return true; }
 
   bool is_compressed() const { return (header_.flags & kCompressed) != 0; }
   // The table that `index` is in; null and an error in `rc`. Stays until the fiber waits.

@@ -335,7 +335,7 @@ TEST(OpenImage, ErrorsNameTheThingAndTheRemedy) {
   std::string vmdk = dir.File("q.img", 0);
   std::ofstream(vmdk) << "KDMV" << std::string(600, '\0');
   EXPECT_THAT(OpenError({.path = vmdk}),
-              HasSubstr("not supported yet: disk image '" + vmdk + "' is in format vmdk"));
+              HasSubstr("disk image '" + vmdk + "': not supported yet: VMDK version 0"));
   EXPECT_THAT(OpenError({.path = vmdk, .format = "vmdk"}), HasSubstr("not supported yet"));
   EXPECT_THAT(OpenError({.path = vmdk, .format = "qcow7"}),
               HasSubstr("unknown image format 'qcow7'"));

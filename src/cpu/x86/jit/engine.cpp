@@ -24,6 +24,7 @@ constexpr uint16_t kSingleAfter = 32;  // failures
 // In State::code_pages: what no target is away from by an offset. (A page may begin at any RIP
 // where CS isn't aligned.)
 constexpr uint64_t kNoPage = 0x8000000000000001;
+constexpr size_t kMostInsnBytes = 15;
 constexpr unsigned kIdleRechecks = 8;
 
 Engine& EngineOf(void* state) { return *static_cast<Engine*>(static_cast<State*>(state)->engine); }
@@ -413,12 +414,12 @@ uint64_t Engine::Execute(const ExecuteSite& site, bool ends) {
 // ---- units
 
 // A change of the code changes it, but for one in 2^64.
-uint64_t Engine::Digest(const Block& block) const {
+uint64_t Engine::Digest(const Block& block, const uint8_t* page, const uint8_t* next) const {
   uint64_t digest = block.range_count;
   const CodeRange* ranges = store_.ranges(block);
   for (const CodeRange* range = ranges; range < ranges + block.range_count; ++range) {
-    const uint8_t* code = range->offset < 4096 ? block.page->host + range->offset
-                                               : block.next_page->host + (range->offset - 4096);
+    const uint8_t* code =
+        range->offset < kPageSize ? page + range->offset : next + (range->offset - kPageSize);
     for (unsigned done = 0; done < range->size; done += 8) {
       uint64_t word = 0;
       std::memcpy(&word, code + done, std::min(8u, range->size - done));
@@ -497,14 +498,22 @@ Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next
   const Grouping grouping = (mode & mode::kSingle) != 0 || single_.contains(Key(host, mode))
                                 ? Grouping::kSingle
                                 : Grouping::kShared;
-  *built = unit_.Build(DecodeContextOf(mode, features_), UnitModeOf(mode),
-                       {.first = page->host, .next = next}, offset, grouping);
+  Unit::Pages bytes{.first = page->host, .next = next};
+  uint8_t next_bytes[kMostInsnBytes];
+  if (cpu().tlb->world != nullptr) {
+    // Others may be writing there: what is translated must be what the digest is of.
+    std::memcpy(code_copy_, page->host, kPageSize);
+    bytes.first = code_copy_;
+    if (next != nullptr)
+      bytes.next = static_cast<uint8_t*>(std::memcpy(next_bytes, next, sizeof(next_bytes)));
+  }
+  *built = unit_.Build(DecodeContextOf(mode, features_), UnitModeOf(mode), bytes, offset, grouping);
   if (*built != Unit::Built::kOk) return nullptr;
-  return Emit(page, unit_.crosses() ? next_page : nullptr, mode);
+  return Emit(page, unit_.crosses() ? next_page : nullptr, mode, bytes);
 }
 
 // What unit_ holds.
-Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode) {
+Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode, const Unit::Pages& bytes) {
   const uint16_t offset = unit_[0].offset;
   const uint64_t key = Key(page->host + offset, mode);
   const unsigned cls = ClassOf(mode);
@@ -547,7 +556,7 @@ Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode) {
   block->end = as.run();
   block->page = page;
   block->next_page = next_page;
-  block->digest = Digest(*block);
+  block->digest = Digest(*block, bytes.first, bytes.next);
   region.used = (memory_.OffsetOf(as.here()) + 15) & ~size_t{15};
   page->blocks.push_back(block);
   if (next_page != nullptr && next_page != page) next_page->blocks.push_back(block);
@@ -636,17 +645,27 @@ void Engine::NoteWritten(const uint32_t* word) {
   if (written->empty() || written->back() != word) written->push_back(word);
 }
 
+// Where other CPUs run, each waits here until all are between two instructions. So one that writes
+// code goes on when nobody runs the old code any more; and one that was told of a write, which is
+// before it happens, sees what was written.
 void Engine::CheckPages() {
   std::vector<const uint32_t*> words;
   std::swap(words, *written_.Lock());
+  World* world = words.empty() ? nullptr : cpu().tlb->world;
+  if (world != nullptr) world->Stop(cpu());
   std::vector<CodePage*> pages;
   for (const uint32_t* word : words) {
     const auto [first, last] = watched_.equal_range(word);
     for (auto it = first; it != last; ++it) pages.push_back(it->second);
   }
+  std::sort(pages.begin(), pages.end());
+  pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
   for (CodePage* page : pages) {
-    if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value) Recheck(page);
+    if (world != nullptr ||
+        __atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value)
+      Recheck(page);
   }
+  if (world != nullptr) world->Resume(cpu());
 }
 
 void Engine::Flush() {

@@ -112,8 +112,12 @@ class Engine final : private Tlb::Follower {
   Block* Obtain(const uint8_t* host, uint16_t mode);
   // `next`: the page that follows, if that is known. Null: `built` says why.
   Block* Translate(const uint8_t* host, uint16_t mode, const uint8_t* next, Unit::Built* built);
-  Block* Emit(CodePage* page, CodePage* next_page, uint16_t mode);
-  uint64_t Digest(const Block& block) const;
+  Block* Emit(CodePage* page, CodePage* next_page, uint16_t mode, const Unit::Pages& bytes);
+  // `page`, `next`: its bytes, and those of the page behind.
+  uint64_t Digest(const Block& block, const uint8_t* page, const uint8_t* next) const;
+  uint64_t Digest(const Block& block) const {
+    return Digest(block, block.page->host, block.next_page ? block.next_page->host : nullptr);
+  }
   void EnterPage(const CodePage& page, uint64_t rip, uint64_t linear);
   void Publish(const Block& block) const;
   CodePage* PageOf(const uint8_t* host, uint16_t mode);
@@ -149,6 +153,7 @@ class Engine final : private Tlb::Follower {
   std::unordered_map<uint64_t, std::unique_ptr<CodePage>> pages_;
   std::unordered_multimap<const uint32_t*, CodePage*> watched_;  // pages_ by watch
   Guarded<std::vector<const uint32_t*>> written_;
+  uint8_t code_copy_[kPageSize];
   // Units of which some access misses its slot again and again: first they are made to count how
   // often each runs, then those that are better off asking the TLB do so.
   struct Adaptation {

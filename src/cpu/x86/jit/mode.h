@@ -47,6 +47,12 @@ inline uint64_t CodeLinear(const Cpu& cpu, uint64_t rip) {
 // limit, and in 16-bit code by 16-bit targets. Its part in front of the segment doesn't matter.
 bool CodePageFits(const Cpu& cpu, uint64_t linear);
 
+// CS begins at 0, and has no end in code of this size.
+inline bool RipIsLinear(uint16_t mode) {
+  return (mode & mode::kLegacy) == 0 ||
+         ((mode & mode::kCode32) != 0 && (mode & mode::kCodeFlat) != 0);
+}
+
 uint16_t ModeOf(const Cpu& cpu);
 unsigned ClassOf(uint16_t mode);
 UnitMode UnitModeOf(uint16_t mode);

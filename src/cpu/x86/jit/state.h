@@ -36,6 +36,10 @@ constexpr unsigned kEntered = 4096;    // a half
 constexpr unsigned kEnteredHash = 4096;
 constexpr unsigned kJumpEntries = 65536;  // a class
 
+// In State::code_pages: what no target is away from by an offset. (A page may begin at any RIP
+// where CS isn't aligned.)
+constexpr uint64_t kNoPage = 0x8000000000000001;
+
 // Owned by the vCPU's thread.
 struct State {
   Cpu cpu;

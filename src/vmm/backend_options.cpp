@@ -25,7 +25,7 @@ std::string VirtioDriver(const CommandLine& line, const std::string& device) {
 Result<> CheckImageFormat(const std::string& format) {
   if (format.empty() || format == "raw" || format == "qcow2") return {};
   return NotYet(
-      fmt::format("format={}; convert the image to raw (qemu-img convert -O raw)", format));
+      fmt::format("format={}; convert the image to qcow2 (kvartz img convert -O qcow2)", format));
 }
 
 Result<bool> TakeDiscard(Properties* properties) {

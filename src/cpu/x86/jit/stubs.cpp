@@ -278,6 +278,19 @@ class StubEmitter {
     as_.Ret();
   }
 
+  // The TLB's entry for the address in S0, page number modulo their number, by way of `at`; the
+  // result names its fields.
+  auto FindEntry(HostReg at, unsigned cls) {
+    static_assert(sizeof(TlbEntry) == 32);
+    as_.RegReg(Assembler::k32, 0x8b, at, kS0);  // mov
+    Shift(Assembler::k32, 5, at, 12 - 5);
+    as_.RegReg(Assembler::k32, 0x81, 4, at);  // and
+    as_.Dword((Tlb::kEntries - 1) * sizeof(TlbEntry));
+    return [at, table = offsetof(State, tlb) + cls * sizeof(State::tlb[0])](size_t field) {
+      return HostMem{.base = at, .disp = static_cast<int32_t>(table + field), .gs = true};
+    };
+  }
+
   // Asks the TLB first.
   void Fill(unsigned cls, bool write, bool whole) {
     constexpr HostReg kSaved[] = {kRegAx, kRegCx, kRegDx};
@@ -297,16 +310,7 @@ class StubEmitter {
     Shift(Assembler::k32, 4, kRegAx, 4);
     static_assert(sizeof(Slot) == 16);
     if (!whole) as_.Add(kS0, slot(offsetof(Slot, page)));
-    // The entry: page number modulo their number.
-    static_assert(sizeof(TlbEntry) == 32);
-    as_.RegReg(Assembler::k32, 0x8b, kRegCx, kS0);  // mov
-    Shift(Assembler::k32, 5, kRegCx, 12 - 5);
-    as_.RegReg(Assembler::k32, 0x81, 4, kRegCx);  // and
-    as_.Dword((Tlb::kEntries - 1) * sizeof(TlbEntry));
-    const auto entry = [cls](size_t offset) {
-      const size_t table = offsetof(State, tlb) + cls * sizeof(State::tlb[0]);
-      return HostMem{.base = kRegCx, .disp = static_cast<int32_t>(table + offset), .gs = true};
-    };
+    const auto entry = FindEntry(kRegCx, cls);
     // The tag that the last byte's page must have.
     field(kRegDx, offsetof(Site, span));
     as_.Lea(kRegDx, {.base = kRegDx, .index = kS0, .disp = -1});
@@ -356,15 +360,8 @@ class StubEmitter {
     Shift(Assembler::k32, 5, kRegAx, 16);
     as_.RegMem(Assembler::k32, 0x3b, kRegAx, Gs(offsetof(State, running_mode)));  // cmp
     uint8_t* left = as_.Jcc(kCcNe, as_.run());
-    as_.RegReg(Assembler::k32, 0xb70f, kS1, kS1);   // movzx
-    as_.RegReg(Assembler::k32, 0x8b, kRegAx, kS0);  // mov
-    Shift(Assembler::k32, 5, kRegAx, 12 - 5);
-    as_.RegReg(Assembler::k32, 0x81, 4, kRegAx);  // and
-    as_.Dword((Tlb::kEntries - 1) * sizeof(TlbEntry));
-    const auto entry = [code_class](size_t offset) {
-      const size_t table = offsetof(State, tlb) + code_class * sizeof(State::tlb[0]);
-      return HostMem{.base = kRegAx, .disp = static_cast<int32_t>(table + offset), .gs = true};
-    };
+    as_.RegReg(Assembler::k32, 0xb70f, kS1, kS1);  // movzx
+    const auto entry = FindEntry(kRegAx, code_class);
     as_.Mov(kRegCx, kS0);  // the linear page
     as_.RegReg(Assembler::k64, 0x81, 4, kRegCx);
     as_.Dword(0xfffff000);

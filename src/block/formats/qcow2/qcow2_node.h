@@ -97,6 +97,7 @@ class Qcow2Node final : public Node {
   int AllZero(uint64_t from, uint64_t end, bool* zero);
   // True: waited, look again.
   bool WaitForBusy(uint64_t first, uint64_t end);
+  int FreeSlice(uint64_t first, uint64_t end, Slice** slice);
   int AllocateAndWrite(uint64_t offset, uint64_t length, IovCursor& from, uint64_t* done);
   int FindEdges(AllocatedRun& run);
   void PlanRun(const Slice& slice, uint64_t offset, uint64_t length, AllocatedRun& run);

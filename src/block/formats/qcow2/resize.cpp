@@ -174,11 +174,9 @@ int Qcow2Node::DropClusters(uint64_t first, uint64_t end) {
       first = std::min(end, (guest / geo.l2_covers + 1) * geo.l2_entries);
       continue;
     }
-    if (meta_->cache().crowded()) {
-      if (int rc = meta_->Commit()) return rc;
-    }
     Slice* slice = nullptr;
-    if (int rc = meta_->WritableSlice(guest, &slice)) return rc;
+    if (int rc = FreeSlice(first, stop, &slice)) return rc;
+    if (slice == nullptr) continue;
     for (; first < stop; first++) {
       uint64_t index = meta_->IndexInSlice(first << geo.cluster_bits);
       uint64_t old = meta_->Entry(*slice, index);

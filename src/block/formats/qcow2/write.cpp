@@ -42,6 +42,19 @@ bool Qcow2Node::WaitForBusy(uint64_t first, uint64_t end) {
   return false;
 }
 
+// The slice with clusters [first, end), to be changed. Null: some were busy, ask again.
+int Qcow2Node::FreeSlice(uint64_t first, uint64_t end, Slice** slice) {
+  *slice = nullptr;
+  if (meta_->cache().crowded()) {
+    if (int rc = meta_->Commit()) return rc;
+  }
+  if (WaitForBusy(first, end)) return 0;
+  Slice* found = nullptr;
+  if (int rc = meta_->WritableSlice(first << meta_->geometry().cluster_bits, &found)) return rc;
+  if (!WaitForBusy(first, end)) *slice = found;
+  return 0;
+}
+
 int Qcow2Node::WriteRange(uint64_t offset, uint64_t length, IovCursor from) {
   IoBatch in_place;
   int rc = 0;

@@ -127,13 +127,9 @@ int Qcow2Node::ZeroClusters(uint64_t first, uint64_t end, bool unmap, bool no_fa
       first = std::min(end, (guest / geo.l2_covers + 1) * geo.l2_entries);
       continue;
     }
-    if (meta_->cache().crowded()) {
-      if (int rc = meta_->Commit()) return rc;
-    }
-    if (WaitForBusy(first, stop)) continue;
     Slice* slice = nullptr;
-    if (int rc = meta_->WritableSlice(guest, &slice)) return rc;
-    if (WaitForBusy(first, stop)) continue;
+    if (int rc = FreeSlice(first, stop, &slice)) return rc;
+    if (slice == nullptr) continue;
     if (data_file_) {
       BusyGuard guard(*this, first, stop);
       uint64_t length = std::min(stop << geo.cluster_bits, size_bytes_) - guest;
@@ -172,13 +168,9 @@ int Qcow2Node::DiscardClusters(uint64_t first, uint64_t end) {
       first = std::min(end, (guest / geo.l2_covers + 1) * geo.l2_entries);
       continue;
     }
-    if (meta_->cache().crowded()) {
-      if (int rc = meta_->Commit()) return rc;
-    }
-    if (WaitForBusy(first, stop)) continue;
     Slice* slice = nullptr;
-    if (int rc = meta_->WritableSlice(guest, &slice)) return rc;
-    if (WaitForBusy(first, stop)) continue;
+    if (int rc = FreeSlice(first, stop, &slice)) return rc;
+    if (slice == nullptr) continue;
     for (; first < stop; first++) {
       guest = first << geo.cluster_bits;
       uint64_t old = meta_->Entry(*slice, meta_->IndexInSlice(guest));

@@ -26,7 +26,6 @@ struct Block {
   uint16_t mode = 0;
   uint16_t offset = 0;  // in its page
   uint16_t region = 0;
-  uint16_t failures = 0;  // accesses of a group that didn't lie in one page
   EntryPoints entries;
   uint8_t* end = nullptr;         // behind its code, as it runs
   CodePage* page = nullptr;       // null: dropped

@@ -17,7 +17,6 @@ namespace kvartz::cpu::x86::jit {
 namespace {
 
 constexpr uint64_t kPageMask = ~0xfffull;
-constexpr uint16_t kSingleAfter = 32;  // failures
 
 Engine& EngineOf(void* state) { return *static_cast<Engine*>(static_cast<State*>(state)->engine); }
 
@@ -270,13 +269,8 @@ uint64_t Engine::Fill(uint64_t address, const Site& site) {
   }
   ++counters_.fill_failures;
   if ((address & 0xfff) + site.span <= 4096 || !site.shared()) return Interpret(site);
-  // Accesses that were checked together lie on two pages: checked one by one they do better.
-  const uint8_t* host = UnitCode(site);
-  Block* block = host == nullptr ? nullptr : store_.Find(Key(host, running_mode()));
-  if (block != nullptr && ++block->failures == kSingleAfter) {
-    single_.insert(Key(host, running_mode()));
-    Kill(block);
-  }
+  // Accesses that were checked together lie on two pages.
+  NoteFailure(UnitCode(site), site.group);
   return Resume(site.offset, Grouping::kSingle);
 }
 
@@ -302,11 +296,12 @@ bool Engine::Adapt(const Site& site, uint64_t address) {
   Adaptation& unit = adapted_[block->key];
   auto& [groups, upper] = unit.polymorphic;
   const bool in_upper = address >> 63 != 0;
-  if (unit.settled) {
+  if (unit.stage == Adaptation::kSettled) {
     if (!groups[site.group] || upper[site.group] == in_upper) return false;
     upper[site.group] = in_upper;
   }
-  for (size_t group = 0; !unit.settled && group < unit.counting.size(); ++group) {
+  const bool settled = unit.stage == Adaptation::kSettled;
+  for (size_t group = 0; !settled && group < unit.counting.size(); ++group) {
     const uint16_t slot = unit.counting[group];
     const bool this_one = slot == site.slot;
     const uint32_t misses = this_one ? 256 : state_.misses[0][slot] - 1;
@@ -314,7 +309,7 @@ bool Engine::Adapt(const Site& site, uint64_t address) {
     const Slot& last = state_.slots[0][slot];
     upper[group] = this_one || last.page == last.addend ? in_upper : last.page >> 63 != 0;
   }
-  unit.settled = !unit.counting.empty();
+  unit.stage = unit.counting.empty() ? Adaptation::kCounting : Adaptation::kSettled;
   Kill(block);
   return true;
 }
@@ -332,14 +327,14 @@ uint64_t Engine::Resume(uint16_t offset, Grouping grouping) {
 uint64_t Engine::OnInterpret(void* state, uint64_t, uint64_t site) {
   Engine& engine = EngineOf(state);
   const Site what = *reinterpret_cast<const Site*>(site);
-  if (what.shared()) engine.NoteNeedless(engine.UnitCode(what));
+  if (what.shared()) engine.NoteFailure(engine.UnitCode(what), what.group);
   return engine.Interpret(what);
 }
 
 // The site may be gone when this is done with it.
 uint64_t Engine::Interpret(const Site& site) {
   Cpu& c = cpu();
-  const unsigned count = site.count;
+  const unsigned count = site.count, group = site.group;
   const uint8_t* unit = site.shared() ? UnitCode(site) : nullptr;
   TakeFlags();
   c.rip = state_.page + site.offset;
@@ -349,20 +344,28 @@ uint64_t Engine::Interpret(const Site& site) {
     StepInstruction(c);
     if (Requested(c)) return Go(stubs_.exit);
     if (c.rip - before - 1 > 14 || !Supports(c)) {
-      if (unit != nullptr && i + 1 < count) NoteNeedless(unit);
+      if (unit != nullptr && i + 1 < count) NoteFailure(unit, group);
       break;
     }
   }
   return Dispatch();
 }
 
-// A check failed of accesses that didn't follow (a null pointer that the program tests itself,
-// mostly), or that don't fit into their segment together. If that goes on the unit checks each
-// access where it is made.
-void Engine::NoteNeedless(const uint8_t* unit) {
-  Block* block = store_.Find(Key(unit, running_mode()));
-  if (block == nullptr || ++block->failures != kSingleAfter) return;
-  single_.insert(block->key);
+// The common check of a group failed: its accesses lie on two pages, or didn't follow (behind a null
+// pointer that the program tests itself, mostly), or don't fit into their segment together. If that
+// goes on they are checked one by one, each where it is made.
+void Engine::NoteFailure(const uint8_t* unit, unsigned group) {
+  constexpr unsigned kMost = 32;
+  constexpr uint64_t kTicksAFailure = 30000;  // rarer ones cost less than more checks would
+  Block* block = unit == nullptr ? nullptr : store_.Find(Key(unit, running_mode()));
+  if (block == nullptr) return;
+  Adaptation& adaptation = adapted_[block->key];
+  if (adaptation.failures.size() <= group) adaptation.failures.resize(group + 1);
+  auto& [count, since] = adaptation.failures[group];
+  if (count++ % kMost != 0) return;
+  const uint64_t now = __builtin_ia32_rdtsc(), before = std::exchange(since, now);
+  if (count == 1 || now - before > kMost * kTicksAFailure) return;
+  adaptation.failing[group] = true;
   Kill(block);
 }
 

@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include "base/result.h"
@@ -78,6 +77,8 @@ class Engine final : private Tlb::Follower {
  private:
   Engine(State& state, const FeatureSet& features);
 
+  struct Adaptation;
+
   static uint64_t OnFill(void* state, uint64_t address, uint64_t site);
   static uint64_t OnExecute(void* state, uint64_t s0, uint64_t insn);
   static uint64_t OnExecuteEnd(void* state, uint64_t s0, uint64_t insn);
@@ -98,6 +99,8 @@ class Engine final : private Tlb::Follower {
   uint64_t Interpret(const Site& site);
   uint64_t Dispatch();
   uint64_t Link(uint32_t exit);
+  // kSingle: a unit with a check for each access.
+  enum class Grouping : uint8_t { kShared, kSingle };
   // The unit at Cpu::rip, or null: leave.
   Block* Locate(Grouping grouping = Grouping::kShared);
   uint64_t Branched();
@@ -105,14 +108,15 @@ class Engine final : private Tlb::Follower {
   uint64_t Resume(uint16_t offset, Grouping grouping = Grouping::kShared);
   bool Adapt(const Site& site, uint64_t address);
   const uint8_t* UnitCode(const Site& site);
-  void NoteNeedless(const uint8_t* unit);
+  void NoteFailure(const uint8_t* unit, unsigned group);
   void SwitchTo(uint16_t mode, unsigned cls);
   void Entered(uint16_t mode);
   // As it is wanted at Cpu::rip.
   Block* Obtain(const uint8_t* host, uint16_t mode);
   // `next`: the page that follows, if that is known. Null: `built` says why.
   Block* Translate(const uint8_t* host, uint16_t mode, const uint8_t* next, Unit::Built* built);
-  Block* Emit(CodePage* page, CodePage* next_page, uint16_t mode, const Unit::Pages& bytes);
+  Block* Emit(CodePage* page, CodePage* next_page, uint16_t mode, const Unit::Pages& bytes,
+              Adaptation* adaptation);
   // `page`, `next`: its bytes, and those of the page behind.
   uint64_t Digest(const Block& block, const uint8_t* page, const uint8_t* next) const;
   uint64_t Digest(const Block& block) const {
@@ -154,16 +158,24 @@ class Engine final : private Tlb::Follower {
   std::unordered_multimap<const uint32_t*, CodePage*> watched_;  // pages_ by watch
   Guarded<std::vector<const uint32_t*>> written_;
   uint8_t code_copy_[kPageSize];
-  // Units of which some access misses its slot again and again: first they are made to count how
-  // often each runs, then those that are better off asking the TLB do so.
+  // How a unit's accesses are checked, if not as units are at first.
   struct Adaptation {
+    // If some slot misses again and again, the unit is made to count how often each is asked; then
+    // those accesses that are better off asking the TLB do so.
+    enum : uint8_t { kSlots, kCounting, kSettled } stage = kSlots;
     std::vector<uint16_t> counting;  // slots of its groups
-    bool settled = false;
     TranslationContext::Polymorphic polymorphic;
+    // Accesses whose common check failed again and again, and the groups which are the next.
+    LoneAccesses lone;
+    std::bitset<2 * kMaxUnitInsns> failing;
+    struct Failures {
+      unsigned count = 0;
+      uint64_t since = 0;  // time stamp
+    };
+    std::vector<Failures> failures;  // by group
   };
   std::unordered_map<uint64_t, Adaptation> adapted_;  // by key
   uint64_t since_[kClassCount * kSlots] = {};         // time stamp of a slot's last 256th miss
-  std::unordered_set<uint64_t> single_;  // blocks whose accesses are checked one by one
   std::vector<unsigned> free_code_slots_;
   uint16_t jump_modes_[kClassCount] = {};
   CodeSegment jump_segments_[kClassCount];

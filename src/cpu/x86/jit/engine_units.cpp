@@ -96,9 +96,6 @@ Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next
   const auto offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(host) & 0xfff);
   CodePage* page = CurrentPage(host, mode);
   CodePage* next_page = next == nullptr ? nullptr : CurrentPage(next, mode);
-  const Grouping grouping = (mode & mode::kSingle) != 0 || single_.contains(Key(host, mode))
-                                ? Grouping::kSingle
-                                : Grouping::kShared;
   Unit::Pages bytes{.first = page->host, .next = next};
   uint8_t next_bytes[kMostInsnBytes];
   if (cpu().tlb->world != nullptr) {
@@ -108,21 +105,34 @@ Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next
     if (next != nullptr)
       bytes.next = static_cast<uint8_t*>(std::memcpy(next_bytes, next, sizeof(next_bytes)));
   }
-  *built = unit_.Build(DecodeContextOf(mode, features_), UnitModeOf(mode), bytes, offset, grouping);
+  const auto build = [&](const LoneAccesses& lone) {
+    *built = unit_.Build(DecodeContextOf(mode, features_), UnitModeOf(mode), bytes, offset, lone);
+  };
+  const auto found = adapted_.empty() ? adapted_.end() : adapted_.find(Key(host, mode));
+  Adaptation* adaptation = found == adapted_.end() ? nullptr : &found->second;
+  build((mode & mode::kSingle) != 0 ? ~LoneAccesses() : adaptation ? adaptation->lone : LoneAccesses());
   if (*built != Unit::Built::kOk) return nullptr;
-  return Emit(page, unit_.crosses() ? next_page : nullptr, mode, bytes);
+  if (adaptation != nullptr && adaptation->failing.any()) {
+    LoneAccesses lone = adaptation->lone;
+    for (unsigned group = 0; group < unit_.group_count(); ++group) {
+      if (adaptation->failing[group]) lone |= unit_.Members(group);
+    }
+    *adaptation = {};
+    adaptation->lone = lone;
+    build(lone);
+  }
+  return Emit(page, unit_.crosses() ? next_page : nullptr, mode, bytes, adaptation);
 }
 
 // What unit_ holds.
-Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode, const Unit::Pages& bytes) {
+Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode, const Unit::Pages& bytes,
+                    Adaptation* adaptation) {
   const uint16_t offset = unit_[0].offset;
   const uint64_t key = Key(page->host + offset, mode);
   const unsigned cls = ClassOf(mode);
   BlockStore::Region& region = store_.region();
   memory_.Populate(region.used + kUnitRoom);
   Assembler as = memory_.At(region.used);
-  const auto adapted = adapted_.empty() ? adapted_.end() : adapted_.find(key);
-  Adaptation* adaptation = adapted == adapted_.end() ? nullptr : &adapted->second;
   const TranslationContext where = {
       .stubs = &stubs_,
       .data_class = cls,
@@ -133,7 +143,7 @@ Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode, const Un
       .mode = RipIsLinear(mode) ? mode & ~unsigned{mode::kSingle} : 0,
       .first_exit = store_.NextExit(),
       .exit_step = store_.exit_step(),
-      .counts_checks = adaptation != nullptr && !adaptation->settled,
+      .counts_checks = adaptation != nullptr && adaptation->stage == Adaptation::kCounting,
       .polymorphic =
           adaptation == nullptr ? TranslationContext::Polymorphic{} : adaptation->polymorphic,
       .pages = {.first = page->host, .next = next_page == nullptr ? nullptr : next_page->host}};
@@ -280,7 +290,6 @@ void Engine::Flush() {
   for (unsigned i = kCodeSlots; i-- > 0;) free_code_slots_.push_back(i);
   std::fill_n(state_.code_pages, kCodeSlots, kNoPage);
   for (auto& table : state_.jumps) std::fill_n(table, kJumpEntries, Go(stubs_.dispatch));
-  single_.clear();
   adapted_.clear();
   std::memset(state_.misses, 1, sizeof(state_.misses));
   const size_t begin = (stubs_end_ + 63) & ~size_t{63};

@@ -29,8 +29,9 @@ EntryPoints Translator::Run() {
   for (unsigned i = 0; i < unit_.count(); ++i) {
     if (unit_[i].label) Label(i);
     Checks(i);
+    if (!KeepsHeld(unit_[i])) held_ = {};
     Instruction(i);
-    held_ = -1;
+    if (!KeepsHeld(unit_[i])) held_ = {};
   }
   const UnitInsn& last = unit_[unit_.count() - 1];
   const bool branched = last.form->form == Form::kCall || last.form->form == Form::kReturn ||
@@ -105,7 +106,7 @@ void Translator::CheckNextPage() {
 // ---- flags
 
 void Translator::SaveFlags() {
-  held_ = -1;
+  if (held_.reg == kS1) held_ = {};
   as_.Mov(kS1, kRegAx);
   as_.FlagsToAx();
   as_.StoreAx(Gs(offsetof(State, saved_flags)));
@@ -114,7 +115,7 @@ void Translator::SaveFlags() {
 }
 
 void Translator::RestoreFlags() {
-  held_ = -1;
+  if (held_.reg == kS1) held_ = {};
   as_.Mov(kS1, kRegAx);
   as_.LoadAx(Gs(offsetof(State, saved_flags)));
   as_.AxToFlags();
@@ -133,6 +134,7 @@ void Translator::SpoilFlags(uint16_t live) {
 void Translator::Label(unsigned i) {
   const UnitInsn& u = unit_[i];
   if (u.live_before != 0) NeedFlags();
+  held_ = {};
   host_flags_ = true;
   saved_flags_ = false;
   vectors_checked_ = x87_checked_ = x87_page_kept_ = false;

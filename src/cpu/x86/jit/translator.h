@@ -211,6 +211,9 @@ class Translator {
     if (!host_flags_) RestoreFlags();
   }
 
+  bool IsLastCheck(unsigned number, unsigned at) const;
+  void AddTo(HostReg to, const HostMem& sum);
+  bool KeepsHeld(const UnitInsn& u) const;
   HostMem Map(const UnitInsn& u, const MemoryAccess& access);
   HostMem StackAt(const MemoryAccess& access, HostReg base, int32_t disp);
   void LoadTarget(const UnitInsn& u);
@@ -240,7 +243,11 @@ class Translator {
   bool host_flags_ = true, saved_flags_ = false;
   bool vectors_checked_ = false;
   bool x87_checked_ = false, x87_page_kept_ = false;  // State::x87_live, State::x87_page
-  int held_ = -1;                                     // the group whose addend is in S1
+  // The group whose addend a scratch register holds.
+  struct Held {
+    int group = -1;
+    HostReg reg = kNoReg;
+  } held_;
 };
 
 struct Translator::Buffers {

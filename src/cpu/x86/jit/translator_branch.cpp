@@ -63,6 +63,7 @@ void Translator::PushReturn(const UnitInsn& u) {
 void Translator::LoadTarget(const UnitInsn& u) {
   if (u.operand.present) {
     const HostMem mem = Map(u, u.operand);
+    held_ = {};
     as_.Load(kS0, mem);
   } else if (HostOf(u.insn.rm) != kNoReg) {
     as_.Mov(kS0, HostOf(u.insn.rm));

@@ -75,6 +75,7 @@ void Translator::Copy(const UnitInsn& u) {
   const HostReg rm = memory ? kNoReg : host(form.rm_is_gpr, insn.rm, rm_operand);
   const HostReg vvvv = host(form.vvvv_is_gpr, insn.vvvv, vvvv_operand);
   CopyEncoding(u, memory ? &mem : nullptr, reg, rm, vvvv);
+  if (!memory && temp_count != 0) held_ = {};
   for (unsigned t = 0; t < temp_count; ++t) {
     if (temps[t].written) as_.Store(GprAt(temps[t].guest), temps[t].host);
   }

@@ -133,7 +133,7 @@ HostMem Translator::LegacyMap(const UnitInsn& u, const MemoryAccess& access) {
   const Insn& insn = u.insn;
   const HostMem addend = AddendOf(static_cast<unsigned>(access.group));
   HostMem mem = Effective(insn);
-  held_ = -1;
+  held_ = {};
   if (Plain(access) && mem.base != kNoReg && mem.index == kNoReg && -kNear <= mem.disp &&
       mem.disp <= kNear) {
     as_.Load(kS0, addend);

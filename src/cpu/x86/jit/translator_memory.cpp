@@ -81,15 +81,22 @@ void Translator::GroupAddress(const AccessGroup& group, unsigned at) {
   if (key.segment != 0) as_.Add(kS0, SegmentBase(key.segment));
 }
 
+bool Translator::IsLastCheck(unsigned number, unsigned at) const {
+  for (unsigned g = number + 1; g < unit_.group_count(); ++g) {
+    if (unit_.group(g).check_at == at) return false;
+  }
+  return true;
+}
+
 void Translator::Check(unsigned number, unsigned at) {
-  const AccessGroup& group = unit_.group(number);
+  AccessGroup& group = unit_.group(number);
   SpoilFlags(unit_[at].live_before);
-  held_ = -1;
+  held_ = {};
   const auto span = static_cast<unsigned>(group.high - group.low);
   const bool early = group.shared || at != group.first;
   const Site site = {.flags = static_cast<uint8_t>(
                          Loaded() | (group.write ? Site::kWrite : 0) |
-                         (unit_.grouping() == Grouping::kShared && early ? Site::kShared : 0)),
+                         (!group.alone && early ? Site::kShared : 0)),
                      .count = static_cast<uint8_t>(group.last - at + 1),
                      .group = static_cast<uint8_t>(number),
                      .offset = unit_[at].offset,
@@ -102,10 +109,14 @@ void Translator::Check(unsigned number, unsigned at) {
     GroupAddress(group, at);
   }
   if (group.polymorphic) {
+    // One access follows at once, and nothing of it needs a scratch register before.
+    const UnitInsn& u = unit_[at];
+    group.in_scratch = !group.shared && group.first == at && u.form->form == Form::kCopy &&
+                       u.live_before == 0 && KeepsHeld(u) && IsLastCheck(number, at);
     AskTlb(number, span);
     out_.cold.back().site = site;
     out_.cold.back().at = static_cast<uint8_t>(at);
-    if (group.first == at) held_ = static_cast<int>(number);
+    if (group.first == at) held_ = {static_cast<int>(number), kS1};
     return;
   }
   if (context_.counts_checks)
@@ -137,21 +148,47 @@ void Translator::AskTlb(unsigned number, unsigned span) {
   as_.Cmp(kS0, field(group.write ? offsetof(TlbEntry, write) : offsetof(TlbEntry, read)));
   uint8_t* from = as_.Jcc(kCcNe, as_.run());
   as_.Load(kS1, field(offsetof(TlbEntry, addend)));
-  as_.Store(AddendOf(number), kS1);
+  if (!group.in_scratch) as_.Store(AddendOf(number), kS1);
   out_.cold.push_back({.kind = Cold::kAsk, .from = from, .back = as_.run()});
+}
+
+void Translator::AddTo(HostReg to, const HostMem& sum) {
+  as_.Lea(to, sum);
+  held_ = {};
+}
+
+// What is held stays held behind the instruction, unless what it calls says otherwise.
+bool Translator::KeepsHeld(const UnitInsn& u) const {
+  if (unit_.mode().legacy()) return false;
+  const auto in_host = [](unsigned reg) { return reg == kNoRegister || HostOf(reg) != kNoReg; };
+  switch (u.form->form) {
+    case Form::kPush:
+    case Form::kPop:
+    case Form::kNothing:
+    case Form::kJcc:
+      return true;
+    case Form::kCopy:
+      return !u.form->x87_pointers;
+    case Form::kLea:
+      return u.insn.base != kBaseRip && in_host(u.insn.base) && in_host(u.insn.index) &&
+             in_host(u.insn.reg);
+    default:
+      return false;
+  }
 }
 
 // The host's address of a checked access, in one of S0 and S1; the other is spoilt. The flags stay.
 HostMem Translator::Map(const UnitInsn& u, const MemoryAccess& access) {
   const Insn& insn = u.insn;
   if (unit_.mode().legacy()) return LegacyMap(u, access);
-  const bool held = held_ == access.group;
-  const HostReg to = held ? kS1 : kS0, spare = held ? kS0 : kS1;
-  held_ = -1;
+  const bool held = held_.group == access.group;
+  const HostReg to = held ? held_.reg : kS0, spare = to == kS0 ? kS1 : kS0;
+  held_ = {access.group, to};
+  VERIFY(held || !unit_.group(static_cast<unsigned>(access.group)).in_scratch);
   if (!held) as_.Load(to, AddendOf(static_cast<unsigned>(access.group)));
   if (access.key.segment != 0) {
     as_.Load(spare, SegmentBase(access.key.segment));
-    as_.Lea(to, {.base = to, .index = spare});
+    AddTo(to, {.base = to, .index = spare});
   }
   int64_t disp = insn.disp;
   HostReg base = kNoReg;
@@ -168,20 +205,20 @@ HostMem Translator::Map(const UnitInsn& u, const MemoryAccess& access) {
   }
   if (insn.index == kNoRegister) {
     if (base == spare) {
-      as_.Lea(to, {.base = to, .index = spare});
+      AddTo(to, {.base = to, .index = spare});
       base = kNoReg;
     }
   } else {
-    if (base != kNoReg) as_.Lea(to, {.base = to, .index = base});
+    if (base != kNoReg) AddTo(to, {.base = to, .index = base});
     base = HostOf(insn.index);
     if (base == kNoReg) {
       as_.Load(spare, GprAt(insn.index));
-      as_.Lea(to, {.base = to, .index = spare, .scale = insn.scale});
+      AddTo(to, {.base = to, .index = spare, .scale = insn.scale});
     }
   }
   if (disp != static_cast<int32_t>(disp)) {  // RIP-relative at the very edge
     as_.MovImm64(spare, static_cast<uint64_t>(disp));
-    as_.Lea(to, {.base = to, .index = spare});
+    AddTo(to, {.base = to, .index = spare});
     disp = 0;
   }
   return {.base = to,
@@ -190,8 +227,11 @@ HostMem Translator::Map(const UnitInsn& u, const MemoryAccess& access) {
           .disp = static_cast<int32_t>(disp)};
 }
 
+// Spoils S0 alone.
 HostMem Translator::StackAt(const MemoryAccess& access, HostReg base, int32_t disp) {
-  as_.Load(kS0, AddendOf(static_cast<unsigned>(access.group)));
+  if (held_.group != access.group || held_.reg != kS0)
+    as_.Load(kS0, AddendOf(static_cast<unsigned>(access.group)));
+  held_ = {access.group, kS0};
   return {.base = kS0, .index = base, .disp = disp};
 }
 

@@ -121,11 +121,11 @@ DecodeStatus Unit::DecodeAt(unsigned offset, const uint8_t* next, Insn* insn) co
 }
 
 Unit::Built Unit::Build(const DecodeContext& context, UnitMode mode, Pages pages, unsigned offset,
-                        Grouping grouping) {
+                        const LoneAccesses& lone) {
   context_ = context;
   mode_ = mode;
   page_ = pages.first;
-  grouping_ = grouping;
+  lone_ = lone;
   count_ = 0;
   ranges_.assign(1, {.offset = static_cast<uint16_t>(offset), .size = 0});
   while (count_ < kMaxUnitInsns && offset < 4096) {
@@ -240,8 +240,8 @@ void Unit::Accesses() {
     if (u.form->form != Form::kInterpret && u.form->form != Form::kNothing) {
       if (u.form->form != Form::kLea && u.insn.has_memory()) Address(u);
       Stack(u);
-      if (u.operand.present) Group(u.operand, i);
-      if (u.stack.present) Group(u.stack, i);
+      if (u.operand.present) Group(u.operand, i, lone_[2 * i]);
+      if (u.stack.present) Group(u.stack, i, lone_[2 * i + 1]);
     }
     Update(u);
     // A write behind a side exit must not be asked for before it: perhaps it never comes.
@@ -405,13 +405,22 @@ void Unit::Update(const UnitInsn& u) {
   if ((row.attributes & kStrIndex) != 0) Fresh(kRcx);
 }
 
-void Unit::Group(MemoryAccess& access, unsigned at) {
+LoneAccesses Unit::Members(unsigned group) const {
+  LoneAccesses members;
+  for (unsigned i = 0; i < count_; ++i) {
+    members[2 * i] = insns_[i].operand.group == static_cast<int>(group);
+    members[2 * i + 1] = insns_[i].stack.group == static_cast<int>(group);
+  }
+  return members;
+}
+
+void Unit::Group(MemoryAccess& access, unsigned at, bool alone) {
   if (access.size == 0) access.size = 1;
   const int64_t low = access.offset, high = low + access.size;
-  if (grouping_ == Grouping::kShared) {
+  if (!alone) {
     for (unsigned g = first_open_; g < group_count_; ++g) {
       AccessGroup& group = groups_[g];
-      if (!(group.key == access.key)) continue;
+      if (group.alone || !(group.key == access.key)) continue;
       // The segment may begin between them.
       const bool absolute = access.key.base == 0 && access.key.index == 0;
       if (access.key.checked && absolute && (low < 0) != (group.low < 0)) continue;
@@ -432,6 +441,7 @@ void Unit::Group(MemoryAccess& access, unsigned at) {
                              .low = low,
                              .high = high,
                              .write = access.write,
+                             .alone = alone,
                              .first = static_cast<uint8_t>(at),
                              .last = static_cast<uint8_t>(at),
                              .check_at = static_cast<uint8_t>(at)};
@@ -459,7 +469,7 @@ void Unit::PlaceChecks() {
           group.first - at > 12)
         break;
       const Form before = insns_[at - 1].form->form;
-      if ((group.write || grouping_ == Grouping::kSingle) && IsConditional(before)) break;
+      if ((group.write || group.alone) && IsConditional(before)) break;
     }
   }
 }

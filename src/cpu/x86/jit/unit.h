@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <bitset>
 #include <cstdint>
 #include <vector>
 
@@ -48,7 +49,9 @@ struct AccessGroup {
   int64_t low = 0, high = 0;
   bool write = false;
   bool shared = false;       // by more than one
+  bool alone = false;        // one access, checked where it is made
   bool polymorphic = false;  // the page changes all the time: the TLB is asked instead of the slot
+  bool in_scratch = false;   // what it says isn't stored
   uint8_t first = 0, last = 0;  // instructions
   uint8_t check_at = 0;         // the check is made before this one
   uint16_t slot = 0;
@@ -98,7 +101,9 @@ struct UnitMode {
 // Outside of 64-bit mode: the row's form covers the instruction.
 bool LegacyFits(const Insn& insn, const RowForm& form, UnitMode mode);
 
-enum class Grouping : uint8_t { kShared, kSingle };  // kSingle: a check for each access
+// Accesses that share no check with others, by their instruction's number: twice that for ModRM's
+// operand, one more for the stack.
+using LoneAccesses = std::bitset<2 * kMaxUnitInsns>;
 
 class Unit {
  public:
@@ -115,7 +120,7 @@ class Unit {
   };
   // Decodes from `offset` of the first page.
   Built Build(const DecodeContext& context, UnitMode mode, Pages pages, unsigned offset,
-              Grouping grouping);
+              const LoneAccesses& lone);
 
   unsigned count() const { return count_; }
   UnitInsn& operator[](unsigned i) { return insns_[i]; }
@@ -124,6 +129,7 @@ class Unit {
   bool crosses() const { return end_ > 4096; }  // then it is one instruction
   unsigned group_count() const { return group_count_; }
   AccessGroup& group(unsigned i) { return groups_[i]; }
+  LoneAccesses Members(unsigned group) const;
   // Registers before instruction `i`.
   const std::array<Symbol, 16>& symbols(unsigned i) const { return symbols_[i]; }
   // Its own bytes, and what was looked at behind its exits.
@@ -133,7 +139,6 @@ class Unit {
   // The same, but -1 also if it depends on where the page lies in CS.
   int64_t NearTarget(const UnitInsn& insn) const;
   const UnitMode& mode() const { return mode_; }
-  Grouping grouping() const { return grouping_; }
 
  private:
   DecodeStatus DecodeAt(unsigned offset, const uint8_t* next, Insn* insn) const;
@@ -149,14 +154,14 @@ class Unit {
   void Update(const UnitInsn& insn);
   void Fresh(unsigned reg) { now_[reg & 15] = {next_symbol_++, 0}; }
   void FreshAll();
-  void Group(MemoryAccess& access, unsigned at);
+  void Group(MemoryAccess& access, unsigned at, bool alone);
   void PlaceChecks();
   bool CanCheckAt(const AccessGroup& group, unsigned at) const;
 
   DecodeContext context_;
   UnitMode mode_;
   const uint8_t* page_ = nullptr;
-  Grouping grouping_ = Grouping::kShared;
+  LoneAccesses lone_;
   unsigned count_ = 0, end_ = 0, group_count_ = 0, first_open_ = 0;
   std::vector<CodeRange> ranges_;
   uint32_t next_symbol_ = 1;

@@ -252,9 +252,11 @@ uint64_t Engine::OnFill(void* state, uint64_t address, uint64_t site) {
 
 uint64_t Engine::Fill(uint64_t address, const Site& site) {
   Cpu& c = cpu();
-  if (state_.misses[0][site.slot] == 0 && Adapt(site, address)) return Resume(site.offset);
+  const bool crosses = (address & 0xfff) + site.span > kPageSize;
+  if (state_.misses[0][site.slot] == 0 && !crosses && Adapt(site, address))
+    return Resume(site.offset);
   const Access access = site.write() ? Access::kWrite : Access::kRead;
-  if ((address & 0xfff) + site.span <= 4096 && mmu::TryMap(c, address, access)) {
+  if (!crosses && mmu::TryMap(c, address, access)) {
     Tlb& tlb = *c.tlb;
     const TlbEntry& entry = tlb.data(address);
     if (tlb.changes() == seen_changes_ &&
@@ -268,10 +270,25 @@ uint64_t Engine::Fill(uint64_t address, const Site& site) {
     }
   }
   ++counters_.fill_failures;
-  if ((address & 0xfff) + site.span <= 4096 || !site.shared()) return Interpret(site);
-  // Accesses that were checked together lie on two pages.
-  NoteFailure(UnitCode(site), site.group);
-  return Resume(site.offset, Grouping::kSingle);
+  if (!site.shared()) return Interpret(site);
+  if (NoteFailure(UnitCode(site), site.group) == Failure::kSeldom && !crosses)
+    return Interpret(site);
+  return ResumeSingle(site);
+}
+
+// In a unit with a check for each access, which the site's stub then goes to by itself.
+uint64_t Engine::ResumeSingle(const Site& site) {
+  const uint64_t evictions = counters_.evictions, steps = counters_.steps;
+  const auto at = reinterpret_cast<uint64_t>(&site);
+  TakeFlags();
+  cpu().rip = state_.page + site.offset;
+  Block* block = Locate(Grouping::kSingle);
+  if (block == nullptr) return Go(stubs_.exit);
+  GiveFlags();
+  const uint64_t body = Go(block->entries.body);
+  if (counters_.evictions == evictions && counters_.steps == steps && block->next_page == nullptr)
+    state_.singles[(at >> kSingleShift) % kSingles] = {at, body};
+  return body;
 }
 
 // The first byte of a site's unit. The fetch may raise a fault: as of the site.
@@ -315,10 +332,10 @@ bool Engine::Adapt(const Site& site, uint64_t address) {
 }
 
 // In a unit that begins at `offset`.
-uint64_t Engine::Resume(uint16_t offset, Grouping grouping) {
+uint64_t Engine::Resume(uint16_t offset) {
   TakeFlags();
   cpu().rip = state_.page + offset;
-  Block* block = Locate(grouping);
+  Block* block = Locate();
   if (block == nullptr) return Go(stubs_.exit);
   GiveFlags();
   return Go(block->entries.body);
@@ -353,20 +370,23 @@ uint64_t Engine::Interpret(const Site& site) {
 
 // The common check of a group failed: its accesses lie on two pages, or didn't follow (behind a null
 // pointer that the program tests itself, mostly), or don't fit into their segment together. If that
-// goes on they are checked one by one, each where it is made.
-void Engine::NoteFailure(const uint8_t* unit, unsigned group) {
-  constexpr unsigned kMost = 32;
+// goes on and on they are checked one by one, each where it is made.
+Engine::Failure Engine::NoteFailure(const uint8_t* unit, unsigned group) {
+  constexpr unsigned kFew = 4, kMost = 32;
   constexpr uint64_t kTicksAFailure = 30000;  // rarer ones cost less than more checks would
   Block* block = unit == nullptr ? nullptr : store_.Find(Key(unit, running_mode()));
-  if (block == nullptr) return;
+  if (block == nullptr) return Failure::kSeldom;
   Adaptation& adaptation = adapted_[block->key];
   if (adaptation.failures.size() <= group) adaptation.failures.resize(group + 1);
   auto& [count, since] = adaptation.failures[group];
-  if (count++ % kMost != 0) return;
-  const uint64_t now = __builtin_ia32_rdtsc(), before = std::exchange(since, now);
-  if (count == 1 || now - before > kMost * kTicksAFailure) return;
-  adaptation.failing[group] = true;
-  Kill(block);
+  if (++count % kMost == 0) {
+    const uint64_t now = __builtin_ia32_rdtsc(), before = std::exchange(since, now);
+    if (now - before < kMost * kTicksAFailure) {
+      adaptation.failing[group] = true;
+      Kill(block);
+    }
+  }
+  return count < kFew ? Failure::kSeldom : Failure::kOften;
 }
 
 uint64_t Engine::OnExecute(void* state, uint64_t, uint64_t site) {

@@ -105,10 +105,12 @@ class Engine final : private Tlb::Follower {
   Block* Locate(Grouping grouping = Grouping::kShared);
   uint64_t Branched();
   uint64_t Undo(Branch branch);
-  uint64_t Resume(uint16_t offset, Grouping grouping = Grouping::kShared);
+  uint64_t Resume(uint16_t offset);
   bool Adapt(const Site& site, uint64_t address);
   const uint8_t* UnitCode(const Site& site);
-  void NoteFailure(const uint8_t* unit, unsigned group);
+  enum class Failure : uint8_t { kSeldom, kOften };
+  Failure NoteFailure(const uint8_t* unit, unsigned group);
+  uint64_t ResumeSingle(const Site& site);
   void SwitchTo(uint16_t mode, unsigned cls);
   void Entered(uint16_t mode);
   // As it is wanted at Cpu::rip.
@@ -127,6 +129,7 @@ class Engine final : private Tlb::Follower {
   CodePage* PageOf(const uint8_t* host, uint16_t mode);
   void Kill(Block* block);
   void Forget(Block* block);
+  void ForgetTargets();
   void Evict();
   CodePage* Recheck(CodePage* page);
   void Drop(CodePage* page);

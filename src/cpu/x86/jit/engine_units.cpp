@@ -205,6 +205,12 @@ void Engine::Kill(Block* block) {
   memory_.At(memory_.OffsetOf(block->entries.checked - memory_.delta())).Jmp(stubs_.dispatch);
 }
 
+// What leads into units without being an exit of another.
+void Engine::ForgetTargets() {
+  for (auto& table : state_.jumps) std::fill_n(table, kJumpEntries, Go(stubs_.dispatch));
+  std::memset(state_.singles, 0, sizeof(state_.singles));
+}
+
 // The oldest region of code memory becomes the one that is filled. None of its code is running, or
 // will be returned to.
 void Engine::Evict() {
@@ -219,7 +225,7 @@ void Engine::Evict() {
     }
   }
   store_.Advance();
-  for (auto& table : state_.jumps) std::fill_n(table, kJumpEntries, Go(stubs_.dispatch));
+  ForgetTargets();
 }
 
 // After a write to a page of code: units that are as they were stay, and the page is watched anew.
@@ -289,7 +295,7 @@ void Engine::Flush() {
   free_code_slots_.clear();
   for (unsigned i = kCodeSlots; i-- > 0;) free_code_slots_.push_back(i);
   std::fill_n(state_.code_pages, kCodeSlots, kNoPage);
-  for (auto& table : state_.jumps) std::fill_n(table, kJumpEntries, Go(stubs_.dispatch));
+  ForgetTargets();
   adapted_.clear();
   std::memset(state_.misses, 1, sizeof(state_.misses));
   const size_t begin = (stubs_end_ + 63) & ~size_t{63};

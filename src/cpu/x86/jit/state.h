@@ -36,9 +36,17 @@ constexpr unsigned kEntered = 4096;    // a half
 constexpr unsigned kEnteredHash = 4096;
 constexpr unsigned kJumpEntries = 65536;  // a class
 
+constexpr unsigned kSingles = 1024, kSingleShift = 3;  // of a site's address, for its hash
+
 // In State::code_pages: what no target is away from by an offset. (A page may begin at any RIP
 // where CS isn't aligned.)
 constexpr uint64_t kNoPage = 0x8000000000000001;
+
+// Where to go on when the common check at a site fails: the body of a unit with a check for each
+// access.
+struct SingleUnit {
+  uint64_t site, body;
+};
 
 // Owned by the vCPU's thread.
 struct State {
@@ -71,6 +79,7 @@ struct State {
   uint64_t addends[128] = {};            // of a unit's groups that ask the TLB, while it runs
   uint8_t misses[kClassCount][kSlots];   // how often a slot was filled from the TLB, modulo 256
   uint32_t checks[kClassCount][kSlots];  // how often it was asked, by units that count it
+  SingleUnit singles[kSingles];          // by hash of the site
   // The page (as `page` above) under which a page of code was last entered, if it was: it need not
   // be checked again until the address space changes.
   uint64_t code_pages[kCodeSlots];

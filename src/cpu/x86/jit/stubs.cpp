@@ -330,10 +330,7 @@ class StubEmitter {
     as_.Cmp(kRegDx, entry(write ? offsetof(TlbEntry, write) : offsetof(TlbEntry, read)));
     uint8_t* miss = as_.Jcc(kCcNe, as_.run());
     as_.Mov(kRegDx, kRegAx);
-    Shift(Assembler::k32, 5, kRegDx, 4);
-    as_.RegMem(Assembler::k32, 0x80, 0,  // add byte
-               {.base = kRegDx, .disp = offsetof(State, misses), .gs = true});
-    as_.Byte(1);
+    CountMiss(kRegDx);
     uint8_t* often = as_.Jcc(kCcB, as_.run());
     as_.RegReg(Assembler::k64, 0x81, 4, kS0);  // and: the page
     as_.Dword(0xfffff000);
@@ -345,9 +342,40 @@ class StubEmitter {
     for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
     as_.Ret();
     as_.PatchHere(miss);
+    const auto single = [](size_t offset) {
+      return HostMem{.base = kRegCx,
+                     .disp = static_cast<int32_t>(offsetof(State, singles) + offset),
+                     .gs = true};
+    };
+    as_.RegReg(Assembler::k32, 0x8b, kRegCx, kS1);  // mov
+    Shift(Assembler::k32, 5, kRegCx, kSingleShift);
+    as_.RegReg(Assembler::k32, 0x81, 4, kRegCx);  // and
+    as_.Dword(kSingles - 1);
+    Shift(Assembler::k32, 4, kRegCx, 4);
+    static_assert(sizeof(SingleUnit) == 16);
+    as_.Cmp(kS1, single(offsetof(SingleUnit, site)));
+    uint8_t* no_single = as_.Jcc(kCcNe, as_.run());
+    as_.Mov(kRegDx, kRegAx);
+    CountMiss(kRegDx);
+    uint8_t* single_often = as_.Jcc(kCcB, as_.run());
+    as_.Load(kRegCx, single(offsetof(SingleUnit, body)));
+    as_.Store(Gs(offsetof(State, jump_to)), kRegCx);
+    for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
+    as_.Lea(kRegSp, {.base = kRegSp, .disp = 8});  // not back to the unit
+    LoadFlags();
+    as_.JmpMem(Gs(offsetof(State, jump_to)));
+    as_.PatchHere(no_single);
+    as_.PatchHere(single_often);
     as_.PatchHere(often);
     for (unsigned i = std::size(kSaved); i-- > 0;) as_.Byte(0x58 | kSaved[i]);
     Called(targets_.fill);
+  }
+  // Of a slot, whose offset among the slots becomes its number. Carry: for the 256th time.
+  void CountMiss(HostReg slot) {
+    Shift(Assembler::k32, 5, slot, 4);
+    as_.RegMem(Assembler::k32, 0x80, 0,  // add byte
+               {.base = slot, .disp = offsetof(State, misses), .gs = true});
+    as_.Byte(1);
   }
   // As Engine::EnterPage, if the TLB knows the page.
   void EnterPage(unsigned code_class, const uint8_t* dispatch) {

@@ -455,6 +455,14 @@ bool Unit::CanCheckAt(const AccessGroup& group, unsigned at) const {
   return has(group.key.base) && has(group.key.index);
 }
 
+// The branch depends on whether the group's base is 0: the accesses mustn't be asked for before.
+bool Unit::TestsBase(const AccessGroup& group, unsigned branch) const {
+  if (branch == 0) return false;
+  const Insn& test = insns_[branch - 1].insn;
+  return test.opcode == 0x85 && test.row->map == OpcodeMap::kPrimary && !test.has_memory() &&
+         test.reg == test.rm && symbols_[branch - 1][test.rm & 15].id == group.key.base;
+}
+
 // A check spoils the flags: it is made where they are dead if such a place is near.
 void Unit::PlaceChecks() {
   for (unsigned g = 0; g < group_count_; ++g) {
@@ -469,7 +477,7 @@ void Unit::PlaceChecks() {
           group.first - at > 12)
         break;
       const Form before = insns_[at - 1].form->form;
-      if ((group.write || group.alone) && IsConditional(before)) break;
+      if (IsConditional(before) && (group.write || group.alone || TestsBase(group, at - 1))) break;
     }
   }
 }

@@ -156,6 +156,7 @@ class Unit {
   void FreshAll();
   void Group(MemoryAccess& access, unsigned at, bool alone);
   void PlaceChecks();
+  bool TestsBase(const AccessGroup& group, unsigned branch) const;
   bool CanCheckAt(const AccessGroup& group, unsigned at) const;
 
   DecodeContext context_;

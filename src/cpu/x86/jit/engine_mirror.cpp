@@ -73,8 +73,13 @@ void Engine::LeavePage(uint64_t linear) {
 }
 
 void Engine::DropWrites(const uint8_t* host_page) {
-  for (auto& slots : state_.slots) {
-    for (Slot& slot : slots) {
+  for (unsigned cls = 0; cls < kClassCount; ++cls) {
+    for (unsigned at = kWriteSlots; at < kSlots; ++at) {
+      if (at % (1u << kSlotChunkBits) == 0 && !state_.used[cls][at >> kSlotChunkBits]) {
+        at += (1u << kSlotChunkBits) - 1;
+        continue;
+      }
+      Slot& slot = state_.slots[cls][at];
       if (slot.page + slot.addend == reinterpret_cast<uint64_t>(host_page))
         std::memset(static_cast<void*>(&slot), kSlotClear, sizeof(slot));
     }

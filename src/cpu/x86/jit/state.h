@@ -30,6 +30,7 @@ constexpr unsigned kClassCount = 3;
 constexpr unsigned kSlots = 16384;                // a class
 constexpr unsigned kWriteSlots = kSlots * 5 / 8;  // from here on: for what writes, and nothing else
 constexpr unsigned kSlotChunkBits = 6;            // slots are cleared by chunks
+static_assert(kWriteSlots % (1u << kSlotChunkBits) == 0);
 constexpr unsigned kSlotChunks = kSlots >> kSlotChunkBits;
 constexpr unsigned kCodeSlots = 8192;  // pages of translated code
 constexpr unsigned kEntered = 4096;    // a half

@@ -67,21 +67,30 @@ void LogUndefined(Cpu& cpu, unsigned index) {
        cpu.seg[kCs].selector, cpu.rip, text);
 }
 
+constexpr size_t kHugePage = 2 << 20;
+// What is mapped at first: one more than needed.
+constexpr size_t kStateBytes = (sizeof(jit::State) + 2 * kHugePage - 1) / kHugePage * kHugePage;
+
 }  // namespace
 
-// What is never touched costs no memory.
+// Low, if there is room: translated code names it absolutely then. In huge pages, since that code
+// asks for something of it all the time.
 jit::State* NewState() {
   constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  // Low, if there is room: translated code names it absolutely then.
-  void* map = mmap(nullptr, sizeof(jit::State), PROT_READ | PROT_WRITE, kFlags | MAP_32BIT, -1, 0);
+  void* map = mmap(nullptr, kStateBytes, PROT_READ | PROT_WRITE, kFlags | MAP_32BIT, -1, 0);
   if (map == MAP_FAILED)
-    map = mmap(nullptr, sizeof(jit::State), PROT_READ | PROT_WRITE, kFlags, -1, 0);
+    map = mmap(nullptr, kStateBytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
   VERIFY(map != MAP_FAILED);
-  return new (map) jit::State;
+  auto* at = static_cast<uint8_t*>(map);
+  const size_t front = -reinterpret_cast<uintptr_t>(at) % kHugePage;
+  if (front != 0) munmap(at, front);
+  munmap(at + front + kStateBytes - kHugePage, kHugePage - front);
+  madvise(at + front, kStateBytes - kHugePage, MADV_HUGEPAGE);
+  return new (at + front) jit::State;
 }
 void FreeState(jit::State* state) {
   state->~State();
-  munmap(state, sizeof(jit::State));
+  munmap(state, kStateBytes - kHugePage);
 }
 
 SoftVcpu::SoftVcpu(SoftAccel& accel, unsigned index, std::unique_ptr<BlockCache> blocks)

@@ -84,6 +84,7 @@ class JitTest : public testing::Test {
   std::string Try(const Program& program, const std::vector<bool>& keep, Image* image) {
     if (!Assemble(program, keep, image)) return "";
     FillData(program.data_seed);
+    if (fresh_) boards_[static_cast<unsigned>(program.shape)][true].reset();
     ProgramBoard& interpreter = Board(program.shape, false);
     ProgramBoard& jit = Board(program.shape, true);
     const End expected =
@@ -123,8 +124,11 @@ class JitTest : public testing::Test {
 
   void Report(const Program& program, const std::string& text) {
     Image image;
+    // With nothing translated yet if it doesn't come again otherwise.
+    fresh_ = Try(program, {}, &image).empty();
     const std::vector<bool> keep = Shrink(program);
     const std::string less = Try(program, keep, &image);
+    fresh_ = false;
     ADD_FAILURE() << Describe(program) << "\n"
                   << (less.empty() ? text + "(not when run again)\n" : less)
                   << Disassemble(program, image);
@@ -151,6 +155,7 @@ class JitTest : public testing::Test {
       boards_;
   std::vector<uint8_t> data_;
   uint64_t data_seed_ = ~uint64_t{0};
+  bool fresh_ = false;  // each program on a board of its own
   std::array<uint64_t, 259> ends_{};
 };
 

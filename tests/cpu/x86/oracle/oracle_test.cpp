@@ -42,6 +42,10 @@ class Comparison {
   Comparison(const Case& test, const Outcome& native, const Outcome& soft)
       : test_(test), native_(native), soft_(soft) {
     Number("fault", native.fault, soft.fault);
+    if (native.fault != soft.fault) {
+      Number("fault address", native.fault_address, soft.fault_address);
+      Number("error code", native.error, soft.error);
+    }
     if (native.fault == soft.fault && native.fault != kNoFault) {
       Number("error code", native.error, soft.error);
       // CMPS may look at either operand first.
@@ -158,6 +162,10 @@ class OracleTest : public testing::Test {
   std::string HostDiffers(const Case& test, const Outcome& soft) {
     native_.SetCode(test.registers.rip, test.code);
     const Outcome native = native_.Run(test.registers, test.mode);
+    // AMD's CALL pushes before it looks at its target; ours, as the SDM has it, looks first.
+    const bool both_fault = !test.undefined_encoding && native.fault == kPF && soft.fault == kGP &&
+                            std::string_view(test.insn.row->mnemonic) == "CALL";
+    if (both_fault) return "";
     Comparison comparison(test, native, soft);
     comparison.Memory(native_.data(), soft_->data());
     return comparison.text();

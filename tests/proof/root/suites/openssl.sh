@@ -2,7 +2,7 @@
 cd /tmp || exit 1
 key=00112233445566778899aabbccddeeff0f1e2d3c4b5a69788796a5b4c3d2e1f0
 openssl enc -aes-128-ctr -K ${key%${key#????????????????????????????????}} -iv 00000000000000000000000000000000 \
-  -in /usr/bin/perl -out data || exit 1
+  -in /usr/bin/openssl -out data || exit 1
 failed=0
 for digest in $(openssl list -digest-commands); do
   echo "$digest $(openssl dgst "-$digest" < data 2>> /tmp/details | sed 's/.*= *//')"

@@ -5,8 +5,8 @@ import os
 
 shared = mmap.mmap(-1, 1 << 20)
 total = 0
-for round_ in range(40):
-    private = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for round_ in range(8):
+    private = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for at in range(0, len(private), 4096):
         private[at] = (at >> 12) * (round_ + 1) & 255
     child = os.fork()

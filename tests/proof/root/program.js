@@ -83,8 +83,10 @@ function threads() {
 }
 
 async function main() {
-  const parts = { floats: () => floats(40000), integers: () => integers(3000000), objects: () => objects(150000),
-    strings: () => strings(300000), generated: () => generated(300), wasm, threads };
+  const scale = Number(process.argv[2] || 1);
+  const parts = { floats: () => floats(40000 * scale), integers: () => integers(3000000 * scale),
+    objects: () => objects(150000 * scale), strings: () => strings(300000 * scale), generated: () => generated(300 * scale), wasm,
+    threads };
   for (const [name, part] of Object.entries(parts)) console.log(name, await part());
 }
 

@@ -1,5 +1,5 @@
 # Load without an end, for soak.py: processes that fork and map memory, code that writes code, a disk and a network. Prints
-#   @clock SECONDS.NANOSECONDS      each second or so
+#   @clock SECONDS.NANOSECONDS      ten times a second
 #   @load NAME rounds seconds       when a round of a load has ended
 #   @fault NAME text                when one computed something else than the time before
 # PROOF_NET: a URL that the host serves.
@@ -35,11 +35,8 @@ network() { python3 /proof/fetch.py "$PROOF_NET"; }
 
 load forks forks &
 load maps python3 /proof/maps.py &
-load node node /proof/program.js &
+load node node /proof/program.js 0.1 &
 load luajit luajit /proof/program.lua &
 load disk disk &
 load network network &
-while :; do
-  date '+@clock %s.%N'
-  sleep 1
-done
+exec python3 /proof/clock.py

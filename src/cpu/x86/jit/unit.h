@@ -124,6 +124,7 @@ class Unit {
   bool crosses() const { return end_ > 4096; }  // then it is one instruction
   unsigned group_count() const { return group_count_; }
   AccessGroup& group(unsigned i) { return groups_[i]; }
+  const AccessGroup& group(unsigned i) const { return groups_[i]; }
   // Registers before instruction `i`.
   const std::array<Symbol, 16>& symbols(unsigned i) const { return symbols_[i]; }
   // Its own bytes, and what was looked at behind its exits.

@@ -171,6 +171,7 @@ TEST_F(JitTest, RandomProgramsDoTheSameWithAndWithout) {
   const uint64_t first = Setting("KVARTZ_JIT_SEED", 1);
   const uint64_t only = Setting("KVARTZ_JIT_SHAPE", ~uint64_t{0});
   unsigned differences = 0;
+  uint64_t items = 0;
   for (uint64_t seed = first; seed < first + wanted && differences < 10; ++seed) {
     const Shape shape =
         only < static_cast<uint64_t>(Shape::kCount) ? static_cast<Shape>(only) : ShapeOf(seed);
@@ -179,10 +180,12 @@ TEST_F(JitTest, RandomProgramsDoTheSameWithAndWithout) {
     const Program program = generator_.Generate(seed, shape, cpl);
     Image image;
     const std::string text = Try(program, {}, &image);
+    items += image.lines.size();
     if (text.empty()) continue;
     ++differences;
     Report(program, text);
   }
+  printf("%lu items in programs, each of one instruction or a few; ", items);
   printf("%lu programs ended by themselves, %lu triple faults, %lu stopped; exceptions:",
          ends_[0] + ends_[kEndVector + 1], ends_[257], ends_[258]);
   for (unsigned v = 0; v < 256; ++v)

@@ -1,4 +1,5 @@
-// Something of everything that the C++ library has, to be compiled and run: each part prints what it computed.
+// Something of everything that the C++ library has, to be compiled and run: each part prints what
+// it computed.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -97,12 +98,14 @@ void Containers() {
   std::priority_queue<long> heap(flat.begin(), flat.begin() + 1000);
   long folded = 0;
   for (; !heap.empty(); heap.pop()) folded = folded * 31 + heap.top();
-  std::cout << "containers: " << total << ' ' << sorted.size() << ' ' << names.size() << ' ' << folded << '\n';
+  std::cout << "containers: " << total << ' ' << sorted.size() << ' ' << names.size() << ' '
+            << folded << '\n';
 }
 
 void Texts() {
   std::string text;
-  for (int i = 0; i < 4000; ++i) text += "key" + std::to_string(i % 97) + "=" + std::to_string(i * i) + "; ";
+  for (int i = 0; i < 4000; ++i)
+    text += "key" + std::to_string(i % 97) + "=" + std::to_string(i * i) + "; ";
   const std::regex pattern(R"((\w+?)(\d+)=(\d+);)");
   std::map<std::string, unsigned long> sums;
   for (std::sregex_iterator at(text.begin(), text.end(), pattern), end; at != end; ++at)
@@ -115,22 +118,24 @@ void Texts() {
   long a = 0, b = 0, c = 0;
   double d = 0;
   in >> a >> b >> c >> d;
-  std::cout << "streams: " << a << ' ' << b << ' ' << c << ' ' << std::setprecision(17) << d << '\n';
+  std::cout << "streams: " << a << ' ' << b << ' ' << c << ' ' << std::setprecision(17) << d
+            << '\n';
 }
 
 void Numbers() {
   Matrix<double, 24> m(0.5), p = m * m * m;
   Matrix<float, 24> f(0.25f), q = f * f;
   Matrix<long double, 12> l(0.125L), r = l * l;
-  std::cout << std::hexfloat << "matrices: " << p.Trace() << ' ' << q.Trace() << ' ' << r.Trace() << '\n';
+  std::cout << std::hexfloat << "matrices: " << p.Trace() << ' ' << q.Trace() << ' ' << r.Trace()
+            << '\n';
   std::complex<double> z(0.1, 0.7), sum;
   for (int i = 0; i < 5000; ++i) sum += std::pow(z, 1.0 / (i + 1)) * std::exp(-z);
   std::cout << "complex: " << sum << '\n';
   double special = 0;
   for (int i = 1; i < 20000; ++i) {
     const double x = i / 97.0;
-    special += std::sin(x) * std::log(x) + std::tgamma(x / 40) - std::cbrt(x) + std::erf(x / 9) + std::atan2(x, 3) +
-               std::fmod(x * 1e5, 7.5) + std::exp2(-x) + std::hypot(x, 2);
+    special += std::sin(x) * std::log(x) + std::tgamma(x / 40) - std::cbrt(x) + std::erf(x / 9) +
+               std::atan2(x, 3) + std::fmod(x * 1e5, 7.5) + std::exp2(-x) + std::hypot(x, 2);
   }
   std::cout << "functions: " << special << std::defaultfloat << '\n';
 }
@@ -173,7 +178,8 @@ int main() {
   Numbers();
   Errors();
   Threads();
-  for (const Value& value : {Value(7l), Value(0.1), Value(std::string("text"))}) std::cout << std::visit(Shown(), value) << ' ';
+  for (const Value& value : {Value(7l), Value(0.1), Value(std::string("text"))})
+    std::cout << std::visit(Shown(), value) << ' ';
   auto squares = std::views::iota(1, 2000) | std::views::transform([](long i) { return i * i; }) |
                  std::views::filter([](long i) { return i % 3 == 1; });
   std::cout << std::accumulate(squares.begin(), squares.end(), 0l) << '\n';

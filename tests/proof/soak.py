@@ -30,8 +30,8 @@ NET_BYTES = 8 << 20
 COMPLAINTS = re.compile(r"BUG:|Oops|WARNING:|[Pp]anic|stall|lockup|blocked for more than|Call Trace|general protection|segfault"
                         r"|traps:|trap [a-z]|unstable|I/O error|Out of memory|allocation failure|unhandled|MCE|@fault")
 
-# What a kernel says when it was stopped itself.
-OF_STANDSTILL = re.compile(r"stall|lockup|stuck for|Call Trace|BUG: workqueue|unstable")
+# What kernels and clients say when they were stopped themselves.
+OF_STANDSTILL = re.compile(r"timed out|stall|lockup|stuck for|Call Trace|BUG: workqueue|unstable")
 
 
 def resident_mib(pid):

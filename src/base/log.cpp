@@ -28,6 +28,8 @@ constexpr CategoryName kCategories[] = {
     {"cpu_reset", Category::kCpuReset},
     {"in_asm", Category::kInAsm},
     {"out_asm", Category::kOutAsm},
+    {"op", Category::kOp},
+    {"exec", Category::kExec},
 };
 
 // Known elsewhere.
@@ -35,8 +37,6 @@ struct Unsupported {
   std::string_view name, why;
 };
 constexpr Unsupported kUnsupported[] = {
-    {"op", "translation has no steps between guest code (in_asm) and host code (out_asm)"},
-    {"exec", "units go to one another without anybody's notice; in_asm shows each when it is made"},
     {"trace", "there are no trace points"},
 };
 

@@ -35,6 +35,8 @@ enum class Category : uint32_t {
   kCpuReset = 1 << 3,
   kInAsm = 1 << 4,   // guest code, when it is decoded or translated
   kOutAsm = 1 << 5,  // what it is translated to
+  kOp = 1 << 6,      // how
+  kExec = 1 << 7,    // when it is run
 };
 bool CategoryEnabled(Category category);
 // Comma-separated names as of -d. Errors: an unknown name (lists the known ones), one that is

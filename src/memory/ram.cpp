@@ -17,6 +17,8 @@ namespace {
 constexpr uint64_t kMiB = 1 << 20;
 constexpr uint64_t kHuge2M = 2 * kMiB;
 constexpr uint64_t kHuge1G = 1024 * kMiB;
+// An access that went wrong by a whole page, or by a few, must end here, too.
+constexpr uint64_t kGuardBytes = kMiB;
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23  // Linux 5.14
 #endif
@@ -118,13 +120,13 @@ Result<std::shared_ptr<RamBlock>> RamBlock::Create(const std::string& name, uint
   // A reservation of addresses: guard, room to align, the memory, guard.
   uint64_t align = size_bytes >= page_bytes && page_bytes > kHuge2M ? page_bytes : kHuge2M;
   uint64_t reserve = 0;
-  if (__builtin_add_overflow(size_bytes, 2 * kPageSize + align, &reserve)) reserve = UINT64_MAX;
+  if (__builtin_add_overflow(size_bytes, 2 * kGuardBytes + align, &reserve)) reserve = UINT64_MAX;
   void* reservation =
       mmap(nullptr, reserve, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (reservation == MAP_FAILED) return Fail(NoMemory(name, size_bytes, {}, errno));
   block->reservation_ = reservation;
   block->reservation_size_ = reserve;
-  auto start = reinterpret_cast<uintptr_t>(reservation) + kPageSize;
+  auto start = reinterpret_cast<uintptr_t>(reservation) + kGuardBytes;
   auto* host = reinterpret_cast<uint8_t*>((start + align - 1) / align * align);
 
   int flags = MAP_FIXED | (block->fd_ ? (options.shared ? MAP_SHARED : MAP_PRIVATE)

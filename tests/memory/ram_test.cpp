@@ -4,6 +4,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 #include <vector>
 
@@ -26,6 +28,27 @@ TEST(RamBlock, IsZeroedAndSharedThroughItsDescriptor) {
   ASSERT_NE(other, MAP_FAILED);
   EXPECT_EQ(static_cast<uint8_t*>(other)[4097], 42);
   munmap(other, 4 * kMiB);
+}
+
+// The kernel reads for us, and says what can't be.
+bool CanBeRead(const uint8_t* at) {
+  uint8_t byte = 0;
+  const iovec ours{&byte, 1}, theirs{const_cast<uint8_t*>(at), 1};
+  return process_vm_readv(getpid(), &ours, 1, &theirs, 1, 0) == 1;
+}
+
+TEST(RamBlock, NothingCanBeReachedBesideIt) {
+  for (const uint64_t size : {uint64_t{4096}, 4 * kMiB}) {
+    auto ram = RamBlock::Create("ram", size);
+    ASSERT_TRUE(ram);
+    const uint8_t* host = (*ram)->host();
+    EXPECT_TRUE(CanBeRead(host));
+    EXPECT_TRUE(CanBeRead(host + size - 1));
+    for (const uint64_t distance : {uint64_t{1}, uint64_t{4096}, uint64_t{64} << 10, kMiB}) {
+      EXPECT_FALSE(CanBeRead(host - distance)) << distance;
+      EXPECT_FALSE(CanBeRead(host + size + distance - 1)) << distance;
+    }
+  }
 }
 
 TEST(RamBlock, NobodyCanShrinkOrGrowTheFile) {

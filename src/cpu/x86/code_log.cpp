@@ -44,4 +44,12 @@ void LogHostCode(const Cpu& cpu, uint64_t linear, std::span<const uint8_t> code)
   }
 }
 
+void LogOp(const Cpu& cpu, std::string_view text) {
+  KLOG(kInfo, "op: cpu {}: {}", IndexOf(cpu), text);
+}
+
+void LogExecution(const Cpu& cpu, const char* what) {
+  KLOG(kInfo, "exec: cpu {}: {} at {:#x}, CPL {}", IndexOf(cpu), what, cpu.rip, cpu.cpl);
+}
+
 }  // namespace kvartz::cpu::x86

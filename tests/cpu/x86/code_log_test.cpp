@@ -1,4 +1,4 @@
-// What -d in_asm and out_asm print.
+// What -d in_asm, op, out_asm and exec print.
 #include "cpu/x86/code_log.h"
 
 #include <gmock/gmock.h>
@@ -18,9 +18,20 @@ using testing::HasSubstr;
 using testing::Not;
 
 GUEST_CODE(code_log_program, "mov %rsp, %rbp; add $5, %eax; out %al, $0xf4")
+// A loop over two pages, so that one unit is entered by the other, five times.
+GUEST_CODE(code_log_loop, R"(
+2: mov $5, %ecx
+0: mov 8(%rsp), %rdx
+  adc %rdx, -8(%rsp)
+  jmp 1f
+  .skip 4096 - (. - 2b)
+1: dec %ecx
+  jnz 0b
+  out %al, $0xf4)")
 
 // Log items can't be switched off again: each program runs in a process of its own.
-std::string LogOf(bool jit, const char* items) {
+std::string LogOf(bool jit, const char* items,
+                  std::span<const uint8_t> program = CODE_OF(code_log_program)) {
   char path[] = "/tmp/kvartz-code-log-XXXXXX";
   const int fd = mkstemp(path);
   EXPECT_GE(fd, 0);
@@ -29,7 +40,7 @@ std::string LogOf(bool jit, const char* items) {
     if (!log::SetFile(path) || !log::EnableCategories(items)) _exit(1);
     log::SetLevel(LogLevel::kInfo);
     GuestCase guest(Mode::kLong64, 0, "max", 1, SoftOptions{.jit = jit});
-    guest.Load(CODE_OF(code_log_program));
+    guest.Load(program);
     _exit(guest.Run().vector == -1 ? 0 : 2);
   };
   EXPECT_EXIT(run(), testing::ExitedWithCode(0), "");
@@ -68,6 +79,36 @@ TEST(CodeLogTest, HostCodeIsShownByItsBytes) {
   }
   EXPECT_THAT(bytes, HasSubstr("83 c0 05 "));
   EXPECT_THAT(text, Not(HasSubstr("in_asm")));
+}
+
+TEST(CodeLogTest, DecisionsAreShownByInstructionAndCheck) {
+  const std::string text = LogOf(true, "op", CODE_OF(code_log_loop));
+  EXPECT_THAT(text, HasSubstr("op: cpu 0: unit at 0x8000, 64-bit supervisor"));
+  EXPECT_THAT(text, HasSubstr(": MOV r, rm: copied, memory by check "));
+  EXPECT_THAT(text, HasSubstr("writes RSP+[-0x8, +0x10), asks slot "));
+  EXPECT_THAT(text, HasSubstr("0x9002: JNZ rel: branch, "));
+  EXPECT_THAT(text, HasSubstr("0x9000: DEC rm: copied, flags read later: OSZAPC"));
+  EXPECT_THAT(text, Not(HasSubstr("exec")));
+}
+
+size_t Count(const std::string& text, const std::string& part) {
+  size_t count = 0;
+  for (size_t at = text.find(part); at != text.npos; at = text.find(part, at + 1)) ++count;
+  return count;
+}
+
+TEST(CodeLogTest, EachEntryIntoAUnitIsShown) {
+  const std::string text = LogOf(true, "exec", CODE_OF(code_log_loop));
+  EXPECT_EQ(Count(text, "exec: cpu 0: unit at 0x8000, CPL 0\n"), 1u);
+  // And when a check has failed.
+  EXPECT_GE(Count(text, "exec: cpu 0: unit at 0x8005, CPL 0\n"), 4u);
+  EXPECT_EQ(Count(text, "exec: cpu 0: unit at 0x9000, CPL 0\n"), 5u);
+}
+
+TEST(CodeLogTest, EachInterpretedBlockIsShown) {
+  const std::string text = LogOf(false, "exec", CODE_OF(code_log_loop));
+  EXPECT_EQ(Count(text, "exec: cpu 0: interpreted block at 0x8005, CPL 0\n"), 4u);
+  EXPECT_EQ(Count(text, "exec: cpu 0: interpreted block at 0x9000, CPL 0\n"), 5u);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // The inner loop: blocks of decoded instructions, one after the other.
+#include "cpu/x86/code_log.h"
 #include "cpu/x86/interp/block_cache.h"
 #include "cpu/x86/mmu.h"
 
@@ -75,6 +76,8 @@ void RunBlocks(Cpu& cpu) {
     }
     block = Next(cpu, cache, block, linear, host, mode);
     block_linear = linear;
+    if (LogsExecution()) [[unlikely]]
+      LogExecution(cpu, "interpreted block");
     if (!WithinLimit(cpu, *block)) [[unlikely]] {
       StepInstruction(cpu);
       mode = ModeKey(cpu);
@@ -103,6 +106,8 @@ void RunBlocks(Cpu& cpu) {
 
 void StepInstruction(Cpu& cpu) {
   BlockCache& cache = *static_cast<BlockCache*>(cpu.blocks);
+  if (LogsExecution()) [[unlikely]]
+    LogExecution(cpu, "interpreted instruction");
   cpu.insn_rip = cpu.rip;
   const uint64_t linear = CodeAddress(cpu);
   const uint8_t* host = Fetch(cpu, linear);

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "cpu/x86/code_log.h"
 #include "cpu/x86/engine.h"
 #include "cpu/x86/host_trap.h"
 #include "cpu/x86/interp/block_cache.h"
@@ -113,7 +114,9 @@ Block* Engine::Locate(Grouping grouping) {
         EnterPage(*block->page, state_.page, linear & kPageMask);
         if (block->next_page != nullptr)
           EnterPage(*block->next_page, state_.page + kPageSize, (linear & kPageMask) + kPageSize);
-        if (grouping == Grouping::kShared) {
+        if (LogsExecution()) [[unlikely]] {
+          LogExecution(c, "unit");
+        } else if (grouping == Grouping::kShared) {
           state_.jumps[cls][JumpIndex(c.rip)] = Go(block->entries.checked);
         }
         Entered(mode);
@@ -211,7 +214,7 @@ uint64_t Engine::Link(uint32_t number) {
   Block* block = Locate();
   if (block == nullptr) return Go(stubs_.exit);
   GiveFlags();
-  if (counters_.evictions == evictions && counters_.steps == steps) {
+  if (counters_.evictions == evictions && counters_.steps == steps && !LogsExecution()) {
     Exit& exit = store_.exit(number);
     if (exit.from->page != nullptr && exit.to == nullptr) {
       ++counters_.links;

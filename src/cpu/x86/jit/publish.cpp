@@ -1,9 +1,10 @@
-// Who wants to know of translated code is told: the log (-d in_asm, out_asm) and perf's map.
+// Who wants to know of translated code is told: the log (-d in_asm, op, out_asm) and perf's map.
 #include <fmt/core.h>
 
 #include "cpu/x86/code_log.h"
 #include "cpu/x86/engine.h"
 #include "cpu/x86/jit/engine.h"
+#include "cpu/x86/jit/unit_log.h"
 
 namespace kvartz::cpu::x86::jit {
 
@@ -21,6 +22,7 @@ void Engine::Publish(const Block& block) const {
     for (unsigned i = 0; i < unit_.count(); ++i)
       LogGuestInsn(c, c.rip - block.offset + unit_[i].offset, unit_[i].insn);
   }
+  if (LogsUnits()) LogUnit(c, c.rip - block.offset, unit_, block.mode, block.exit_count);
   if (LogsHostCode()) LogHostCode(c, c.rip, {block.entries.checked, size});
   const PerfMap* map = c.vcpu == nullptr ? nullptr : c.vcpu->accel().perf_map();
   if (map != nullptr) map->Add(block.entries.checked, size, fmt::format("guest:{:#x}", c.rip));

@@ -130,6 +130,7 @@ class Unit {
   unsigned group_count() const { return group_count_; }
   AccessGroup& group(unsigned i) { return groups_[i]; }
   LoneAccesses Members(unsigned group) const;
+  const AccessGroup& group(unsigned i) const { return groups_[i]; }
   // Registers before instruction `i`.
   const std::array<Symbol, 16>& symbols(unsigned i) const { return symbols_[i]; }
   // Its own bytes, and what was looked at behind its exits.

@@ -84,6 +84,7 @@ class JitTest : public testing::Test {
   std::string Try(const Program& program, const std::vector<bool>& keep, Image* image) {
     if (!Assemble(program, keep, image)) return "";
     FillData(program.data_seed);
+    if (fresh_) boards_[static_cast<unsigned>(program.shape)][true].reset();
     ProgramBoard& interpreter = Board(program.shape, false);
     ProgramBoard& jit = Board(program.shape, true);
     const End expected =
@@ -123,8 +124,11 @@ class JitTest : public testing::Test {
 
   void Report(const Program& program, const std::string& text) {
     Image image;
+    // With nothing translated yet if it doesn't come again otherwise.
+    fresh_ = Try(program, {}, &image).empty();
     const std::vector<bool> keep = Shrink(program);
     const std::string less = Try(program, keep, &image);
+    fresh_ = false;
     ADD_FAILURE() << Describe(program) << "\n"
                   << (less.empty() ? text + "(not when run again)\n" : less)
                   << Disassemble(program, image);
@@ -151,6 +155,7 @@ class JitTest : public testing::Test {
       boards_;
   std::vector<uint8_t> data_;
   uint64_t data_seed_ = ~uint64_t{0};
+  bool fresh_ = false;  // each program on a board of its own
   std::array<uint64_t, 259> ends_{};
 };
 
@@ -166,6 +171,7 @@ TEST_F(JitTest, RandomProgramsDoTheSameWithAndWithout) {
   const uint64_t first = Setting("KVARTZ_JIT_SEED", 1);
   const uint64_t only = Setting("KVARTZ_JIT_SHAPE", ~uint64_t{0});
   unsigned differences = 0;
+  uint64_t items = 0;
   for (uint64_t seed = first; seed < first + wanted && differences < 10; ++seed) {
     const Shape shape =
         only < static_cast<uint64_t>(Shape::kCount) ? static_cast<Shape>(only) : ShapeOf(seed);
@@ -174,10 +180,12 @@ TEST_F(JitTest, RandomProgramsDoTheSameWithAndWithout) {
     const Program program = generator_.Generate(seed, shape, cpl);
     Image image;
     const std::string text = Try(program, {}, &image);
+    items += image.lines.size();
     if (text.empty()) continue;
     ++differences;
     Report(program, text);
   }
+  printf("%lu items in programs, each of one instruction or a few; ", items);
   printf("%lu programs ended by themselves, %lu triple faults, %lu stopped; exceptions:",
          ends_[0] + ends_[kEndVector + 1], ends_[257], ends_[258]);
   for (unsigned v = 0; v < 256; ++v)

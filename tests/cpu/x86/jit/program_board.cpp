@@ -44,6 +44,7 @@ GUEST_CODE(programs_nmi64, ".code64\n lock incl 0x6100\n iretq")
 GUEST_CODE(programs_nmi32, ".code32\n lock incl %ss:0x6100\n iret")
 constexpr uint64_t kDemandHandler = 0x5800, kNmiHandler = 0x5900, kNmiStack = 0x6400;
 
+constexpr uint64_t kLowStacks = kInnerStack & ~(kPage - 1);
 constexpr uint64_t kLowBytes = 0x15000;  // tables and stubs
 constexpr uint64_t kUserPage = 7, kSupervisor = 3, kReadOnly = 5;
 constexpr uint64_t kNoMemory = 0x8000000;  // physical: behind the RAM
@@ -76,8 +77,10 @@ ProgramBoard::ProgramBoard(Shape shape, const SoftOptions& soft)
   if (guest_.IsLong()) state.cr4 |= cr4::kFsgsbase;
   state.xcr0 = 7;
   EXPECT_TRUE(guest_.board.vcpu().SetState(state));
-  if (layout_.paged)
+  if (layout_.paged) {
     page_table_.assign(guest_.at(guest_.pte_address(0)), guest_.at(guest_.pte_address(0)) + kPage);
+    low_stacks_.assign(guest_.at(kLowStacks), guest_.at(kLowStacks) + kPage);
+  }
   // Without paging all of it can be written.
   if (!layout_.paged)
     low_memory_.assign(guest_.at(0),
@@ -167,7 +170,7 @@ void ProgramBoard::MapArea(uint64_t linear, uint64_t pages, uint64_t flags, bool
 void ProgramBoard::MapPages() {
   // Nothing but tables and stubs, which programs can't change, and the stacks of exceptions.
   for (uint64_t page = 0; page < 0x200; ++page) {
-    const bool stack = page == (kInnerStack >> 12);
+    const bool stack = page == (kLowStacks >> 12);
     const bool table = page < (kLowBytes >> 12);
     guest_.SetPte(page << 12, table ? page << 12 | (stack ? 0x63 : 0x61) : 0);
   }
@@ -222,6 +225,7 @@ void ProgramBoard::LoadMemory(const Program& program, const Image& image,
   Put(at + kCountersAt + kPage, data.subspan(kCountersAt + kPage));
   if (!layout_.is16()) Put(layout_.stack + offset, stack_);
   if (layout_.paged) {
+    Put(kLowStacks, low_stacks_);  // which programs at CPL 0 can write
     std::memcpy(guest_.at(guest_.pte_address(0)), page_table_.data(), kPage);
     if (program.code_writable) {
       MapArea(layout_.code, kCodePages, kUserPage, !layout_.is16());

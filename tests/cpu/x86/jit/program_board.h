@@ -67,6 +67,7 @@ class ProgramBoard {
   GuestCase guest_;
   GuestMemory memory_;
   std::vector<uint8_t> page_table_;  // as it is at a program's start
+  std::vector<uint8_t> low_stacks_;  // with paging: the page of exceptions' stacks
   std::vector<uint8_t> low_memory_;  // without paging: tables and stubs, and what lies between
   std::vector<uint8_t> stack_;
   bool code_writable_ = false;

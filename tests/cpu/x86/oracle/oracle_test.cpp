@@ -42,6 +42,10 @@ class Comparison {
   Comparison(const Case& test, const Outcome& native, const Outcome& soft)
       : test_(test), native_(native), soft_(soft) {
     Number("fault", native.fault, soft.fault);
+    if (native.fault != soft.fault) {
+      Number("fault address", native.fault_address, soft.fault_address);
+      Number("error code", native.error, soft.error);
+    }
     if (native.fault == soft.fault && native.fault != kNoFault) {
       Number("error code", native.error, soft.error);
       // CMPS may look at either operand first.
@@ -136,13 +140,34 @@ class OracleTest : public testing::Test {
       std::memcpy(reinterpret_cast<void*>(poke.address), &poke.value, 8);
       std::memcpy(soft_->data() + (poke.address - kData), &poke.value, 8);
     }
+    std::memcpy(before_.data(), soft_->data(), kDataSize);
+    const Outcome soft = soft_->Run(test);
+    const std::string text = HostDiffers(test, soft);
+    if (text.empty()) return "";
+    // A virtualised host under load isn't the same CPU every time: it may lose GS's base, or raise
+    // what a page fault of its own led to. A difference is one if it is there each time.
+    std::string again = text;
+    for (unsigned i = 0; i < kHostRuns && !again.empty(); ++i) {
+      native_.SetData(before_.data());
+      again = HostDiffers(test, soft);
+    }
+    std::memcpy(soft_->data(), native_.data(), kDataSize);
+    if (!again.empty()) return text;
+    ++host_lapses_;
+    printf("The host did something else when it ran this again (%s):\n%s",
+           Hex(test.code.data(), test.code.size()).c_str(), text.c_str());
+    return "";
+  }
+
+  std::string HostDiffers(const Case& test, const Outcome& soft) {
     native_.SetCode(test.registers.rip, test.code);
     const Outcome native = native_.Run(test.registers, test.mode);
-    const Outcome soft = soft_->Run(test);
+    // AMD's CALL pushes before it looks at its target; ours, as the SDM has it, looks first.
+    const bool both_fault = !test.undefined_encoding && native.fault == kPF && soft.fault == kGP &&
+                            std::string_view(test.insn.row->mnemonic) == "CALL";
+    if (both_fault) return "";
     Comparison comparison(test, native, soft);
     comparison.Memory(native_.data(), soft_->data());
-    if (!comparison.text().empty()) std::memcpy(soft_->data(), native_.data(), kDataSize);
-    host_alone_faulted_ = native.fault == kPF && soft.fault == kNoFault;
     return comparison.text();
   }
 
@@ -153,7 +178,9 @@ class OracleTest : public testing::Test {
   CaseGenerator generator_;
   NativeCpu native_;
   std::unique_ptr<CaseRunner> soft_;
-  bool host_alone_faulted_ = false;
+  static constexpr unsigned kHostRuns = 16;
+  std::vector<uint8_t> before_ = std::vector<uint8_t>(kDataSize);  // data, before the case
+  uint64_t host_lapses_ = 0;
 };
 
 void OracleTest::Everything(uint64_t slice) {
@@ -180,12 +207,6 @@ void OracleTest::Everything(uint64_t slice) {
     if (done % 65536 == 0) RandomMemory();
     const std::string text = Try(test);
     if (text.empty()) continue;
-    // A virtualised host under load may lose GS's base: a page fault of the host's that doesn't come
-    // back is no difference.
-    if (host_alone_faulted_ && Try(test).empty()) {
-      printf("The host faulted once, and not again: %s\n", text.c_str());
-      continue;
-    }
     ++differences;
     if (++failures[row.mnemonic] <= 2) {
       ADD_FAILURE() << row.mnemonic << " \"" << row.encoding << "\" "
@@ -200,8 +221,8 @@ void OracleTest::Everything(uint64_t slice) {
   printf(
       "%lu cases over %zu rows (%u never came up: features or modes that the host lacks), %lu "
       "differences in %zu "
-      "instructions\n",
-      done, rows.size(), untried, differences, failures.size());
+      "instructions, %lu times the host did something else when it ran a case again\n",
+      done, rows.size(), untried, differences, failures.size(), host_lapses_);
   EXPECT_EQ(differences, 0u);
 }
 

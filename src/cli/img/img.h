@@ -59,6 +59,7 @@ class Session {
   // --object arguments.
   Result<> AddObjects(const Arguments& arguments);
   Result<block::NodePtr> Open(const ImageName& image, const block::NodeOptions& node);
+  Result<block::NodePtr> OpenOptions(block::Options options, const block::NodeOptions& node);
   // Writes what is still in memory. What isn't closed so is at the end, by CloseAll.
   Result<> Close(const block::NodePtr& node);
   Result<> CloseAll();

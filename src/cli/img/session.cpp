@@ -130,6 +130,12 @@ Result<block::NodePtr> Session::Open(const ImageName& image, const block::NodeOp
   return opened;
 }
 
+Result<block::NodePtr> Session::OpenOptions(block::Options options,
+                                            const block::NodeOptions& node) {
+  open_.push_back(TRY(block::OpenNode(env_, std::move(options), node)));
+  return open_.back();
+}
+
 Result<> Session::Close(const block::NodePtr& node) {
   std::erase(open_, node);
   return node->Close();

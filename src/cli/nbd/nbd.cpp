@@ -13,6 +13,7 @@
 #include "block/nbd/server.h"
 #include "block/sync_io.h"
 #include "cli/img/img.h"
+#include "cli/img/overlay.h"
 #include "cli/nbd/background.h"
 #include "cli/tool.h"
 
@@ -130,32 +131,13 @@ class NbdProgram {
                     fmt::format("format {} has no snapshots", node->driver()));
       TRY(node->snapshots()->ShowReadOnly(*snapshot));
     }
-    return arguments_.Has("snapshot") ? Overlay(session, std::move(node)) : node;
+    return arguments_.Has("snapshot") ? img::TemporaryOverlay(session, std::move(node)) : node;
   }
 
   static std::string EscapeCommas(const std::string& text) {
     std::string out;
     for (char c : text) out += c == ',' ? ",," : std::string(1, c);
     return out;
-  }
-
-  // A qcow2 over it whose file has no name any more.
-  Result<NodePtr> Overlay(img::Session& session, NodePtr base) {
-    char path[] = "/var/tmp/kvartz-nbd-XXXXXX";
-    UniqueFd fd(mkstemp(path));
-    if (!fd) return Fail(ErrnoError(errno, "cannot make a temporary file in /var/tmp"));
-    struct Unlink {
-      const char* path;
-      ~Unlink() { unlink(path); }
-    } cleanup = {path};
-    block::Options create;
-    create.Set("size", std::to_string(base->size_bytes()));
-    TRY(block::CreateImage(session.env(), "qcow2", path, std::move(create)));
-    img::ImageName name = {.name = path, .format = "qcow2"};
-    NodePtr overlay = TRY(
-        session.Open(name, {.cache_no_flush = true, .discard_unmap = true, .no_backing = true}));
-    TRY(overlay->SetBacking(std::move(base)));
-    return overlay;
   }
 
   Result<std::shared_ptr<block::nbd::Export>> OpenExport(img::Session& session) {

@@ -32,6 +32,7 @@ constexpr OptionSpec kOptions[] = {
      "cache mode: writeback (default), none, writethrough, directsync, unsafe"},
     {'d', "discard", "MODE", "unmap (default) or ignore"},
     {'T', "trace", "PATTERN", "not supported yet"},
+    {0, "untrusted", {}, "open no backing or data file that an image names"},
     {'U', "force-share", {}, "open it although others write to it (with -r)"},
 };
 
@@ -92,6 +93,7 @@ Result<> CheckOptions(const Arguments& arguments) {
 Result<int> RunAll(Console& console, const Arguments& arguments) {
   TRY(CheckOptions(arguments));
   TRY(console.session.AddObjects(arguments));
+  if (arguments.Has("untrusted")) console.session.Distrust();
   if (arguments.Has("misalign")) console.align = Align::kOdd;
   OpenHow how;
   how.node.read_only = arguments.Has("read-only");

@@ -3,7 +3,7 @@
 
   docs/kvartz-vmm.1    the man page, from -help
   docs/devices.md      the devices, from -device help
-  docs/kvartz-img.1, docs/kvartz-nbd.1   the man pages of the tools, from --help of the kvartz beside PROGRAM
+  docs/kvartz-img.1, -io.1, -nbd.1   the man pages of the tools, from --help of the kvartz beside PROGRAM
 
 --check writes nothing and fails when a document is not what would be written.
 """
@@ -104,6 +104,10 @@ TOOLS = {
             "With\n.B \\-\\-json\nbefore the command errors are JSON objects, one a line.\n",
             "0 success; 1 an error. compare: 1 different, 2 an image cannot be opened, 3 its allocation cannot be examined, 4 it\n"
             "cannot be read. check: 2 corruptions, 3 leaked clusters alone, 63 the format has no checks.\n"),
+    "io": ("read and write a disk image by commands",
+           "Options, commands, output and exit codes are those of qemu-io 7.2, and called by that name the program answers as it.\n"
+           "Commands come from\n.B \\-c\nor, one a line, from standard input. What is not supported yet is refused by name.\n",
+           "0 when every command did what it should; 1 when one failed, a pattern was not what was read, or no image could be opened.\n"),
     "nbd": ("offer a disk image to NBD clients",
             "Options are those of qemu-nbd 7.2, and called by that name the program answers as it.\n"
             "It ends when its last client has gone, unless it is persistent.\n",
@@ -130,6 +134,12 @@ def tool_page(program, tool):
     for verb in verbs:
         lines = output(kvartz, tool, verb, "--help").splitlines()
         page += f".SH {verb.upper()}\n.B {roff(lines[0].removeprefix('usage: '))}\n.PP\n{roff(lines[1])}\n" + tool_options("\n".join(lines[2:]))
+    if tool == "io":
+        page += ".SH COMMANDS\n"
+        for line in output(kvartz, tool, "-c", "help").splitlines():
+            if match := re.match(r"(\S+)( .*)?-- (.*)", line):
+                page += f".TP\n.B {roff((match[1] + (match[2] or '')).strip())}\n{roff(match[3])}\n"
+                page += tool_options(output(kvartz, tool, "-c", f"help {match[1]}"))
     return page + f".SH EXIT STATUS\n{status}"
 
 
@@ -139,7 +149,8 @@ def main():
         sys.exit(__doc__)
     stale = []
     for path, text in (("docs/kvartz-vmm.1", man_page(arguments[0])), ("docs/devices.md", devices(arguments[0])),
-                       ("docs/kvartz-img.1", tool_page(arguments[0], "img")), ("docs/kvartz-nbd.1", tool_page(arguments[0], "nbd"))):
+                       ("docs/kvartz-img.1", tool_page(arguments[0], "img")), ("docs/kvartz-io.1", tool_page(arguments[0], "io")),
+                       ("docs/kvartz-nbd.1", tool_page(arguments[0], "nbd"))):
         full = os.path.join(ROOT, path)
         old = ""
         if os.path.exists(full):

@@ -125,6 +125,11 @@ int64_t LoopCore::PrepareWait(int64_t timeout_ns) {
   return until_ns == INT64_MAX ? -1 : until_ns - now_ns;
 }
 
+// Within its turn the loop doesn't sleep, and looks at timers and tasks before it does.
+bool LoopCore::InOwnTurn() const {
+  return thread_id_.load(std::memory_order_relaxed) == CurrentThreadId() && in_turn_;
+}
+
 void LoopCore::Post(std::function<void()> task) {
   bool wake = false;
   {
@@ -132,7 +137,7 @@ void LoopCore::Post(std::function<void()> task) {
     tasks_.push_back(std::move(task));
     wake = std::exchange(sleeps_until_ns_, INT64_MIN) != INT64_MIN;
   }
-  if (wake) Wake();
+  if (wake && !InOwnTurn()) Wake();
 }
 
 void LoopCore::RunTasks() {
@@ -166,7 +171,7 @@ void LoopCore::ArmTimer(TimerState& timer, int64_t deadline_ns) {
     timer.deadline_ns = deadline_ns;
     wake = Queue(timer);
   }
-  if (wake) Wake();
+  if (wake && !InOwnTurn()) Wake();
 }
 
 void LoopCore::CancelTimer(TimerState& timer) {
@@ -181,7 +186,7 @@ void LoopCore::ResyncTimer(TimerState& timer) {
     LockGuard guard(mutex_);
     wake = timer.armed && Queue(timer);
   }
-  if (wake) Wake();
+  if (wake && !InOwnTurn()) Wake();
 }
 
 bool LoopCore::ReadTimer(const TimerState& timer, int64_t* deadline_ns) const {

@@ -101,6 +101,7 @@ class LoopCore : public EventLoop {
   int64_t PrepareWait(int64_t timeout_ns) EXCLUDES(mutex_);
   void RunTimers() EXCLUDES(mutex_);
   void RunTasks() EXCLUDES(mutex_);
+  bool InOwnTurn() const;
 
   const Clock& clock_;
   EventFd wake_;

@@ -13,6 +13,7 @@ namespace kvartz {
 namespace {
 
 constexpr unsigned kEntries = 256;
+constexpr size_t kLargeBytes = 256 << 10;
 constexpr unsigned kReapedAtOnce = 128;
 
 // user_data: a FileOp's address (aligned, so even), or an odd tag.
@@ -116,6 +117,9 @@ class UringLoop final : public LoopCore {
                                 length);
         break;
     }
+    // Data in the host's cache are copied at once, by this thread: large ones by others, if there
+    // is more to do meanwhile.
+    if (file_ops_ > 0 && IsLarge(*op)) sqe->flags |= IOSQE_ASYNC;
     io_uring_sqe_set_data64(sqe, reinterpret_cast<uint64_t>(op));
     file_ops_++;
   }
@@ -130,6 +134,13 @@ class UringLoop final : public LoopCore {
   const char* backend_name() const override { return "io_uring"; }
 
  private:
+  static bool IsLarge(const FileOp& op) {
+    if (op.kind != FileOp::Kind::kReadv && op.kind != FileOp::Kind::kWritev) return false;
+    size_t bytes = 0;
+    for (unsigned i = 0; i < op.iov_count && bytes < kLargeBytes; i++) bytes += op.iov[i].iov_len;
+    return bytes >= kLargeBytes;
+  }
+
   // The host takes no more while its completions find no room: make some.
   io_uring_sqe* NextEntry() {
     for (;;) {

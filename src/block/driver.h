@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/tls.h"
 #include "block/node.h"
 #include "block/options.h"
 
@@ -16,6 +17,8 @@ struct OpenEnv {
   EventLoop& loop;
   // The contents of --object secret,id=...; may be null.
   std::function<Result<std::string>(const std::string& id)> secret = {};
+  // The credentials of --object tls-creds-...,id=...; may be null.
+  std::function<Result<std::shared_ptr<const TlsCredentials>>(const std::string& id)> tls = {};
   // Nodes that options name ("backing": "node3"); may be null.
   std::function<NodePtr(const std::string& node_name)> find_node = {};
   // Files that an image names may be opened. false: an image that needs one is refused.

@@ -14,6 +14,7 @@ namespace {
 
 constexpr Tool kTools[] = {
     {"img", "qemu-img", "make, examine, convert and repair disk images", RunImg},
+    {"io", "qemu-io", "read and write a disk image by commands", RunIo},
     {"nbd", "qemu-nbd", "offer a disk image to NBD clients", RunNbd},
 };
 

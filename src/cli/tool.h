@@ -22,6 +22,7 @@ struct Tool {
 constexpr const char* kVersion = "0.1.0";
 
 int RunImg(const ToolCall& call);
+int RunIo(const ToolCall& call);
 int RunNbd(const ToolCall& call);
 
 }  // namespace kvartz::cli

@@ -1,5 +1,7 @@
 """VDI, VHD, VMDK and VHDX, both ways: the peer reads what we write, and we what it wrote."""
 
+import random
+import subprocess
 import unittest
 
 from harness import MIB, ImageTest
@@ -88,6 +90,74 @@ class FormatsTest(ImageTest):
             looks = any(word in str(options) for word in ("stream", "static", "Flat"))
             if fmt not in ("vhdx", "vpc") and not looks and size % MIB == 0:
                 self.same("map", "-f", fmt, "--output=json", "a.img")
+
+
+def crc32c(data):
+    crc = 0xffffffff
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82f63b78 if crc & 1 else 0)
+    return crc ^ 0xffffffff
+
+
+class VhdxLogTest(ImageTest):
+    def killed(self):
+        """A VHDX whose writer was killed: its log counts. The table on disk is as if it had never been written."""
+        self.peers("create", "-q", "-f", "vhdx", "-o", "block_size=1M", "a.vhdx", "64M")
+        # By lines: it is killed before it would print what it holds back.
+        writer = subprocess.Popen(["stdbuf", "-i0", "-oL", "qemu-io", "-f", "vhdx", self.path("a.vhdx")], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, text=True)
+        for byte in range(1, 6):
+            writer.stdin.write(f"write -q -P {byte} {byte}M 1M\n")
+        writer.stdin.write("flush\nlength\n")
+        writer.stdin.flush()
+        text = ""
+        while "64 MiB" not in text:
+            text += writer.stdout.readline()
+        writer.kill()
+        writer.communicate()
+        # It puts its log's name into the header for a moment only; and the table's sector isn't written yet.
+        with open(self.path("a.vhdx"), "r+b") as file:
+            file.seek(MIB + 4 * 8192 + 32)  # of the fifth entry: each has another
+            log_guid = file.read(16)
+            for offset in (64 << 10, 128 << 10):
+                file.seek(offset)
+                header = bytearray(file.read(4096))
+                header[48:64] = log_guid
+                header[4:8] = bytes(4)
+                header[4:8] = crc32c(header).to_bytes(4, "little")
+                file.seek(offset)
+                file.write(header)
+            file.seek(2 * MIB + 5 * 8)
+            self.assertNotEqual(file.read(8), bytes(8))
+            file.seek(2 * MIB + 5 * 8)
+            file.write(bytes(8))
+
+    def test_is_replayed(self):
+        self.killed()
+        self.run_tool("cp", "a.vhdx", "b.vhdx")
+        self.assertIn("log must be replayed", self.ours("info", "a.vhdx", code=1).stderr)
+        io = self.path(".bin", "qemu-io")
+        reads = [word for byte in range(1, 6) for word in ("-c", f"read -P {byte} {byte}M 1M")]
+        self.run_tool(io, "-f", "vhdx", *reads, "a.vhdx")
+        self.run_tool("qemu-io", "-f", "vhdx", *reads, "b.vhdx")
+        self.peers("check", "a.vhdx")
+        self.peers("compare", "a.vhdx", "b.vhdx")
+
+    def test_of_garbage_is_refused(self):
+        self.killed()
+        with open(self.path("a.vhdx"), "rb") as file:
+            good = file.read()
+        generator = random.Random(1)
+        for _ in range(20):
+            bad = bytearray(good)
+            for _ in range(3):
+                bad[MIB + generator.randrange(65536)] ^= 1 << generator.randrange(8)
+            with open(self.path("a.vhdx"), "wb") as file:
+                file.write(bad)
+            done = self.run_tool(self.path(".bin", "qemu-io"), "-f", "vhdx", "-c", "read 0 1M", "a.vhdx", code=None)
+            self.assertIn(done.returncode, (0, 1))
 
 
 class HostileVmdkTest(ImageTest):

@@ -17,10 +17,13 @@ MIB = 1 << 20
 class ImageTest(unittest.TestCase):
     """Each test runs in an empty directory of its own."""
 
+    place = None  # where that is
+    patience_s = 120  # for one program
+
     def setUp(self):
         if not shutil.which("qemu-img"):
             self.skipTest("qemu-img isn't installed")
-        directory = tempfile.TemporaryDirectory(prefix="kvartz-cli-")
+        directory = tempfile.TemporaryDirectory(prefix="kvartz-cli-", dir=self.place)
         self.addCleanup(directory.cleanup)
         self.directory = directory.name
         # By this name it speaks of itself as the peer does.
@@ -31,7 +34,8 @@ class ImageTest(unittest.TestCase):
     def path(self, *parts):
         return os.path.join(self.directory, *parts)
 
-    def run_tool(self, *command, code=0, timeout=120, **options):
+    def run_tool(self, *command, code=0, timeout=None, **options):
+        timeout = timeout or self.patience_s
         done = subprocess.run(command, cwd=self.directory, capture_output=True, timeout=timeout, text=True, **options)
         if code is not None:
             self.assertEqual(done.returncode, code, f"{' '.join(command)}: {done.stdout}{done.stderr}")

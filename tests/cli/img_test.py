@@ -116,6 +116,16 @@ class Qcow2Test(ImageTest):
         self.ours("convert", "-n", "-O", "raw", "top.qcow2", "dirty.raw")
         self.identical("top.qcow2", "dirty.raw")
 
+    def test_copying_by_the_host(self):
+        raw = self.write_raw("a.raw", 24 * MIB, seed=31, pieces=40)
+        self.peers("convert", "-f", "raw", "-O", "qcow2", raw, "a.qcow2")
+        self.peers("create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "top.qcow2")
+        for source, out in ((raw, "raw"), ("a.qcow2", "raw"), ("top.qcow2", "raw"), (raw, "qcow2")):
+            self.ours("convert", "-C", "-O", out, source, "out.img")
+            self.identical("a.raw", "out.img", "-f", "raw", "-F", out)
+        for words in (["-c"], ["-S", "4k"]):
+            self.assertIn("Cannot enable copy offloading", self.ours("convert", "-C", *words, "-O", "qcow2", raw, "out.img", code=1).stderr)
+
     def test_bitmaps_are_copied(self):
         self.chain()
         self.peers("bitmap", "--add", "-g", "32k", "top.qcow2", "b0")

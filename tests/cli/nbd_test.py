@@ -124,7 +124,7 @@ class NbdTest(NbdServer):
     def test_errors_are_one_line(self):
         raw = self.write_raw("a.raw", MIB, seed=8)
         for words, says in ((["nope"], "nope"), ([], "image file name"), (["-x", "a", "-k", "/nope/s", raw], "/nope/s"),
-                            (["--tls-creds", "x", raw], "not supported yet"), (["-c", "/dev/nbd0", raw], "kernel"),
+                            (["--tls-creds", "x", raw], "no TLS credentials"), (["-c", "/dev/nbd0", raw], "kernel"),
                             (["-B", "b", raw], "not found")):
             done = self.run_tool(self.path(".bin", "qemu-nbd"), *words, code=1)
             self.assertIn(says, done.stderr)

@@ -15,6 +15,7 @@
 #include "block/fiber_io.h"
 #include "block/formats/mapped_node.h"
 #include "block/formats/random_id.h"
+#include "block/formats/vhdx_log.h"
 #include "block/graph.h"
 
 namespace kvartz::block {
@@ -136,14 +137,32 @@ Result<CurrentHeader> FindHeader(Node& file) {
   return current;
 }
 
+// Afterwards the log counts no more.
+Result<> Replay(Node& file, CurrentHeader& current) {
+  TRY(ReplayLog(file, current.header));
+  Header header = current.header;
+  header.log_guid = Guid{};
+  for (int i = 0; i < 2; i++) {
+    current.slot ^= 1;
+    header.sequence_number = header.sequence_number + 1;
+    TRY(WriteHeader(file, header, current.slot, header.sequence_number));
+    TRY(Flush(file));
+  }
+  current.header = header;
+  return {};
+}
+
 Result<NodePtr> OpenChecked(NodePtr file, const NodeOptions& node) {
   std::vector<uint8_t> head = TRY(ReadPart(*file, 0, 8));
   if (!Probe(head)) return Fail(ErrorCode::kInvalid, "VHDX: the signature is missing");
   CurrentHeader header = TRY(FindHeader(*file));
-  if (header.header.log_guid != Guid{})
-    return Fail(ErrorCode::kUnsupported,
-                "not supported yet: VHDX whose log must be replayed first; qemu-img check -r all "
-                "does that");
+  if (header.header.log_guid != Guid{}) {
+    if (node.read_only)
+      return Fail(ErrorCode::kState,
+                  "VHDX: it wasn't closed, and its log must be replayed: open it for writing once "
+                  "(kvartz io -c length FILE)");
+    TRY(Replay(*file, header));
+  }
   std::vector<uint8_t> table_bytes =
       TRY(ReadPart(*file, kRegionTableOffsets[0], kRegionTableBytes));
   Result<Regions> first = ParseRegionTable(table_bytes);

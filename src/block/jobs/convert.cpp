@@ -39,6 +39,7 @@ Result<> ConvertJob::DoRun() {
   for (const NodePtr& source : options_.sources) left_ += source->size_bytes();
   left_ = std::min(left_ - std::min(left_, from_), options_.length);
   SetTotal(left_);
+  if (options_.host_copy) host_copier_ = std::make_unique<HostCopier>(loop());
   // The workers end together; this fiber is one of them.
   unsigned others = std::max(1u, options_.workers) - 1;
   unsigned running = others;
@@ -175,7 +176,19 @@ void ConvertJob::EndTurn(const Piece& piece) {
   turns_.WakeAll();
 }
 
+// False: it is read and written, as if nobody had asked.
+bool ConvertJob::CopyByHost(const Piece& piece) {
+  if (!options_.host_copy || host_copy_failed_ || piece.kind != Piece::Kind::kData) return false;
+  AwaitTurn(piece);
+  if (!failed_) return true;
+  int rc = host_copier_->Copy(*piece.source, piece.from, *options_.target, piece.to, piece.length);
+  host_copy_failed_ = rc != 0;
+  if (rc == 0) EndTurn(piece);
+  return rc == 0;
+}
+
 Result<> ConvertJob::Copy(const Piece& piece, std::span<uint8_t> buffer) {
+  if (CopyByHost(piece)) return {};
   std::span<uint8_t> bytes;
   if (piece.kind == Piece::Kind::kData) {
     bytes = buffer.subspan(0, piece.length);

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <deque>
+#include <memory>
 #include <vector>
 
 #include "block/dirty_bitmap.h"
 #include "block/fiber_io.h"
 #include "block/io_batch.h"
+#include "block/jobs/host_copy.h"
 #include "block/jobs/job.h"
 #include "block/node.h"
 
@@ -23,6 +25,7 @@ struct ConvertOptions {
   Node* base = nullptr;          // null: the layer below the source
   uint64_t sparse_bytes = 4096;  // zeros of this length are left out of data; 0: copied
   bool compressed = false;       // whole clusters are written compressed
+  bool host_copy = false;        // data are copied by the host where it can
   bool salvage = false;          // what can't be read becomes zeros
   bool out_of_order = false;     // writes needn't begin in order
   unsigned workers = 8;          // pieces under way at once
@@ -56,6 +59,7 @@ class ConvertJob : public Job {
   Result<Piece> NextPiece();
   Result<Stretch> Examine(Node& source, uint64_t offset, uint64_t end);
   Result<> Copy(const Piece& piece, std::span<uint8_t> buffer);
+  bool CopyByHost(const Piece& piece);
   Result<> ReadPiece(const Piece& piece, std::span<uint8_t> bytes);
   void StartWrites(IoBatch& batch, const Piece& piece, std::span<const uint8_t> bytes);
   void StartCompressed(IoBatch& batch, const Piece& piece, std::span<const uint8_t> bytes);
@@ -78,6 +82,8 @@ class ConvertJob : public Job {
   uint64_t turn_ = 0;  // the piece that may begin to write
   FiberQueue turns_;
   Result<> failed_;
+  std::unique_ptr<HostCopier> host_copier_;
+  bool host_copy_failed_ = false;  // once is enough
 };
 
 }  // namespace kvartz::block

@@ -1,6 +1,5 @@
 #include "block/nbd/address.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -9,9 +8,11 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 namespace kvartz::block::nbd {
 namespace {
@@ -100,12 +101,6 @@ Result<AddressList> Resolve(const Address& address, int flags) {
   return AddressList(found, &freeaddrinfo);
 }
 
-void SetUp(int fd, bool is_tcp) {
-  fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
-  int on = 1;
-  if (is_tcp) setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-}
-
 }  // namespace
 
 std::string Address::Text() const { return path.empty() ? fmt::format("{}:{}", host, port) : path; }
@@ -116,7 +111,8 @@ Result<Location> ParseLocation(const std::string& text) {
   if (rest.starts_with("nbd+tcp://")) return ParseUri(text, false, rest.substr(10));
   if (rest.starts_with("nbd://")) return ParseUri(text, false, rest.substr(6));
   if (rest.starts_with("nbds"))
-    return Fail(ErrorCode::kUnsupported, "not supported yet: NBD over TLS");
+    return Fail(ErrorCode::kUnsupported,
+                "not supported: nbds://; for TLS name the server by options, with tls-creds=ID");
   if (!rest.starts_with("nbd:")) return Bad(text, "this is none");
   rest.remove_prefix(4);
   Location location;
@@ -138,29 +134,83 @@ Result<Location> ParseLocation(const std::string& text) {
   return location;
 }
 
-Result<UniqueFd> Connect(const Address& address) {
-  auto failed = [&](int error) {
-    return Fail(ErrnoError(error, fmt::format("cannot connect to NBD server {}", address.Text())));
-  };
-  if (!address.path.empty()) {
-    sockaddr_un name = TRY(UnixName(address.path));
-    UniqueFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    if (!fd || connect(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof name) < 0)
-      return failed(errno);
-    SetUp(fd.get(), false);
-    return fd;
+namespace {
+std::unexpected<Error> CannotConnect(const Address& address, int error) {
+  return Fail(ErrnoError(error, fmt::format("cannot connect to NBD server {}", address.Text())));
+}
+}  // namespace
+
+void Connector::Cancel() {
+  cancelled_ = true;
+  WakeWaiting();
+}
+
+void Connector::WakeWaiting() {
+  if (Fiber* fiber = std::exchange(waiting_, nullptr)) fiber->Wake();
+}
+
+void Connector::WaitUntil(int64_t deadline_ns) {
+  if (cancelled_) return;
+  waiting_ = Fiber::Current();
+  Timer timer(loop_, [this] { WakeWaiting(); });
+  timer.Arm(deadline_ns);
+  Fiber::Suspend();
+}
+
+int Connector::AwaitWritable(int fd, int64_t deadline_ns) {
+  bool ready = false;
+  loop_.Watch(fd, FdEvents::kWrite, [&](FdEvents) {
+    ready = true;
+    loop_.Rearm(fd, FdEvents::kNone);
+    WakeWaiting();
+  });
+  WaitUntil(deadline_ns);
+  loop_.Unwatch(fd);
+  if (cancelled_) return -ECANCELED;
+  if (!ready) return -ETIMEDOUT;
+  int error = 0;
+  socklen_t size = sizeof error;
+  if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0) return -errno;
+  return -error;
+}
+
+Result<UniqueFd> Connector::ConnectUnix(const Address& address, int64_t deadline_ns) {
+  constexpr int64_t kPauseNs = 10'000'000;
+  sockaddr_un name = TRY(UnixName(address.path));
+  while (!cancelled_) {
+    UniqueFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    if (!fd) return CannotConnect(address, errno);
+    if (connect(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof name) == 0) return fd;
+    // Many wait to be accepted, and there is no event for a place among them.
+    if (errno != EAGAIN) return CannotConnect(address, errno);
+    int64_t now = loop_.clock().NowNs();
+    if (now >= deadline_ns) return CannotConnect(address, ETIMEDOUT);
+    WaitUntil(std::min(deadline_ns, now + kPauseNs));
   }
-  AddressList list = TRY(Resolve(address, 0));
+  return CannotConnect(address, ECANCELED);
+}
+
+Result<UniqueFd> Connector::Connect(const Address& address, int64_t deadline_ns) {
+  cancelled_ = false;
+  if (!address.path.empty()) return ConnectUnix(address, deadline_ns);
+  Result<AddressList> list = Resolve(address, AI_NUMERICHOST);
+  if (!list) workers_.Run([&] { list = Resolve(address, 0); });
+  if (!list) return std::unexpected(list.error());
   int error = ENOENT;
-  for (addrinfo* one = list.get(); one; one = one->ai_next) {
-    UniqueFd fd(socket(one->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    if (fd && connect(fd.get(), one->ai_addr, one->ai_addrlen) == 0) {
-      SetUp(fd.get(), true);
-      return fd;
+  for (addrinfo* one = list->get(); one && !cancelled_; one = one->ai_next) {
+    UniqueFd fd(socket(one->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    if (!fd) {
+      error = errno;
+      continue;
     }
-    error = errno;
+    int rc = connect(fd.get(), one->ai_addr, one->ai_addrlen) == 0 ? 0 : -errno;
+    if (rc == -EINPROGRESS) rc = AwaitWritable(fd.get(), deadline_ns);
+    int on = 1;
+    setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    if (rc == 0) return fd;
+    error = -rc;
   }
-  return failed(error);
+  return CannotConnect(address, error);
 }
 
 Result<UniqueFd> Listen(const Address& address) {

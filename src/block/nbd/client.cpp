@@ -97,7 +97,7 @@ void Client::FailAll() {
   queue_.clear();
   for (const auto& [cookie, call] : calls_) failed.push_back(call);
   calls_.clear();
-  for (Call* call : failed) call->done(call, -EIO);
+  for (Call* call : failed) call->done(call, kLost);
 }
 
 void Client::Conclude(uint64_t cookie, int result) {

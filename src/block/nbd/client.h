@@ -1,6 +1,7 @@
 // NBD client: what a server said of an export, and requests to it.
 #pragma once
 
+#include <cerrno>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -22,14 +23,34 @@ struct ExportInfo {
   uint32_t allocation_id = 0;
 };
 
+// What a server tells of one of its exports.
+struct OfferedExport {
+  std::string name = {}, description = {};
+  uint64_t size = 0;
+  uint16_t flags = 0;  // 0: nothing but the name is known
+  uint32_t min_block = 0, preferred_block = 0, max_block = 0;
+  std::vector<std::string> contexts = {};
+};
+
+// What TLS takes, if `credentials` are there.
+struct ClientTls {
+  std::shared_ptr<const TlsCredentials> credentials = nullptr;
+  std::string hostname = {};
+};
+
 // Loop-owned. One fiber reads, one writes, until End. What a server sends beyond its protocol ends
-// the connection: requests under way and to come end with -EIO.
+// the connection: requests under way and to come end with kLost.
 class Client : public std::enable_shared_from_this<Client> {
  public:
-  Client(EventLoop& loop, UniqueFd socket) : stream_(loop, std::move(socket)) {}
+  Client(EventLoop& loop, UniqueFd socket, ClientTls tls = {})
+      : stream_(loop, std::move(socket)), tls_(std::move(tls)) {}
+  // The result of requests when the connection is gone: no server sends it.
+  static constexpr int kLost = -ENOTCONN;
 
   // Fiber: "newstyle negotiation", up to the transmission.
   Result<> Handshake(const std::string& name);
+  // Fiber: instead of Handshake; the connection is of no use afterwards.
+  Result<std::vector<OfferedExport>> List();
   const ExportInfo& info() const { return info_; }
   void Start();  // after the handshake
   // Fiber: tells the server and waits until the fibers are gone.
@@ -55,6 +76,7 @@ class Client : public std::enable_shared_from_this<Client> {
   bool broken() const { return broken_; }
 
  private:
+  Result<> Greet();
   Result<> Negotiate(const std::string& name);
   Result<std::vector<uint8_t>> ReadReply(Option option, uint32_t& type);
   int SendOption(Option option, std::span<const uint8_t> data);
@@ -62,6 +84,8 @@ class Client : public std::enable_shared_from_this<Client> {
   Result<> Go(const std::string& name);
   Result<> ExportName(const std::string& name);
   Result<> OnInfo(std::span<const uint8_t> data);
+  Result<> Examine(OfferedExport& one);
+  Result<> ListContexts(OfferedExport& one);
 
   void WriteLoop();
   void ReadLoop();
@@ -75,6 +99,7 @@ class Client : public std::enable_shared_from_this<Client> {
   void FailAll();
 
   Stream stream_;
+  const ClientTls tls_;
   ExportInfo info_;
   std::unordered_map<uint64_t, Call*> calls_;  // sent, by cookie
   std::vector<Call*> queue_;                   // not sent yet

@@ -6,39 +6,13 @@
 #include <cstring>
 
 #include "block/nbd/client.h"
+#include "block/nbd/client_wire.h"
 
 namespace kvartz::block::nbd {
 namespace {
 
 constexpr unsigned kMostReplies = 1024;  // of one option
 constexpr const char* kAllocation = "base:allocation";
-
-std::unexpected<Error> Broken(const char* what) {
-  return Fail(ErrorCode::kIo, fmt::format("the NBD server breaks the protocol: {}", what));
-}
-
-std::unexpected<Error> Lost(int rc) {
-  return Fail(rc == -EPIPE ? Error{ErrorCode::kIo, "the NBD server closed the connection"}
-                           : ErrnoError(-rc, "the connection to the NBD server failed"));
-}
-
-template <typename T>
-void Append(std::vector<uint8_t>& to, const T& value) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(&value);
-  to.insert(to.end(), bytes, bytes + sizeof value);
-}
-
-void AppendText(std::vector<uint8_t>& to, std::string_view text) {
-  Append(to, Be32(static_cast<uint32_t>(text.size())));
-  to.insert(to.end(), text.begin(), text.end());
-}
-
-template <typename T>
-T At(std::span<const uint8_t> bytes, size_t offset) {
-  T value;
-  std::memcpy(&value, bytes.data() + offset, sizeof value);
-  return value;
-}
 
 // Of a peer: printable, and not too long.
 std::string Quote(std::span<const uint8_t> bytes) {
@@ -72,9 +46,7 @@ Result<std::vector<uint8_t>> Client::ReadReply(Option option, uint32_t& type) {
   return data;
 }
 
-Result<> Client::Handshake(const std::string& name) {
-  if (name.size() > kMostName)
-    return Fail(ErrorCode::kInvalid, "the export's name is longer than 4096 bytes");
+Result<> Client::Greet() {
   struct {
     Be64 magic, option_magic;
   } greeting;
@@ -90,6 +62,19 @@ Result<> Client::Handshake(const std::string& name) {
   Be32 answer = uint32_t{flags} & (kFixedNewstyle | kNoZeroes);
   if (int rc = stream_.Write({reinterpret_cast<const uint8_t*>(&answer), sizeof answer}))
     return Lost(rc);
+  if (!tls_.credentials) return {};
+  uint32_t type = 0;
+  if (int rc = SendOption(Option::kStartTls, {})) return Lost(rc);
+  TRY(ReadReply(Option::kStartTls, type));
+  if (type != kRepAck)
+    return Fail(ErrorCode::kPermission, "the NBD server offers no TLS, and tls-creds asks for it");
+  return stream_.StartTls(tls_.credentials, tls_.hostname);
+}
+
+Result<> Client::Handshake(const std::string& name) {
+  if (name.size() > kMostName)
+    return Fail(ErrorCode::kInvalid, "the export's name is longer than 4096 bytes");
+  TRY(Greet());
   TRY(Negotiate(name));
   if (!(info_.flags & kHasFlags)) return Broken("no transmission flags");
   if (info_.size > uint64_t{INT64_MAX}) return Broken("an impossible size");
@@ -100,6 +85,7 @@ Result<> Client::Negotiate(const std::string& name) {
   uint32_t type = 0;
   if (int rc = SendOption(Option::kStructuredReply, {})) return Lost(rc);
   TRY(ReadReply(Option::kStructuredReply, type));
+  if (type == kErrTlsRequired) return NeedsTls();
   info_.structured = type == kRepAck;
   if (!info_.structured && !(type & kRepError)) return Broken("an unknown reply");
   if (info_.structured) TRY(AskForAllocation(name));
@@ -156,6 +142,7 @@ Result<> Client::Go(const std::string& name) {
     std::vector<uint8_t> reply = TRY(ReadReply(Option::kGo, type));
     if (type == kRepAck) return {};
     if (type == kErrUnsupported) return ExportName(name);
+    if (type == kErrTlsRequired) return NeedsTls();
     if (type == kErrUnknown)
       return Fail(ErrorCode::kNotFound, fmt::format("the NBD server has no export '{}'{}{}", name,
                                                     reply.empty() ? "" : ": ", Quote(reply)));

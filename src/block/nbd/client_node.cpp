@@ -8,27 +8,27 @@
 #include "block/driver.h"
 #include "block/fiber_io.h"
 #include "block/io_batch.h"
-#include "block/nbd/client.h"
+#include "block/nbd/client_link.h"
 
 namespace kvartz::block {
 namespace nbd {
 namespace {
 
-constexpr int64_t kHandshakeNs = 30'000'000'000;
 constexpr uint64_t kMostZeroes = 1 << 30;  // of one request without payload
 
 // Loop-owned. Requests become calls one to one, in pieces where the server wants them smaller.
 class NbdNode final : public Node {
  public:
-  NbdNode(EventLoop& loop, std::string name, std::shared_ptr<Client> client, bool read_only)
-      : Node(loop, std::move(name)), client_(std::move(client)) {
-    const ExportInfo& info = client_->info();
+  NbdNode(EventLoop& loop, std::string name, std::shared_ptr<ClientLink> link, bool read_only)
+      : Node(loop, std::move(name)), link_(std::move(link)) {
+    link_->on_change = [this] { Resume(); };
+    const ExportInfo& info = link_->info();
     size_bytes_ = info.size;
     read_only_ = read_only || (info.flags & kReadOnly);
     limits_.request_alignment = info.min_block;
     limits_.discard_granularity = info.flags & kSendTrim ? info.min_block : 0;
   }
-  ~NbdNode() override { client_->Break(); }
+  ~NbdNode() override { link_->Abandon(); }
 
   const char* driver() const override { return "nbd"; }
   void Drain() override {
@@ -39,12 +39,12 @@ class NbdNode final : public Node {
   Result<Extent> Status(uint64_t offset, uint64_t length) override;
   Result<> Close() override {
     Result<> flushed;
-    if (!read_only_ && !client_->broken()) flushed = Flush(*this);
-    client_->End();
+    if (!read_only_) flushed = Flush(*this);
+    link_->Close();
     return flushed;
   }
   Result<> SetReadOnly(bool read_only) override {
-    if (!read_only && (client_->info().flags & kReadOnly))
+    if (!read_only && (link_->info().flags & kReadOnly))
       return Unsupported("being written to: the server offers it read-only");
     read_only_ = read_only;
     return {};
@@ -68,14 +68,21 @@ class NbdNode final : public Node {
   };
   void Submit(Request* request) override;
   uint32_t CallOf(const Request& request, Client::Call& call, uint64_t& most) const;
+  void Send(Piece* piece);
+  void OnDone(Piece* piece, int result);
+  void Conclude(Piece* piece, int result);
+  void Resume();
+  int AwaitStatus(uint64_t offset, uint32_t length, std::vector<StatusExtent>& extents);
 
-  const std::shared_ptr<Client> client_;
+  const std::shared_ptr<ClientLink> link_;
   unsigned under_way_ = 0;
+  std::vector<Piece*> parked_;  // until there is a connection again
+  FiberQueue changed_;
 };
 
 // Answers an errno: the server can't.
 uint32_t NbdNode::CallOf(const Request& request, Client::Call& call, uint64_t& most) const {
-  const ExportInfo& info = client_->info();
+  const ExportInfo& info = link_->info();
   most = info.max_block;
   uint16_t fua = request.fua && (info.flags & kSendFua) ? kFua : 0;
   switch (request.kind) {
@@ -107,8 +114,7 @@ uint32_t NbdNode::CallOf(const Request& request, Client::Call& call, uint64_t& m
 }
 
 void NbdNode::Submit(Request* request) {
-  const ExportInfo& info = client_->info();
-  if (client_->broken()) return FinishLater(request, -EIO);
+  const ExportInfo& info = link_->info();
   if (request->kind == Request::Kind::kFlush && !(info.flags & kSendFlush))
     return FinishLater(request, 0);
   if (request->kind == Request::Kind::kDiscard && !(info.flags & kSendTrim))
@@ -138,42 +144,78 @@ void NbdNode::Submit(Request* request) {
     }
     piece->call.owner = piece;
     piece->call.done = [](Client::Call* call, int result) {
-      std::unique_ptr<Piece> done(static_cast<Piece*>(call->owner));
-      Request* of = done->request;
-      if (result && of->result == 0) of->result = result;
-      if (--*done->left > 0) return;
-      delete done->left;
-      done->node->under_way_--;
-      // The client calls in a fiber of its own.
-      done->node->FinishLater(of, of->result);
+      auto* done = static_cast<Piece*>(call->owner);
+      done->node->OnDone(done, result);
     };
     offset += length;
     rest -= length;
-    client_->Send(&piece->call);
+    Send(piece);
+  }
+}
+
+void NbdNode::Send(Piece* piece) {
+  if (Client* client = link_->client()) return client->Send(&piece->call);
+  if (!link_->worth_waiting()) return Conclude(piece, Client::kLost);
+  parked_.push_back(piece);
+}
+
+void NbdNode::OnDone(Piece* piece, int result) {
+  if (result == Client::kLost && link_->OnLost()) return Send(piece);
+  Conclude(piece, result);
+}
+
+void NbdNode::Conclude(Piece* piece, int result) {
+  std::unique_ptr<Piece> done(piece);
+  Request* of = done->request;
+  if (result && of->result == 0) of->result = result;
+  if (--*done->left > 0) return;
+  delete done->left;
+  under_way_--;
+  // The client calls in a fiber of its own.
+  FinishLater(of, of->result);
+}
+
+// Connected again, or never.
+void NbdNode::Resume() {
+  std::vector<Piece*> parked = std::exchange(parked_, {});
+  for (Piece* piece : parked) Send(piece);
+  changed_.WakeAll();
+}
+
+int NbdNode::AwaitStatus(uint64_t offset, uint32_t length, std::vector<StatusExtent>& extents) {
+  struct Wait {
+    Fiber* fiber;
+    int result;
+  };
+  while (true) {
+    Client* client = link_->client();
+    if (!client && !link_->worth_waiting()) return Client::kLost;
+    if (!client) {
+      changed_.Wait();
+      continue;
+    }
+    Wait wait = {Fiber::Current(), 0};
+    Client::Call call = {.command = Command::kBlockStatus, .flags = kReqOne, .offset = offset};
+    call.length = length;
+    call.extents = &extents;
+    call.owner = &wait;
+    call.done = [](Client::Call* done, int result) {
+      auto* waiting = static_cast<Wait*>(done->owner);
+      waiting->result = result;
+      waiting->fiber->Wake();
+    };
+    client->Send(&call);
+    Fiber::Suspend();
+    if (wait.result != Client::kLost || !link_->OnLost()) return wait.result;
   }
 }
 
 Result<Extent> NbdNode::Status(uint64_t offset, uint64_t length) {
-  if (!client_->info().has_allocation) return Node::Status(offset, length);
-  struct Wait {
-    Fiber* fiber;
-    int result;
-  } wait = {Fiber::Current(), 0};
-  std::vector<StatusExtent> extents;
-  Client::Call call = {.command = Command::kBlockStatus, .flags = kReqOne, .offset = offset};
+  if (!link_->info().has_allocation) return Node::Status(offset, length);
   constexpr uint64_t kMost = uint64_t{2} << 30;
-  call.length = static_cast<uint32_t>(std::min(length, kMost));
-  call.extents = &extents;
-  call.owner = &wait;
-  call.done = [](Client::Call* done, int result) {
-    auto* waiting = static_cast<Wait*>(done->owner);
-    waiting->result = result;
-    waiting->fiber->Wake();
-  };
-  if (client_->broken()) return Fail(IoError(*this, "examine", offset, -EIO));
-  client_->Send(&call);
-  Fiber::Suspend();
-  if (wait.result) return Fail(IoError(*this, "examine", offset, wait.result));
+  std::vector<StatusExtent> extents;
+  if (int rc = AwaitStatus(offset, static_cast<uint32_t>(std::min(length, kMost)), extents))
+    return Fail(IoError(*this, "examine", offset, rc));
   Extent extent = {.length = std::min(length, kMost), .allocated = true, .data = true};
   if (!extents.empty() && extents[0].length > 0) {
     extent.length = std::min<uint64_t>(extent.length, extents[0].length);
@@ -203,6 +245,31 @@ Result<Location> LocationOf(Options& options) {
   return location;
 }
 
+Result<int64_t> TakeSeconds(Options& options, const std::string& key) {
+  constexpr uint64_t kMost = 1'000'000;
+  uint64_t seconds = TRY(options.TakeNumber(key, 0));
+  if (seconds > kMost)
+    return Fail(ErrorCode::kInvalid, fmt::format("{}={}: too many seconds", key, seconds));
+  return static_cast<int64_t>(seconds) * 1'000'000'000;
+}
+
+Result<> TakeTls(const OpenEnv& env, Options& options, LinkOptions& how) {
+  std::optional<std::string> id = options.Take("tls-creds");
+  how.tls.hostname = options.Take("tls-hostname", how.location.address.host);
+  if (!id) {
+    if (how.tls.hostname != how.location.address.host)
+      return Fail(ErrorCode::kInvalid, "tls-hostname= goes with tls-creds= alone");
+    return {};
+  }
+  if (!env.tls)
+    return Fail(ErrorCode::kNotFound, fmt::format("tls-creds={}: there are no objects here", *id));
+  how.tls.credentials = TRY(env.tls(*id));
+  if (how.tls.credentials->endpoint() != TlsSpec::Endpoint::kClient)
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("tls-creds={}: it has endpoint=server, and a client's is needed", *id));
+  return {};
+}
+
 Result<NodePtr> Open(const OpenEnv& env, const NodeOptions& node, Options& options) {
   std::string filename = options.Has("filename") ? options.all().at("filename").text : "";
   Location location = TRY(LocationOf(options));
@@ -211,24 +278,22 @@ Result<NodePtr> Open(const OpenEnv& env, const NodeOptions& node, Options& optio
     name = location.address.path.empty()
                ? fmt::format("nbd://{}/{}", location.address.Text(), location.name)
                : fmt::format("nbd+unix:///{}?socket={}", location.name, location.address.path);
-  if (options.Has("tls-creds"))
-    return Fail(ErrorCode::kUnsupported, "not supported yet: nbd with tls-creds");
-  if (options.Has("reconnect-delay"))
-    return Fail(ErrorCode::kUnsupported, "not supported yet: nbd with reconnect-delay");
-  TRY(options.RefuseRest("nbd", {"server.type", "server.path", "server.host", "server.port", "path",
-                                 "host", "port", "export"}));
-  UniqueFd socket = TRY(Connect(location.address));
-  auto client = std::make_shared<Client>(env.loop, std::move(socket));
-  Timer deadline(env.loop, [&] { client->Break(); });
-  deadline.Arm(env.loop.clock().NowNs() + kHandshakeNs);
-  Result<> greeted = client->Handshake(location.name);
-  deadline.Cancel();
-  if (!greeted) return Fail(std::move(greeted).error().In(fmt::format("'{}'", name)));
-  if (!node.read_only && (client->info().flags & kReadOnly) && !node.auto_read_only)
+  LinkOptions how = {.location = std::move(location)};
+  how.reconnect_delay_ns = TRY(TakeSeconds(options, "reconnect-delay"));
+  how.open_timeout_ns = TRY(TakeSeconds(options, "open-timeout"));
+  TRY(TakeTls(env, options, how));
+  TRY(options.RefuseRest(
+      "nbd", {"server.type", "server.path", "server.host", "server.port", "path", "host", "port",
+              "export", "tls-creds", "tls-hostname", "reconnect-delay", "open-timeout"}));
+  auto link = std::make_shared<ClientLink>(env.loop, std::move(how));
+  Result<> opened = link->Open();
+  if (!opened) return Fail(std::move(opened).error().In(fmt::format("'{}'", name)));
+  if (!node.read_only && (link->info().flags & kReadOnly) && !node.auto_read_only) {
+    link->Close();
     return Fail(ErrorCode::kPermission,
                 fmt::format("'{}': the NBD server offers this export read-only", name));
-  client->Start();
-  return std::make_shared<NbdNode>(env.loop, std::move(name), std::move(client), node.read_only);
+  }
+  return std::make_shared<NbdNode>(env.loop, std::move(name), std::move(link), node.read_only);
 }
 
 }  // namespace

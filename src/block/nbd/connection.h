@@ -36,6 +36,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   int Handshake();
   int OnOption(Option option, const Payload& data, bool& begins);
   int ExportName(const Payload& data);
+  int StartTls(const Payload& data);
   int List();
   int InfoOrGo(Option option, const Payload& data, bool& begins);
   int MetaContext(Option option, const Payload& data);

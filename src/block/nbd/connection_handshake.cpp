@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "base/log.h"
 #include "block/nbd/connection.h"
 
 namespace kvartz::block::nbd {
@@ -84,7 +85,25 @@ int Connection::Handshake() {
   return 0;
 }
 
+// "Baseline", FORCEDTLS: nothing is told before.
+int Connection::StartTls(const Payload& data) {
+  if (!data.empty()) return Refuse(Option::kStartTls, kErrInvalid, "the option takes no data");
+  if (!server_.tls()) return Refuse(Option::kStartTls, kErrPolicy, "this server has no TLS");
+  if (stream_.has_tls()) return Refuse(Option::kStartTls, kErrInvalid, "TLS has begun already");
+  if (int rc = Reply(Option::kStartTls, kRepAck)) return rc;
+  Result<> begun = stream_.StartTls(server_.tls(), "");
+  if (begun) return 0;
+  static log::RateLimit limit;
+  if (limit.Pass()) KLOG(kWarn, "nbd: a client is refused: {}", begun.error().what);
+  return -EPROTO;
+}
+
 int Connection::OnOption(Option option, const Payload& data, bool& begins) {
+  if (server_.tls() && !stream_.has_tls() && option != Option::kStartTls &&
+      option != Option::kAbort) {
+    if (option == Option::kExportName) return -EPERM;
+    return Refuse(option, kErrTlsRequired, "this server wants TLS (STARTTLS) first");
+  }
   switch (option) {
     case Option::kExportName:
       begins = true;
@@ -106,7 +125,7 @@ int Connection::OnOption(Option option, const Payload& data, bool& begins) {
     case Option::kSetMetaContext:
       return MetaContext(option, data);
     case Option::kStartTls:
-      return Refuse(option, kErrPolicy, "this server has no TLS");
+      return StartTls(data);
   }
   return Refuse(option, kErrUnsupported, "unknown option");
 }

@@ -53,8 +53,8 @@ enum class Option : uint32_t {
 constexpr uint32_t kRepAck = 1, kRepServer = 2, kRepInfo = 3, kRepMetaContext = 4;
 constexpr uint32_t kRepError = 1u << 31;
 constexpr uint32_t kErrUnsupported = kRepError | 1, kErrPolicy = kRepError | 2,
-                   kErrInvalid = kRepError | 3, kErrUnknown = kRepError | 6,
-                   kErrTooBig = kRepError | 9;
+                   kErrInvalid = kRepError | 3, kErrTlsRequired = kRepError | 5,
+                   kErrUnknown = kRepError | 6, kErrTooBig = kRepError | 9;
 // NBD_INFO_*.
 constexpr uint16_t kInfoExport = 0, kInfoName = 1, kInfoDescription = 2, kInfoBlockSize = 3;
 

@@ -13,6 +13,7 @@
 #include "base/event_loop.h"
 #include "base/fd.h"
 #include "base/fiber.h"
+#include "base/tls.h"
 #include "block/dirty_bitmap.h"
 #include "block/node.h"
 
@@ -41,6 +42,12 @@ class Server {
   // Null: there is none. The empty name is the first one, if there is no other of that name.
   std::shared_ptr<Export> Find(const std::string& name) const;
 
+  // Clients must use TLS before anything else, with credentials of a server.
+  void RequireTls(std::shared_ptr<const TlsCredentials> credentials) {
+    tls_ = std::move(credentials);
+  }
+  const std::shared_ptr<const TlsCredentials>& tls() const { return tls_; }
+
   // A connection that somebody else made.
   void Serve(UniqueFd socket);
   // Accepts no more and ends all connections. Fiber: waits until they are gone.
@@ -59,6 +66,7 @@ class Server {
   UniqueFd listener_;
   const unsigned most_clients_;
   bool watching_ = false, stopping_ = false;
+  std::shared_ptr<const TlsCredentials> tls_;
   std::vector<std::shared_ptr<Export>> exports_;
   std::set<std::shared_ptr<Connection>> connections_;
   FiberQueue gone_;

@@ -11,6 +11,7 @@ namespace kvartz::block::nbd {
 namespace {
 constexpr size_t kBufferBytes = 64 << 10;
 constexpr size_t kMostIov = 1024;
+constexpr size_t kTlsRecord = 16 << 10;
 }  // namespace
 
 Stream::Stream(EventLoop& loop, UniqueFd socket)
@@ -43,12 +44,54 @@ void Stream::Await(Fiber*& waiter) {
 
 void Stream::Shutdown() {
   if (std::exchange(shut_, true)) return;
+  if (tls_) tls_->Bye();
   shutdown(socket_.get(), SHUT_RDWR);
 }
 
-int64_t Stream::Receive(iovec* iov, int count) {
+Result<> Stream::StartTls(std::shared_ptr<const TlsCredentials> credentials,
+                          const std::string& hostname) {
+  if (Buffered(1)) return Fail(ErrorCode::kInvalid, "the peer sent data before TLS began");
+  auto session = TRY(TlsSession::Create(std::move(credentials), socket_.get(), hostname));
   while (true) {
+    TlsSession::Step step = TRY(session->Handshake());
+    if (step == TlsSession::Step::kDone) break;
+    if (shut_) return Fail(ErrorCode::kIo, "TLS handshake failed: the connection is closed");
+    Await(step == TlsSession::Step::kAwaitRead ? reader_ : writer_);
+  }
+  tls_ = std::move(session);
+  return {};
+}
+
+int64_t Stream::ReceiveTls(iovec* iov, int count) {
+  int64_t total = 0;
+  for (int i = 0; i < count; i++) {
+    if (total > 0 && !tls_->Pending()) break;
+    int64_t got = tls_->Receive({static_cast<uint8_t*>(iov[i].iov_base), iov[i].iov_len});
+    if (got <= 0) {
+      if (total > 0) break;
+      if (got == 0) return -EPIPE;
+      return got;
+    }
+    total += got;
+    if (static_cast<size_t>(got) < iov[i].iov_len) break;
+  }
+  return total;
+}
+
+int64_t Stream::Receive(iovec* iov, int count) {
+  while (tls_) {
+    int64_t got = ReceiveTls(iov, count);
+    if (got != -EAGAIN) return got;
+    if (shut_) return -EPIPE;
+    Await(reader_);
+  }
+  size_t room = 0;
+  for (int i = 0; i < count; i++) room += iov[i].iov_len;
+  while (true) {
+    // It gave less than there was room for: nothing is left, so waiting comes first.
+    if (std::exchange(drained_, false) && !shut_) Await(reader_);
     ssize_t got = readv(socket_.get(), iov, count);
+    drained_ = got > 0 && static_cast<size_t>(got) < room;
     if (got > 0) return got;
     if (got == 0) return -EPIPE;
     if (errno == EINTR) continue;
@@ -88,19 +131,41 @@ int Stream::Skip(uint64_t bytes) {
   return 0;
 }
 
+// A record's worth, gathered: small pieces would be records of their own. What the session was
+// given once must come again until it is taken.
+int64_t Stream::SendTls(std::span<iovec> iov) {
+  if (to_send_.empty()) {
+    for (const iovec& part : iov) {
+      const auto* bytes = static_cast<const uint8_t*>(part.iov_base);
+      to_send_.insert(to_send_.end(), bytes,
+                      bytes + std::min(part.iov_len, kTlsRecord - to_send_.size()));
+      if (to_send_.size() == kTlsRecord) break;
+    }
+  }
+  int64_t sent = tls_->Send(to_send_);
+  if (sent > 0) to_send_.clear();
+  return sent;
+}
+
+int64_t Stream::Send(std::span<iovec> iov) {
+  if (tls_) return SendTls(iov);
+  msghdr message = {};
+  message.msg_iov = iov.data();
+  message.msg_iovlen = std::min(iov.size(), kMostIov);
+  ssize_t sent = sendmsg(socket_.get(), &message, MSG_NOSIGNAL);
+  return sent < 0 ? -errno : sent;
+}
+
 int Stream::Write(std::span<iovec> iov) {
   while (!iov.empty()) {
     if (iov[0].iov_len == 0) {
       iov = iov.subspan(1);
       continue;
     }
-    msghdr message = {};
-    message.msg_iov = iov.data();
-    message.msg_iovlen = std::min(iov.size(), kMostIov);
-    ssize_t sent = sendmsg(socket_.get(), &message, MSG_NOSIGNAL);
+    int64_t sent = Send(iov);
     if (sent < 0) {
-      if (errno == EINTR) continue;
-      if (errno != EAGAIN) return -errno;
+      if (sent == -EINTR) continue;
+      if (sent != -EAGAIN) return static_cast<int>(sent);
       if (shut_) return -EPIPE;
       Await(writer_);
       continue;

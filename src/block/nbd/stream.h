@@ -12,6 +12,7 @@
 #include "base/event_loop.h"
 #include "base/fd.h"
 #include "base/fiber.h"
+#include "base/tls.h"
 
 namespace kvartz::block::nbd {
 
@@ -22,6 +23,11 @@ class Stream {
   ~Stream();
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
+
+  // Fiber: from now on within TLS. `hostname`: whom a client wants to talk to. Errors: as
+  // TlsSession's; the peer sent something before it.
+  Result<> StartTls(std::shared_ptr<const TlsCredentials> credentials, const std::string& hostname);
+  bool has_tls() const { return tls_ != nullptr; }
 
   // Fiber. 0 or -errno; -EPIPE at the end of the stream (also within what is read).
   int Read(std::span<uint8_t> bytes);
@@ -45,15 +51,20 @@ class Stream {
   void Await(Fiber*& waiter);
   void Rearm();
   int64_t Receive(iovec* iov, int count);
+  int64_t ReceiveTls(iovec* iov, int count);
+  int64_t Send(std::span<iovec> iov);
+  int64_t SendTls(std::span<iovec> iov);
 
   EventLoop& loop_;
   const UniqueFd socket_;
+  std::unique_ptr<TlsSession> tls_;
+  std::vector<uint8_t> to_send_;  // with tls_: what it was given and hasn't taken yet
   std::vector<uint8_t> buffer_;
   size_t begin_ = 0, end_ = 0;
   Fiber* reader_ = nullptr;
   Fiber* writer_ = nullptr;
   FdEvents armed_ = FdEvents::kNone;
-  bool shut_ = false;
+  bool shut_ = false, drained_ = false;
 };
 
 }  // namespace kvartz::block::nbd

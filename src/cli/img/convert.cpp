@@ -76,8 +76,11 @@ class Conversion {
   }
 
   Result<> CheckCombinations() {
-    if (arguments_.Has("C"))
-      return Fail(ErrorCode::kUnsupported, "not supported yet: -C (copying by the host)");
+    copy_.host_copy = arguments_.Has("C");
+    if (copy_.host_copy && copy_.compressed)
+      return Fail(ErrorCode::kInvalid, "Cannot enable copy offloading when -c is used");
+    if (copy_.host_copy && arguments_.Has("S"))
+      return Fail(ErrorCode::kInvalid, "Cannot enable copy offloading when -S is used");
     if (arguments_.Has("target-image-opts") && !arguments_.Has("n"))
       return Fail(ErrorCode::kInvalid, "--target-image-opts requires use of -n flag");
     if (arguments_.Has("target-is-zero") && !arguments_.Has("n"))
@@ -247,7 +250,7 @@ constexpr OptionSpec kOptions[] = {
     {0, "bitmaps", {}, "copy the persistent bitmaps, too"},
     {0, "skip-broken-bitmaps", {}, "but not those that are inconsistent"},
     kForceShare,
-    {'C', {}, {}, "not supported yet: copying by the host"},
+    {'C', {}, {}, "let the host copy data where it can (raw OUTPUT)"},
     {'c', {}, {}, "compress OUTPUT"},
     kProgress,
     kQuiet,

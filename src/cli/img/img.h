@@ -12,14 +12,15 @@
 
 #include "block/graph.h"
 #include "block/jobs/job.h"
+#include "block/tls_object.h"
 #include "cli/arguments.h"
 #include "cli/tool.h"
 
 namespace kvartz::cli::img {
 
 // Rows that several verbs share.
-constexpr OptionSpec kObject = {0, "object", "OBJECT",
-                                "a secret: secret,id=ID,data=TEXT|file=FILE"};
+constexpr OptionSpec kObject = {
+    0, "object", "OBJECT", "secret,id=ID,data=TEXT|file=FILE, or tls-creds-x509,id=ID,dir=DIR"};
 constexpr OptionSpec kImageOpts = {
     0, "image-opts", {}, "FILENAME is a list of options: driver=qcow2,file.filename=..."};
 constexpr OptionSpec kFormat = {'f', "format", "FMT", "format of the image (else it is found out)"};
@@ -56,16 +57,23 @@ class Session {
   // One line to standard error, with the program's name.
   void Complain(const std::string& text) const;
 
+  // Images are hostile: no file is opened that only they name.
+  void Distrust() { env_.follow_backing = env_.follow_data_file = false; }
   // --object arguments.
   Result<> AddObjects(const Arguments& arguments);
+  Result<std::shared_ptr<const TlsCredentials>> FindTls(const std::string& id) const;
   Result<block::NodePtr> Open(const ImageName& image, const block::NodeOptions& node);
+  Result<block::NodePtr> OpenOptions(block::Options options, const block::NodeOptions& node);
   // Writes what is still in memory. What isn't closed so is at the end, by CloseAll.
   Result<> Close(const block::NodePtr& node);
   Result<> CloseAll();
 
  private:
+  Result<> AddTls(const std::string& type, block::Options options);
+
   const std::string program_;
   EventLoop& loop_;
+  std::map<std::string, std::shared_ptr<const TlsCredentials>> tls_;
   std::map<std::string, std::string> secrets_;
   block::OpenEnv env_;
   std::vector<block::NodePtr> open_;
@@ -125,8 +133,9 @@ Progress::Show ShowProgress(const Arguments& arguments);
   X(Bench)                                                                                        \
   X(Bitmap)                                                                                       \
   X(Check)                                                                                        \
-  X(Commit) X(Compare) X(Convert) X(Create) X(Dd) X(Info) X(Map) X(Measure) X(Snapshot) X(Rebase) \
-      X(Resize) X(Verify)
+  X(Commit)                                                                                       \
+  X(Compare) X(Convert) X(Create) X(Dd) X(Info) X(Map) X(Measure) X(Snapshot) X(Rebase) X(Resize) \
+      X(Verify)
 #define KVARTZ_DECLARE_VERB(name) extern const Verb k##name;
 KVARTZ_IMG_VERBS(KVARTZ_DECLARE_VERB)
 #undef KVARTZ_DECLARE_VERB

@@ -1,6 +1,8 @@
 // img info.
 #include <fmt/core.h>
 
+#include <cstdlib>
+#include <memory>
 #include <set>
 
 #include "cli/img/img.h"
@@ -88,6 +90,12 @@ void PrintHuman(const Layer& layer) {
     fmt::print("Format specific information:\n{}", HumanText(info.specific, 1));
 }
 
+// One name for a file, whatever it is called.
+std::string Identity(const std::string& name) {
+  std::unique_ptr<char, decltype(&free)> path(realpath(name.c_str(), nullptr), &free);
+  return path ? path.get() : name;
+}
+
 Result<int> Run(Session& session, const Arguments& arguments) {
   Output output = TRY(TakeOutput(arguments));
   ImageName image = TRY(TakeImage(arguments));
@@ -95,13 +103,17 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   std::vector<Layer> layers;
   std::set<std::string> seen;
   while (true) {
-    if (!seen.insert(image.name).second) {
+    if (!seen.insert(Identity(image.name)).second) {
       return Fail(ErrorCode::kInvalid,
                   fmt::format("Backing file '{}' creates an infinite loop", image.name));
     }
     layers.push_back(TRY(Examine(session, image, arguments.Has("force-share"))));
     const ImageInfo& info = layers.back().info;
     if (!chain || info.backing_filename.empty()) break;
+    if (!session.env().follow_backing)
+      return Fail(ErrorCode::kPermission,
+                  fmt::format("'{}' has the backing file '{}', which isn't followed", image.name,
+                              info.backing_filename));
     image = {.name = info.full_backing_filename, .format = info.backing_format};
   }
   if (output == Output::kHuman) {

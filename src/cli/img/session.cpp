@@ -75,6 +75,7 @@ Result<std::string> ReadSecret(block::Options& options) {
 
 Session::Session(std::string program, EventLoop& loop)
     : program_(std::move(program)), loop_(loop), env_{.loop = loop} {
+  env_.tls = [this](const std::string& id) { return FindTls(id); };
   env_.secret = [this](const std::string& id) -> Result<std::string> {
     auto it = secrets_.find(id);
     if (it != secrets_.end()) return it->second;
@@ -103,9 +104,15 @@ Result<> Session::AddObjects(const Arguments& arguments) {
       options =
           TRY(block::Options::Parse(comma == std::string::npos ? "" : text.substr(comma + 1)));
     }
+    if (block::IsTlsObject(type)) {
+      TRY(AddTls(type, std::move(options)));
+      continue;
+    }
     if (type != "secret") {
       return Fail(ErrorCode::kUnsupported,
-                  fmt::format("--object {}: not supported yet; there are: secret", type));
+                  fmt::format("--object {}: not supported yet; there are: secret, tls-creds-x509, "
+                              "tls-creds-psk",
+                              type));
     }
     std::string id = options.Take("id", "");
     if (id.empty()) return Fail(ErrorCode::kInvalid, "--object secret: id= is missing");
@@ -118,6 +125,26 @@ Result<> Session::AddObjects(const Arguments& arguments) {
   return {};
 }
 
+Result<> Session::AddTls(const std::string& type, block::Options options) {
+  std::string id = options.Take("id", "");
+  if (id.empty())
+    return Fail(ErrorCode::kInvalid, fmt::format("--object {}: id= is missing", type));
+  auto made = block::MakeTlsObject(type, std::move(options), env_.secret);
+  if (!made) return Fail(std::move(made).error().In(fmt::format("--object {},id={}", type, id)));
+  if (!tls_.emplace(id, std::move(*made)).second)
+    return Fail(ErrorCode::kExists, fmt::format("--object {}: there are two with id={}", type, id));
+  return {};
+}
+
+Result<std::shared_ptr<const TlsCredentials>> Session::FindTls(const std::string& id) const {
+  auto it = tls_.find(id);
+  if (it != tls_.end()) return it->second;
+  return Fail(ErrorCode::kNotFound,
+              fmt::format("there are no TLS credentials '{0}': give them with --object "
+                          "tls-creds-x509,id={0},dir=...",
+                          id));
+}
+
 Result<block::NodePtr> Session::Open(const ImageName& image, const block::NodeOptions& node) {
   block::NodePtr opened;
   if (image.is_options) {
@@ -128,6 +155,12 @@ Result<block::NodePtr> Session::Open(const ImageName& image, const block::NodeOp
   }
   open_.push_back(opened);
   return opened;
+}
+
+Result<block::NodePtr> Session::OpenOptions(block::Options options,
+                                            const block::NodeOptions& node) {
+  open_.push_back(TRY(block::OpenNode(env_, std::move(options), node)));
+  return open_.back();
 }
 
 Result<> Session::Close(const block::NodePtr& node) {

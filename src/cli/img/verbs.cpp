@@ -19,6 +19,7 @@ constexpr OptionSpec kStandard[] = {
     {'h', "help", {}, "display this help and exit"},
     {'V', "version", {}, "output version information and exit"},
     {0, "json", {}, "errors as JSON objects, one a line"},
+    {0, "untrusted", {}, "open no backing or data file that an image names"},
     {'T', "trace", "PATTERN", "not supported yet"},
 };
 constexpr OptionSpec kHelp = {'h', "help", {}, "display this help and exit"};
@@ -53,6 +54,7 @@ class Program {
     Result<Arguments> standard = ParseArguments(kStandard, call_.words, Operands::kEndOptions);
     if (!standard) return Refuse(standard.error(), 1);
     json_ = standard->Has("json");
+    untrusted_ = standard->Has("untrusted");
     if (standard->Has("version")) {
       fmt::print("{} version 7.2.0 (Kvartz {})\n", call_.name, kVersion);
       return 0;
@@ -96,6 +98,7 @@ class Program {
     if (!loop) return Refuse(loop.error(), verb.error_code);
     Session session(call_.name, **loop);
     session.quiet = arguments->Has("q");
+    if (untrusted_) session.Distrust();
     Result<int> code = block::RunInFiber(**loop, [&]() -> Result<int> {
       TRY(session.AddObjects(*arguments));
       Result<int> done = verb.run(session, *arguments);
@@ -123,7 +126,7 @@ class Program {
   }
 
   const ToolCall& call_;
-  bool json_ = false;
+  bool json_ = false, untrusted_ = false;
 };
 
 }  // namespace

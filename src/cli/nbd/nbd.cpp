@@ -10,9 +10,11 @@
 #include <cstdlib>
 
 #include "block/nbd/address.h"
+#include "block/nbd/client.h"
 #include "block/nbd/server.h"
 #include "block/sync_io.h"
 #include "cli/img/img.h"
+#include "cli/img/overlay.h"
 #include "cli/nbd/background.h"
 #include "cli/tool.h"
 
@@ -45,11 +47,16 @@ constexpr OptionSpec kOptions[] = {
     {0, "cache", "MODE", "cache mode: writeback (default), none, writethrough, directsync, unsafe"},
     {0, "discard", "MODE", "ignore (default) or unmap"},
     {0, "image-opts", {}, "the image is a list of options"},
-    {0, "object", "OBJECT", "a secret: secret,id=ID,data=TEXT|file=FILE"},
+    {0, "untrusted", {}, "open no backing or data file that an image names"},
+    {0, "object", "OBJECT", "secret,id=ID,data=TEXT|file=FILE, or tls-creds-x509,id=ID,dir=DIR"},
     {'c', "connect", "DEV", "not supported: kernel devices"},
     {'d', "disconnect", {}, "not supported: kernel devices"},
-    {'L', "list", {}, "not supported yet: list what a server offers"},
-    {0, "tls-creds", "ID", "not supported yet: TLS"},
+    {'L', "list", {}, "list what another server offers"},
+    {0, "tls-creds", "ID", "TLS with the credentials of an --object tls-creds-x509 or -psk"},
+    {0, "tls-hostname", "NAME", "with -L: the name in the server's certificate"},
+    {0, "tls-authz", "ID", "not supported yet: whom to let in, by name"},
+    {0, "aio", "MODE", "io_uring, or else it isn't supported"},
+    {'T', "trace", "PATTERN", "not supported yet"},
     {0, "detect-zeroes", "MODE", "off (default); others are not supported yet"},
 };
 
@@ -62,6 +69,7 @@ class NbdProgram {
 
   Result<int> Run() {
     TRY(CheckOptions());
+    if (arguments_.Has("list")) return List();
     Background background;
     if (arguments_.Has("fork")) {
       if (!TRY(background.Fork())) return background.AwaitReady();
@@ -69,8 +77,11 @@ class NbdProgram {
     std::unique_ptr<EventLoop> loop = TRY(EventLoop::Create());
     img::Session session(call_.name, *loop);
     CatchSignals(*loop);
-    auto offered = TRY(block::RunInFiber(*loop, [&] { return OpenExport(session); }));
-    Result<> served = Serve(*loop, std::move(offered), background);
+    if (arguments_.Has("untrusted")) session.Distrust();
+    TRY(session.AddObjects(arguments_));
+    tls_ = TRY(TakeTls(session, TlsSpec::Endpoint::kServer));
+    auto exports = TRY(block::RunInFiber(*loop, [&] { return OpenExports(session); }));
+    Result<> served = Serve(*loop, std::move(exports), background);
     Result<> closed = block::RunInFiber(*loop, [&] { return session.CloseAll(); });
     g_loop = nullptr;
     if (!socket_path_.empty()) unlink(socket_path_.c_str());
@@ -88,14 +99,18 @@ class NbdProgram {
             fmt::format("--{}: kernel NBD devices are not supported; nbd-client connects them",
                         name));
     }
-    if (arguments_.Has("list"))
-      return Fail(ErrorCode::kUnsupported, "not supported yet: --list; nbdinfo --list does it");
-    if (arguments_.Has("tls-creds"))
-      return Fail(ErrorCode::kUnsupported, "not supported yet: --tls-creds");
+    for (const char* name : {"tls-authz", "trace"}) {
+      if (arguments_.Has(name))
+        return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: --{}", name));
+    }
+    if (std::string aio = arguments_.Get("aio", "io_uring"); aio != "io_uring")
+      return Fail(ErrorCode::kUnsupported, "not supported: --aio=" + aio);
+    if (arguments_.Has("tls-hostname") && !arguments_.Has("list"))
+      return Fail(ErrorCode::kInvalid, "--tls-hostname goes with --list alone");
     if (arguments_.Get("detect-zeroes", "off") != "off")
       return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: --detect-zeroes={}",
                                                        arguments_.Get("detect-zeroes")));
-    if (arguments_.operands.size() != 1) return img::Misuse("Expecting one image file name");
+    TRY(CheckNames());
     if (arguments_.Has("socket") && (arguments_.Has("port") || arguments_.Has("bind")))
       return Fail(ErrorCode::kInvalid, "--socket can't go with --port or --bind");
     if (arguments_.Has("cache") && arguments_.Has("nocache"))
@@ -103,9 +118,24 @@ class NbdProgram {
     return {};
   }
 
-  Result<NodePtr> OpenImage(img::Session& session) {
-    img::ImageName image = {arguments_.operands[0], arguments_.Get("format"),
-                            arguments_.Has("image-opts")};
+  // One image, or several of which each has its name (our addition).
+  Result<> CheckNames() const {
+    size_t images = arguments_.operands.size();
+    if (arguments_.Has("list"))
+      return images == 0 ? Result<>() : img::Misuse("List mode doesn't take a file name");
+    if (images == 0) return img::Misuse("Expecting one image file name");
+    if (images == 1) return {};
+    if (arguments_.All("export-name").size() != images)
+      return img::Misuse("Expecting one image file name, or as many -x NAME as there are images");
+    for (const char* name : {"bitmap", "load-snapshot", "offset"}) {
+      if (arguments_.Has(name))
+        return Fail(ErrorCode::kInvalid, fmt::format("--{} goes with one image alone", name));
+    }
+    return {};
+  }
+
+  Result<NodePtr> OpenImage(img::Session& session, const std::string& file) {
+    img::ImageName image = {file, arguments_.Get("format"), arguments_.Has("image-opts")};
     if (image.is_options && !image.format.empty())
       return Fail(ErrorCode::kInvalid, "--image-opts and -f are mutually exclusive");
     read_only_ = arguments_.Has("read-only") || arguments_.Has("load-snapshot");
@@ -130,7 +160,7 @@ class NbdProgram {
                     fmt::format("format {} has no snapshots", node->driver()));
       TRY(node->snapshots()->ShowReadOnly(*snapshot));
     }
-    return arguments_.Has("snapshot") ? Overlay(session, std::move(node)) : node;
+    return arguments_.Has("snapshot") ? img::TemporaryOverlay(session, std::move(node)) : node;
   }
 
   static std::string EscapeCommas(const std::string& text) {
@@ -139,49 +169,64 @@ class NbdProgram {
     return out;
   }
 
-  // A qcow2 over it whose file has no name any more.
-  Result<NodePtr> Overlay(img::Session& session, NodePtr base) {
-    char path[] = "/var/tmp/kvartz-nbd-XXXXXX";
-    UniqueFd fd(mkstemp(path));
-    if (!fd) return Fail(ErrnoError(errno, "cannot make a temporary file in /var/tmp"));
-    struct Unlink {
-      const char* path;
-      ~Unlink() { unlink(path); }
-    } cleanup = {path};
-    block::Options create;
-    create.Set("size", std::to_string(base->size_bytes()));
-    TRY(block::CreateImage(session.env(), "qcow2", path, std::move(create)));
-    img::ImageName name = {.name = path, .format = "qcow2"};
-    NodePtr overlay = TRY(
-        session.Open(name, {.cache_no_flush = true, .discard_unmap = true, .no_backing = true}));
-    TRY(overlay->SetBacking(std::move(base)));
-    return overlay;
+  using Exports = std::vector<std::shared_ptr<block::nbd::Export>>;
+
+  Result<Exports> OpenExports(img::Session& session) {
+    Exports exports;
+    std::vector<std::string> names = arguments_.All("export-name");
+    std::vector<std::string> descriptions = arguments_.All("description");
+    for (size_t i = 0; i < arguments_.operands.size(); i++) {
+      auto offered = std::make_shared<block::nbd::Export>();
+      offered->node = TRY(OpenImage(session, arguments_.operands[i]));
+      if (i < names.size())
+        offered->name = arguments_.operands.size() == 1 ? names.back() : names[i];
+      if (i < descriptions.size()) offered->description = descriptions[i];
+      for (const auto& other : exports) {
+        if (other->name == offered->name)
+          return Fail(ErrorCode::kExists,
+                      fmt::format("two exports have the name '{}'", other->name));
+      }
+      offered->writable = !read_only_ && !offered->node->read_only();
+      offered->allocation_depth = arguments_.Has("allocation-depth");
+      TRY(OfferBitmaps(*offered));
+      exports.push_back(std::move(offered));
+    }
+    return exports;
   }
 
-  Result<std::shared_ptr<block::nbd::Export>> OpenExport(img::Session& session) {
-    TRY(session.AddObjects(arguments_));
-    auto offered = std::make_shared<block::nbd::Export>();
-    offered->node = TRY(OpenImage(session));
-    offered->name = arguments_.Get("export-name");
-    offered->description = arguments_.Get("description");
-    offered->writable = !read_only_ && !offered->node->read_only();
-    offered->allocation_depth = arguments_.Has("allocation-depth");
+  Result<> OfferBitmaps(block::nbd::Export& offered) const {
     for (const std::string& name : arguments_.All("bitmap")) {
-      block::BitmapStore* store = offered->node->bitmaps();
+      block::BitmapStore* store = offered.node->bitmaps();
       auto bitmap = store ? store->Find(name) : nullptr;
       if (!bitmap)
         return Fail(ErrorCode::kNotFound,
                     fmt::format("Bitmap '{}' is not found, or inconsistent", name));
-      offered->bitmaps.push_back(std::move(bitmap));
+      offered.bitmaps.push_back(std::move(bitmap));
     }
-    return offered;
+    return {};
+  }
+
+  // Null: no TLS.
+  Result<std::shared_ptr<const TlsCredentials>> TakeTls(const img::Session& session,
+                                                        TlsSpec::Endpoint endpoint) const {
+    auto id = arguments_.Find("tls-creds");
+    if (!id) return nullptr;
+    auto found = TRY(session.FindTls(*id));
+    if (found->endpoint() != endpoint)
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("--tls-creds={}: it must have endpoint={}", *id,
+                              endpoint == TlsSpec::Endpoint::kServer ? "server" : "client"));
+    return found;
+  }
+
+  block::nbd::Address WhereTo(const char* fallback_host) const {
+    return {.path = arguments_.Get("socket"),
+            .host = arguments_.Get("bind", fallback_host),
+            .port = arguments_.Get("port", block::nbd::kDefaultPort)};
   }
 
   Result<UniqueFd> Listener() {
-    block::nbd::Address address;
-    address.path = arguments_.Get("socket");
-    address.host = arguments_.Get("bind", "0.0.0.0");
-    address.port = arguments_.Get("port", block::nbd::kDefaultPort);
+    block::nbd::Address address = WhereTo("0.0.0.0");
     socket_path_ = address.path;
     Result<UniqueFd> listener = block::nbd::Listen(address);
     if (!listener) socket_path_.clear();
@@ -198,13 +243,13 @@ class NbdProgram {
     return {};
   }
 
-  Result<> Serve(EventLoop& loop, std::shared_ptr<block::nbd::Export> offered,
-                 Background& background) {
+  Result<> Serve(EventLoop& loop, Exports exports, Background& background) {
     uint64_t shared = 1;
     if (auto text = arguments_.Find("shared"))
       shared = TRY(img::TakeCount(*text, "shared device number"));
     block::nbd::Server server(loop, TRY(Listener()), static_cast<unsigned>(shared));
-    server.Add(std::move(offered));
+    for (auto& one : exports) server.Add(std::move(one));
+    if (tls_) server.RequireTls(tls_);
     bool persistent = arguments_.Has("persistent");
     server.on_client_gone = [&] {
       if (!persistent && server.clients() == 0) loop.Stop();
@@ -219,6 +264,50 @@ class NbdProgram {
     }
     block::RunInFiber(loop, [&] { server.Stop(); });
     return ready;
+  }
+
+  Result<int> List() {
+    constexpr int64_t kPatienceNs = 30'000'000'000;
+    std::unique_ptr<EventLoop> loop = TRY(EventLoop::Create());
+    img::Session session(call_.name, *loop);
+    TRY(session.AddObjects(arguments_));
+    block::nbd::Address address = WhereTo("localhost");
+    block::nbd::ClientTls tls = {TRY(TakeTls(session, TlsSpec::Endpoint::kClient)),
+                                 arguments_.Get("tls-hostname", address.host)};
+    using Offered = std::vector<block::nbd::OfferedExport>;
+    auto offered = TRY(block::RunInFiber(*loop, [&]() -> Result<Offered> {
+      int64_t deadline_ns = loop->clock().NowNs() + kPatienceNs;
+      block::nbd::Connector connector(*loop);
+      UniqueFd socket = TRY(connector.Connect(address, deadline_ns));
+      block::nbd::Client client(*loop, std::move(socket), std::move(tls));
+      Timer deadline(*loop, [&] { client.Break(); });
+      deadline.Arm(deadline_ns);
+      return client.List();
+    }));
+    fmt::print("exports available: {}\n", offered.size());
+    for (const auto& one : offered) Print(one);
+    return 0;
+  }
+
+  static void Print(const block::nbd::OfferedExport& one) {
+    constexpr const char* kFlagNames[] = {nullptr,      "readonly", "flush",  "fua",
+                                          "rotational", "trim",     "zeroes", "df",
+                                          "multi",      "resize",   "cache",  "fast-zero"};
+    fmt::print(" export: '{}'\n", one.name);
+    if (!one.description.empty()) fmt::print("  description: {}\n", one.description);
+    if (one.flags & block::nbd::kHasFlags) {
+      fmt::print("  size:  {}\n  flags: {:#x} (", one.size, one.flags);
+      for (size_t bit = 1; bit < std::size(kFlagNames); bit++) {
+        if (one.flags >> bit & 1) fmt::print(" {}", kFlagNames[bit]);
+      }
+      fmt::print(" )\n");
+    }
+    if (one.min_block)
+      fmt::print("  min block: {}\n  opt block: {}\n  max block: {}\n", one.min_block,
+                 one.preferred_block, one.max_block);
+    if (one.contexts.empty()) return;
+    fmt::print("  available meta contexts: {}\n", one.contexts.size());
+    for (const std::string& context : one.contexts) fmt::print("   {}\n", context);
   }
 
   static std::atomic<bool>& Stopped() {
@@ -240,6 +329,7 @@ class NbdProgram {
   const ToolCall& call_;
   const Arguments arguments_;
   bool read_only_ = false;
+  std::shared_ptr<const TlsCredentials> tls_;
   std::string socket_path_;
 };
 
@@ -253,8 +343,8 @@ int RunNbd(const ToolCall& call) {
   Result<Arguments> arguments = ParseArguments(kOptions, call.words);
   if (!arguments) return refuse(img::Misuse(arguments.error().what).error());
   if (arguments->Has("help")) {
-    fmt::print("usage: {} [options] FILENAME\nOffers a disk image to NBD clients.\n\n{}", call.name,
-               OptionsHelp(kOptions));
+    fmt::print("usage: {} [options] FILENAME...\nOffers a disk image to NBD clients.\n\n{}",
+               call.name, OptionsHelp(kOptions));
     return 0;
   }
   if (arguments->Has("version")) {

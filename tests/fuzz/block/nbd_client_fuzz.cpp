@@ -42,15 +42,24 @@ void Use(nbd::Client& client) {
 
 }  // namespace
 
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static std::unique_ptr<EventLoop> loop = *EventLoop::Create();
-  if (size > (64 << 10)) return 0;
+namespace {
+
+// A client whose server has said `bytes`, and no more.
+std::shared_ptr<nbd::Client> Connect(EventLoop& loop, std::span<const uint8_t> bytes) {
   int ends[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) < 0) std::abort();
   UniqueFd peer(ends[1]);
-  if (write(peer.get(), data, size) < 0 && size > 0) std::abort();
+  if (write(peer.get(), bytes.data(), bytes.size()) < 0 && !bytes.empty()) std::abort();
   shutdown(peer.get(), SHUT_WR);
-  auto client = std::make_shared<nbd::Client>(*loop, UniqueFd(ends[0]));
+  return std::make_shared<nbd::Client>(loop, UniqueFd(ends[0]));
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static std::unique_ptr<EventLoop> loop = *EventLoop::Create();
+  if (size > (64 << 10)) return 0;
+  auto client = Connect(*loop, {data, size});
   RunInFiber(*loop, [&] {
     Result<> greeted = client->Handshake("disk");
     if (!greeted) {
@@ -61,5 +70,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Use(*client);
     client->End();
   });
+  client = Connect(*loop, {data, size});
+  RunInFiber(*loop, [&] { (void)client->List(); });
   return 0;
 }

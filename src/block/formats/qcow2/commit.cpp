@@ -120,6 +120,7 @@ int Metadata::ZeroRun(const Run& run) {
 // ---- the header ----
 
 int Metadata::WriteHeader() {
+  guard_stale_ = true;  // a table may be elsewhere now
   auto bytes = SerializeHeader(header);
   if (!bytes) return -ENOSPC;
   // Nothing of a longer one before may stay behind it.
@@ -249,6 +250,7 @@ int Metadata::WriteSnapshot(Snapshot& snapshot) {
 int Metadata::Commit() {
   uint64_t ticket = ++tickets_;
   FiberLock lock(commit_mutex_);
+  if (corrupt_) return -EIO;
   if (covered_ >= ticket) return last_commit_;  // one that began after us has done it
   covered_ = tickets_;
   Snapshot snapshot;

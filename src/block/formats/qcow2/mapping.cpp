@@ -170,6 +170,7 @@ int Metadata::MakeL2Table(uint64_t guest) {
     FreeLater(old, 1);
   }
   l1_[l1_index] = run.offset | kCopied;
+  guard_new_.insert(run.offset >> geo_.cluster_bits);
   MarkL1Dirty(l1_index);
   return 0;
 }

@@ -26,6 +26,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "base/fiber.h"
@@ -121,6 +122,16 @@ class Metadata {
   const std::vector<uint64_t>& reftable() const { return reftable_; }
   uint64_t end_of_clusters() const { return end_ << geo_.cluster_bits; }
 
+  // ---- what no data may be written to (guard.cpp) ----
+
+  // [offset, offset + bytes) of the file is header, table or refcounts, in part at least.
+  bool IsMetadata(uint64_t offset, uint64_t bytes);
+  // Data may be written there. No: it is metadata, or the tables overlap each other.
+  bool MayWrite(uint64_t offset, uint64_t bytes);
+  // If not: the image is marked as corrupt, and this and all later writes fail.
+  int RefuseMetadata(uint64_t offset, uint64_t bytes);
+  bool corrupt() const { return corrupt_; }
+
   // ---- writing out (commit.cpp) ----
 
   // All that was completed before is on stable storage afterwards, the data files, too.
@@ -193,6 +204,8 @@ class Metadata {
   int ScanForFree();
   int FindEnd();
 
+  void RebuildGuard();
+
   void TakeSnapshot(Snapshot& snapshot);
   int WriteSnapshot(Snapshot& snapshot);
   int WriteCopies(std::vector<Copy>& copies);
@@ -235,6 +248,13 @@ class Metadata {
   uint64_t busy_[2] = {0, 0};
   unsigned parity_ = 0;
   FiberMutex unaligned_mutex_;
+
+  // Clusters of tables, some of which may not be any more: when it was rebuilt (sorted), and since.
+  std::vector<uint64_t> guard_;
+  std::unordered_set<uint64_t> guard_new_;
+  bool guard_stale_ = true;
+  uint64_t guard_conflict_ = UINT64_MAX;  // where two tables overlap
+  bool corrupt_ = false;
 };
 
 }  // namespace kvartz::block::qcow2

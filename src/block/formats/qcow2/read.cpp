@@ -71,6 +71,7 @@ bool Qcow2Node::TryWrite(Request* request) {
       mapping.kind != Mapping::Kind::kData || !mapping.copied || mapping.length < request->length) {
     return false;
   }
+  if (!meta_->MayWrite(mapping.host, request->length)) return false;
   // Its entry may not be on stable storage, which a flush of the file alone doesn't change.
   if (request->fua && (meta_->dirty() || meta_->committing())) return false;
   if (!free_op_) {
@@ -123,6 +124,7 @@ void Qcow2Node::RunInFiber(Request* request) {
 }
 
 int Qcow2Node::Process(Request& request) {
+  if (meta_->corrupt() && request.kind != Request::Kind::kRead) return -EIO;
   IovCursor cursor(request.iov, request.iov_count);
   int rc = 0;
   switch (request.kind) {
@@ -138,7 +140,8 @@ int Qcow2Node::Process(Request& request) {
       rc = DiscardRange(request.offset, request.length);
       break;
     case Request::Kind::kWriteZeroes:
-      rc = ZeroRange(request.offset, request.length, request.unmap && discard_, request.no_fallback);
+      rc =
+          ZeroRange(request.offset, request.length, request.unmap && discard_, request.no_fallback);
       break;
   }
   if (rc != 0) return rc;

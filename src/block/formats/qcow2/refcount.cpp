@@ -200,7 +200,9 @@ int Metadata::Claim(Run* run, Refblocks refblocks) {
       if (rc == 0) rc = RefcountSlice(cluster, &slice, &index);
     }
     if (rc != 0) break;
-    if (GetRefcount(slice->data.get(), geo_.refcount_order, index) != 0) {
+    // Tables whose refcounts are 0 are there on damaged images.
+    if (GetRefcount(slice->data.get(), geo_.refcount_order, index) != 0 ||
+        IsMetadata(cluster << geo_.cluster_bits, 1)) {
       if (claimed > 0) {
         AddFree(cluster + 1, end - cluster - 1);
         break;
@@ -324,8 +326,11 @@ int Metadata::MakeRefblockLocked(uint64_t block_index) {
     if (int rc = GrowReftable(block_index)) return rc;
   }
   if (reftable_[block_index] != 0) return 0;
-  Run run = Reserve(1);
-  if (run.clusters == 0) return -ENOSPC;
+  Run run;
+  do {
+    run = Reserve(1);
+    if (run.clusters == 0) return -ENOSPC;
+  } while (IsMetadata(run.offset, 1));
   if (int rc = ZeroRun(run)) return rc;
   uint64_t cluster = run.offset >> geo_.cluster_bits;
   uint64_t own_block = cluster / geo_.refblock_entries;
@@ -351,6 +356,7 @@ int Metadata::MakeRefblockLocked(uint64_t block_index) {
   SetRefcount(slice->data.get(), geo_.refcount_order, index, 1);
   cache_.MarkDirty(slice);
   reftable_[block_index] = run.offset;
+  guard_new_.insert(cluster);
   reftable_dirty_.insert(block_index);
   return 0;
 }

@@ -63,6 +63,7 @@ int Qcow2Node::WriteRange(uint64_t offset, uint64_t length, IovCursor from) {
     if ((rc = meta_->Map(offset, length, &mapping)) != 0) break;
     uint64_t bytes = mapping.length;
     if (mapping.kind == Mapping::Kind::kData && mapping.copied) {
+      if ((rc = meta_->RefuseMetadata(mapping.host, bytes)) != 0) break;
       IoBatch::Item& item = in_place.Add();
       item.request.kind = Request::Kind::kWrite;
       item.request.offset = mapping.host;
@@ -112,6 +113,7 @@ int Qcow2Node::AllocateAndWrite(uint64_t offset, uint64_t length, IovCursor& fro
   if (meta_->cache().crowded()) {
     if (int rc = meta_->Commit()) return rc;
   }
+  if (int rc = meta_->RefuseMetadata(0, 0)) return rc;
   uint64_t first = offset >> geo.cluster_bits;
   if (WaitForBusy(first, first + 1)) return 0;  // mapped anew
   Slice* slice = meta_->TryWritableSlice(offset);
@@ -136,6 +138,8 @@ int Qcow2Node::AllocateAndWrite(uint64_t offset, uint64_t length, IovCursor& fro
     if (int rc = meta_->Allocate(run.clusters, &run.host)) return rc;
     run.clusters = run.host.clusters;
     guard.Shorten(run.first + run.clusters);
+  } else if (int rc = meta_->RefuseMetadata(run.host.offset, run.clusters << geo.cluster_bits)) {
+    return rc;
   }
   run.end = std::min(run.end, (run.first + run.clusters) << geo.cluster_bits);
   int rc = FindEdges(run);

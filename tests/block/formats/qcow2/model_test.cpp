@@ -2,14 +2,16 @@
 //
 //   KVARTZ_BLOCK_CASES   how many images (each with some 100 operations)
 //   KVARTZ_BLOCK_SEED    the first one's seed
+#include "block/model.h"
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <map>
-#include <random>
+#include <set>
 
 #include "block/dirty_bitmap.h"
-#include "block/test_disk.h"
+#include "block/jobs/rebase.h"
 
 namespace kvartz::block {
 namespace {
@@ -21,37 +23,14 @@ struct Shape {
   bool version2 = false, data_file = false, snapshots = true;
 };
 
-class ModelRun {
+class Qcow2Run final : public ModelRun {
  public:
-  ModelRun(EventLoop& loop, uint64_t seed) : random_(seed), disk_(loop) {}
-
-  void Run() {
-    Setup();
-    if (testing::Test::HasFatalFailure()) return;
-    for (int i = 0; i < 100 && !testing::Test::HasFailure(); i++) Step();
-    if (testing::Test::HasFailure()) return;
-    CheckAll();
-    EXPECT_EQ(disk_.Close(), "");
-    if (HavePeer() && !testing::Test::HasFailure()) CheckByPeer();
-  }
-  std::string trace;
+  using ModelRun::ModelRun;
 
  private:
-  uint64_t Below(uint64_t limit) { return limit == 0 ? 0 : random_() % limit; }
-  bool OneIn(uint64_t n) { return Below(n) == 0; }
-  std::string Noise(uint64_t length) {
-    std::string text(length, '\0');
-    if (OneIn(2)) {
-      std::fill(text.begin(), text.end(), static_cast<char>(random_()));
-      return text;
-    }
-    for (size_t i = 0; i < length; i++) text[i] = static_cast<char>(random_() >> 24);
-    return text;
-  }
-
-  void Setup() {
+  void Setup() override {
     constexpr uint64_t kClusterSizes[] = {512, 512, 1024, 4096, 16384, 65536, 65536, 2 << 20};
-    shape_.cluster_size = kClusterSizes[Below(std::size(kClusterSizes))];
+    unit_bytes_ = shape_.cluster_size = kClusterSizes[Below(std::size(kClusterSizes))];
     uint64_t most = shape_.cluster_size >= 65536 ? 4 * kMiB : 512 * shape_.cluster_size;
     shape_.size = Below(most / 512) * 512;
     auto add = [&](const std::string& option) { shape_.options += "," + option; };
@@ -104,22 +83,8 @@ class ModelRun {
     std::copy_n(base.begin(), std::min(base.size(), model_.size()), model_.begin());
   }
 
-  struct Range {
-    uint64_t offset = 0, length = 0;
-  };
-  Range AnyRange() {
-    uint64_t unit =
-        OneIn(3) ? 1 : (OneIn(2) ? 512 : std::min<uint64_t>(shape_.cluster_size, 65536));
-    if (model_.empty()) return {};
-    uint64_t offset = Below(model_.size()) / unit * unit;
-    uint64_t most = std::min<uint64_t>(model_.size() - offset, 5 * shape_.cluster_size + 777);
-    uint64_t length = std::min<uint64_t>(Below(most + 1), 600000);
-    if (unit > 1) length = std::min(model_.size() - offset, (length / unit + 1) * unit);
-    return {offset, length};
-  }
-
-  void Step() {
-    switch (Below(24)) {
+  void Step() override {
+    switch (Below(27)) {
       case 0:
       case 1:
       case 2:
@@ -138,9 +103,7 @@ class ModelRun {
       case 12:
         return Discard();
       case 13:
-        trace += "flush\n";
-        EXPECT_EQ(disk_.Flush(), 0);
-        return;
+        return FlushIt();
       case 14:
         return Compressed();
       case 15:
@@ -152,57 +115,14 @@ class ModelRun {
         return Reopen();
       case 19:
         return CheckAll();
+      case 20:
+      case 21:
+        return Bitmap();
+      case 22:
+        return Commit();
       default:
         return Together();
     }
-  }
-
-  void Write() {
-    Range range = AnyRange();
-    std::string data = Noise(range.length);
-    trace += "write " + std::to_string(range.offset) + " " + std::to_string(range.length) + "\n";
-    ASSERT_EQ(disk_.Write(range.offset, data), 0);
-    model_.replace(range.offset, range.length, data);
-  }
-
-  void ReadSome() {
-    Range range = AnyRange();
-    trace += "read " + std::to_string(range.offset) + " " + std::to_string(range.length) + "\n";
-    Compare(range.offset, disk_.Read(range.offset, range.length));
-  }
-
-  void Compare(uint64_t offset, const std::string& data) {
-    auto [ours, theirs] =
-        std::mismatch(data.begin(), data.end(), model_.begin() + static_cast<ptrdiff_t>(offset));
-    if (ours == data.end()) return;
-    uint64_t at = offset + static_cast<uint64_t>(ours - data.begin());
-    ADD_FAILURE() << "differs at " << at << ": " << int(uint8_t(*ours)) << " for "
-                  << int(uint8_t(*theirs));
-  }
-
-  void Zeroes() {
-    Range range = AnyRange();
-    bool unmap = OneIn(2);
-    trace += "zero " + std::to_string(range.offset) + " " + std::to_string(range.length) +
-             (unmap ? " unmap\n" : "\n");
-    ASSERT_EQ(disk_.WriteZeroes(range.offset, range.length, unmap), 0);
-    std::fill_n(model_.begin() + static_cast<ptrdiff_t>(range.offset), range.length, '\0');
-  }
-
-  // Each cluster is as before or zeros; what isn't a whole cluster is as before.
-  void Discard() {
-    Range range = AnyRange();
-    trace += "discard " + std::to_string(range.offset) + " " + std::to_string(range.length) + "\n";
-    ASSERT_EQ(disk_.Discard(range.offset, range.length), 0);
-    uint64_t unit = shape_.cluster_size;
-    uint64_t end = range.offset + range.length;
-    for (uint64_t at = (range.offset + unit - 1) / unit * unit; at < end; at += unit) {
-      uint64_t length = std::min(unit, model_.size() - at);
-      if (at + length > end) break;
-      std::string now = disk_.Read(at, length);
-      if (now == std::string(length, '\0')) model_.replace(at, length, now);
-    }
-    CompareWhole();
   }
 
   void Compressed() {
@@ -213,6 +133,7 @@ class ModelRun {
     trace += "compressed " + std::to_string(at) + " " + std::to_string(length) + "\n";
     ASSERT_EQ(disk_.WriteCompressed(at, data), 0);
     model_.replace(at, length, data);
+    Touched({at, length});
   }
 
   void Resize() {
@@ -227,6 +148,8 @@ class ModelRun {
     ASSERT_EQ(disk_.Resize(size, mode), "");
     model_.resize(size, '\0');
     ASSERT_EQ(disk_.node->size_bytes(), size);
+    for (auto& [name, bitmap] : bitmaps_)
+      std::erase_if(bitmap.dirty, [&](uint64_t bit) { return bit * bitmap.granularity >= size; });
     CompareWhole();
   }
 
@@ -254,6 +177,7 @@ class ModelRun {
         ASSERT_EQ(TestDisk::Text(applied), "");
         model_ = it->second;
         ASSERT_EQ(disk_.node->size_bytes(), model_.size());
+        RereadBitmaps();
         return CompareWhole();
       }
       default: {
@@ -266,109 +190,121 @@ class ModelRun {
     }
   }
 
-  void Reopen() {
-    trace += "reopen\n";
-    ASSERT_EQ(disk_.Close(), "");
-    if (HavePeer() && OneIn(4)) CheckByPeer();
-    ASSERT_EQ(disk_.Open(path_), "");
-    CompareWhole();
-  }
-
-  void CompareWhole() { Compare(0, disk_.Read(0, model_.size())); }
-
-  void CheckAll() {
-    trace += "check\n";
-    CompareWhole();
-    EXPECT_EQ(disk_.Check(), "");
-  }
-
-  void CheckByPeer() {
+  void CheckByPeer() override {
     CommandResult check = RunCommand("qemu-img check " + path_);
     EXPECT_EQ(check.status, 0) << check.output;
-    if (model_.empty()) return;
-    std::string raw = dir_.path() + "/model.raw";
-    WriteFile(raw, model_);
-    CommandResult compare = RunCommand("qemu-img compare -f qcow2 -F raw " + path_ + " " + raw);
-    EXPECT_EQ(compare.status, 0) << compare.output;
+    CompareByPeer();
   }
 
-  // Several at once, which touch the same clusters but not the same bytes.
-  void Together() {
-    if (model_.size() < 8192) return;
-    struct One {
-      Request request;
-      std::string data;
-      iovec iov;
-      int* left;
-      int result = -1;
-    };
-    uint64_t unit = 512 << Below(4);
-    uint64_t base = Below(model_.size() - std::min<uint64_t>(model_.size() / 2, 16 * unit) + 1);
-    std::vector<uint64_t> places;
-    for (uint64_t at = base; at + unit <= model_.size() && places.size() < 16; at += unit)
-      places.push_back(at);
-    std::shuffle(places.begin(), places.end(), random_);
-    std::vector<One> all(places.size());
-    int left = static_cast<int>(all.size());
-    trace += "together " + std::to_string(base) + " " + std::to_string(unit) + "\n";
-    for (size_t i = 0; i < all.size(); i++) {
-      One& one = all[i];
-      one.left = &left;
-      one.data = Noise(unit);
-      one.iov = {one.data.data(), one.data.size()};
-      uint64_t kind = Below(8);
-      one.request.kind = kind < 5   ? Request::Kind::kWrite
-                         : kind < 6 ? Request::Kind::kWriteZeroes
-                                    : Request::Kind::kRead;
-      one.request.unmap = OneIn(2);
-      one.request.offset = places[i];
-      one.request.length = unit;
-      one.request.iov = &one.iov;
-      one.request.iov_count = 1;
-      one.request.owner = &one;
-      one.request.done = [](Request* request, int result) {
-        One& finished = *static_cast<One*>(request->owner);
-        finished.result = result;
-        --*finished.left;
-      };
+  void Reopen() override {
+    ModelRun::Reopen();
+    if (!testing::Test::HasFailure()) CompareBitmaps();
+  }
+
+  // ---- dirty bitmaps ----
+
+  struct ModelBitmap {
+    uint32_t granularity = 65536;
+    bool enabled = true;
+    std::set<uint64_t> dirty = {};  // by number of the bit
+  };
+
+  void Touched(Range range) override {
+    if (range.length == 0) return;
+    for (auto& [name, bitmap] : bitmaps_) {
+      if (!bitmap.enabled) continue;
+      uint64_t end = (range.offset + range.length - 1) / bitmap.granularity;
+      for (uint64_t bit = range.offset / bitmap.granularity; bit <= end; bit++)
+        bitmap.dirty.insert(bit);
     }
-    std::vector<Request> asked;
-    for (One& one : all) asked.push_back(one.request);
-    for (One& one : all) disk_.node->Start(&one.request);
-    if (OneIn(4)) disk_.node->Drain();
-    while (left > 0) disk_.loop().RunOnce(-1);
-    for (size_t i = 0; i < all.size(); i++) {
-      ASSERT_EQ(all[i].result, 0);
-      if (asked[i].kind == Request::Kind::kRead) {
-        Compare(places[i], all[i].data);
-      } else if (asked[i].kind == Request::Kind::kWrite) {
-        model_.replace(places[i], unit, all[i].data);
-      } else {
-        model_.replace(places[i], unit, std::string(unit, '\0'));
+  }
+
+  void CompareBitmaps() {
+    for (auto& [name, expected] : bitmaps_) {
+      auto bitmap = disk_.node->bitmaps()->Find(name);
+      ASSERT_TRUE(bitmap) << name;
+      for (uint64_t at = 0; at < model_.size(); at += expected.granularity) {
+        ASSERT_EQ(bitmap->Test(at), expected.dirty.contains(at / expected.granularity))
+            << name << " at " << at;
       }
     }
   }
 
-  std::mt19937_64 random_;
-  TempDir dir_{TempDir::Place::kMemory};
-  TestDisk disk_;
+  void Bitmap() {
+    if (shape_.version2) return;
+    BitmapStore* store = disk_.node->bitmaps();
+    auto any = [&] {
+      return std::next(bitmaps_.begin(), static_cast<ptrdiff_t>(Below(bitmaps_.size())));
+    };
+    auto done = [&](const std::string& what, Result<> result) {
+      trace += "bitmap " + what + "\n";
+      ASSERT_EQ(TestDisk::Text(result), "");
+    };
+    uint64_t what = bitmaps_.empty() ? 0 : Below(6);
+    if (what == 0 && bitmaps_.size() < 3) {
+      BitmapInfo info = {.name = "b" + std::to_string(next_bitmap_++),
+                         .granularity = uint32_t{512} << Below(9),
+                         .enabled = !OneIn(3)};
+      done("add " + info.name, disk_.InFiber([&] { return store->Add(info); }));
+      bitmaps_[info.name] = {.granularity = info.granularity, .enabled = info.enabled};
+    } else if (what == 1) {
+      auto it = any();
+      done("remove " + it->first, disk_.InFiber([&] { return store->Remove(it->first); }));
+      bitmaps_.erase(it);
+    } else if (what == 2) {
+      auto it = any();
+      done("clear " + it->first, disk_.InFiber([&] { return store->Clear(it->first); }));
+      it->second.dirty.clear();
+    } else if (what == 3) {
+      auto it = any();
+      it->second.enabled = !it->second.enabled;
+      done("enable " + it->first,
+           disk_.InFiber([&] { return store->Enable(it->first, it->second.enabled); }));
+    } else if (what == 4) {
+      auto to = any(), from = any();
+      if (to == from) return;
+      auto source = store->Find(from->first);
+      done("merge " + from->first, disk_.InFiber([&] { return store->Merge(to->first, *source); }));
+      uint64_t step = from->second.granularity;
+      for (uint64_t bit : from->second.dirty) {
+        for (uint64_t at = bit * step; at < std::min((bit + 1) * step, model_.size());
+             at = (at / to->second.granularity + 1) * to->second.granularity)
+          to->second.dirty.insert(at / to->second.granularity);
+      }
+    }
+    CompareBitmaps();
+  }
+
+  // What shows changes otherwise than by writes: what the bitmaps say of it is their affair.
+  void RereadBitmaps() {
+    for (auto& [name, expected] : bitmaps_) {
+      auto bitmap = disk_.node->bitmaps()->Find(name);
+      ASSERT_TRUE(bitmap) << name;
+      expected.dirty.clear();
+      for (uint64_t at = 0; at < model_.size(); at += expected.granularity) {
+        if (bitmap->Test(at)) expected.dirty.insert(at / expected.granularity);
+      }
+    }
+  }
+
+  // Snapshots see the layer below change, so there must be none.
+  void Commit() {
+    Node* base = BackingOf(disk_.node.get());
+    if (!base || !snapshots_.empty()) return;
+    trace += "commit\n";
+    using After = CommitJob::After;
+    CommitJob job("commit", disk_.node, base, OneIn(3) ? After::kKeepTop : After::kEmptyTop);
+    ASSERT_EQ(TestDisk::Text(disk_.InFiber([&] { return job.Run(); })), "");
+    CompareWhole();
+  }
+
   Shape shape_;
-  std::string path_;
-  std::string model_;
   std::map<std::string, std::string> snapshots_;
+  std::map<std::string, ModelBitmap> bitmaps_;
+  unsigned next_bitmap_ = 0;
 };
 
-TEST(Qcow2Model, RandomOperationsLeaveWhatTheyShould) {
-  uint64_t seed = FromEnvironment("KVARTZ_BLOCK_SEED", 1);
-  uint64_t cases = FromEnvironment("KVARTZ_BLOCK_CASES", 25);
-  auto loop = MakeLoop();
-  for (uint64_t i = 0; i < cases; i++) {
-    ModelRun run(*loop, seed + i);
-    run.Run();
-    if (testing::Test::HasFailure())
-      FAIL() << "seed " << seed + i << "\n" << run.trace.substr(0, 20000);
-  }
-}
+TEST(Qcow2Model, RandomOperationsLeaveWhatTheyShould) { RunModels<Qcow2Run>(25); }
 
 }  // namespace
 }  // namespace kvartz::block

@@ -1,0 +1,119 @@
+// Random operations on images of each format that is written, but qcow2 (qcow2/model_test.cpp).
+//
+//   KVARTZ_BLOCK_CASES   how many images of each (each with some 100 operations)
+//   KVARTZ_BLOCK_SEED    the first one's seed
+//   KVARTZ_BLOCK_PEER    of how many closes one is followed by a look with the peer's tools (4)
+#include "block/model.h"
+
+namespace kvartz::block {
+namespace {
+
+struct Kind {
+  const char* name;     // of the test
+  const char* format;   // ours
+  const char* peers;    // the peer's name of it
+  const char* options;  // of create
+  uint64_t unit_bytes;
+  uint64_t granularity;  // of sizes
+  uint64_t discard_unit = 0;
+  bool resizes = false;
+  bool peer_checks = false;  // qemu-img check knows it
+};
+
+constexpr Kind kKinds[] = {
+    {"Raw", "raw", "raw", "", 4096, 1, 1, true},
+    {"VdiDynamic", "vdi", "vdi", "", 1 << 20, 512, 0, false, true},
+    {"VdiStatic", "vdi", "vdi", ",static=on", 1 << 20, 512, 0, false, true},
+    {"VpcDynamic", "vpc", "vpc", ",subformat=dynamic,force_size=on", 2 << 20, 512},
+    {"VpcFixed", "vpc", "vpc", ",subformat=fixed,force_size=on", 2 << 20, 512},
+    {"VhdxDynamic", "vhdx", "vhdx", ",subformat=dynamic,block_size=1M", 1 << 20, 1 << 20, 0, false,
+     true},
+    {"VhdxFixed", "vhdx", "vhdx", ",subformat=fixed,block_size=1M", 1 << 20, 1 << 20, 0, false,
+     true},
+    {"VmdkSparse", "vmdk", "vmdk", ",subformat=monolithicSparse", 65536, 512, 0, false, true},
+    {"VmdkFlat", "vmdk", "vmdk", ",subformat=monolithicFlat", 65536, 512, 1, false, true},
+};
+
+class FormatRun final : public ModelRun {
+ public:
+  FormatRun(EventLoop& loop, uint64_t seed, const Kind* kind)
+      : ModelRun(loop, seed), kind_(*kind) {}
+
+ private:
+  void Setup() override {
+    format_ = kind_.format;
+    unit_bytes_ = kind_.unit_bytes;
+    discard_unit_ = kind_.discard_unit;
+    uint64_t unit = kind_.granularity;
+    uint64_t size = (1 + Below((OneIn(3) ? 6 : 2) * kMiB / unit)) * unit;
+    path_ = dir_.path() + "/a.img";
+    std::string options = "size=" + std::to_string(size) + kind_.options;
+    trace = options + "\n";
+    ASSERT_EQ(disk_.Create(path_, options, format_), "");
+    ASSERT_EQ(disk_.Open(path_, format_), "");
+    // Where the format rounds sizes up.
+    model_.assign(disk_.node->size_bytes(), '\0');
+    ASSERT_GE(model_.size(), size);
+    CompareWhole();
+  }
+
+  void Step() override {
+    switch (Below(16)) {
+      case 0:
+      case 1:
+      case 2:
+      case 3:
+        return Write();
+      case 4:
+      case 5:
+      case 6:
+        return ReadSome();
+      case 7:
+      case 8:
+        return Zeroes();
+      case 9:
+        return Discard();
+      case 10:
+        return FlushIt();
+      case 11:
+        return Reopen();
+      case 12:
+        return CheckAll();
+      case 13:
+        return Resize();
+      default:
+        return Together();
+    }
+  }
+
+  void Resize() {
+    if (!kind_.resizes) return;
+    uint64_t size = Below(2 * kMiB / kind_.granularity) * kind_.granularity;
+    trace += "resize " + std::to_string(size) + "\n";
+    ASSERT_EQ(disk_.Resize(size, OneIn(2) ? Preallocation::kOff : Preallocation::kFull), "");
+    model_.resize(size, '\0');
+    ASSERT_EQ(disk_.node->size_bytes(), size);
+    CompareWhole();
+  }
+
+  void CheckByPeer() override {
+    if (kind_.peer_checks) {
+      CommandResult check =
+          RunCommand("qemu-img check -f " + std::string(kind_.peers) + " " + path_);
+      EXPECT_EQ(check.status, 0) << check.output;
+    }
+    CompareByPeer();
+  }
+
+  const Kind& kind_;
+};
+
+class FormatModel : public testing::TestWithParam<Kind> {};
+
+TEST_P(FormatModel, RandomOperationsLeaveWhatTheyShould) { RunModels<FormatRun>(3, &GetParam()); }
+
+INSTANTIATE_TEST_SUITE_P(Formats, FormatModel, testing::ValuesIn(kKinds),
+                         [](const auto& param) { return param.param.name; });
+
+}  // namespace
+}  // namespace kvartz::block

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "block/crypto/secret.h"
 #include "block/graph.h"
 #include "block/jobs/job.h"
 #include "cli/arguments.h"
@@ -18,8 +19,9 @@
 namespace kvartz::cli::img {
 
 // Rows that several verbs share.
-constexpr OptionSpec kObject = {0, "object", "OBJECT",
-                                "a secret: secret,id=ID,data=TEXT|file=FILE"};
+constexpr OptionSpec kObject = {
+    0, "object", "OBJECT",
+    "a secret: secret,id=ID,file=FILE|data=TEXT[,format=base64][,keyid=ID,iv=TEXT]"};
 constexpr OptionSpec kImageOpts = {
     0, "image-opts", {}, "FILENAME is a list of options: driver=qcow2,file.filename=..."};
 constexpr OptionSpec kFormat = {'f', "format", "FMT", "format of the image (else it is found out)"};
@@ -36,7 +38,8 @@ constexpr OptionSpec kSourceCache = {'T', {}, "CACHE", "cache mode of what is re
 struct ImageName {
   std::string name = {};
   std::string format = {};
-  bool is_options = false;  // --image-opts
+  bool is_options = false;                       // --image-opts
+  std::map<std::string, std::string> keys = {};  // more options; not with is_options
 };
 
 // One call. Loop-owned; everything in a fiber.
@@ -66,7 +69,7 @@ class Session {
  private:
   const std::string program_;
   EventLoop& loop_;
-  std::map<std::string, std::string> secrets_;
+  block::SecretStore secrets_;
   block::OpenEnv env_;
   std::vector<block::NodePtr> open_;
 };
@@ -125,8 +128,9 @@ Progress::Show ShowProgress(const Arguments& arguments);
   X(Bench)                                                                                        \
   X(Bitmap)                                                                                       \
   X(Check)                                                                                        \
-  X(Commit) X(Compare) X(Convert) X(Create) X(Dd) X(Info) X(Map) X(Measure) X(Snapshot) X(Rebase) \
-      X(Resize) X(Verify)
+  X(Commit)                                                                                       \
+  X(Compare) X(Convert) X(Create) X(Dd) X(Info) X(Map) X(Measure) X(Snapshot) X(Rebase) X(Resize) \
+      X(Verify)
 #define KVARTZ_DECLARE_VERB(name) extern const Verb k##name;
 KVARTZ_IMG_VERBS(KVARTZ_DECLARE_VERB)
 #undef KVARTZ_DECLARE_VERB

@@ -13,8 +13,8 @@ import unittest
 
 from harness import MIB, ImageTest, without
 
-CIPHERS = ["aes-128", "aes-256", "serpent-128", "serpent-192", "serpent-256", "twofish-128", "twofish-256"]
-IVS = ["plain", "plain64", "essiv"]
+# The peer aborts where a split key isn't whole sectors: with keys of 192 bits.
+CIPHERS = ["aes-128", "aes-256", "serpent-128", "serpent-256", "twofish-128", "twofish-256"]
 HASHES = ["md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160"]
 
 
@@ -59,15 +59,15 @@ class LuksTest(ImageTest):
 
 
 class BothWaysTest(LuksTest):
-    def each(self):
+    @staticmethod
+    def each():
         for cipher in CIPHERS:
             for mode in ("xts", "cbc"):
-                if mode == "xts" and cipher.endswith("192"):
-                    continue  # the peer and dm-crypt have no such thing
-                for iv in IVS:
-                    # A hash that is as long as a key of the cipher.
-                    essiv = ["ivgen-hash-alg=" + ("md5" if cipher == "cast5-128" else "sha256")] if iv == "essiv" else []
-                    yield [f"cipher-alg={cipher}", f"cipher-mode={mode}", f"ivgen-alg={iv}", *essiv]
+                yield [f"cipher-alg={cipher}", f"cipher-mode={mode}"]
+        for cipher, mode in (("aes-256", "xts"), ("aes-256", "cbc"), ("aes-128", "ctr"), ("twofish-128", "cbc")):
+            for iv in ("plain", "essiv,ivgen-hash-alg=sha256"):
+                yield [f"cipher-alg={cipher}", f"cipher-mode={mode}", f"ivgen-alg={iv}"]
+        yield ["cipher-alg=cast5-128", "cipher-mode=cbc"]
 
     def test_peer_reads_every_cipher(self):
         raw = self.write_raw("a.raw", 300 * 1024, seed=1)
@@ -75,22 +75,22 @@ class BothWaysTest(LuksTest):
             self.write(self.ours, raw, "luks", "a.luks", options)
             self.assertEqual(self.read(self.peers, self.luks("a.luks")), self.digest(raw), options)
             self.assertEqual(self.read(self.ours, self.luks("a.luks")), self.digest(raw), options)
-            self.same("info", "--output=json", "a.luks")
+        self.same("info", "--output=json", "a.luks")
 
     def test_peer_reads_every_hash(self):
         raw = self.write_raw("a.raw", 70 * 1024, seed=2)
         for name in HASHES:
             self.write(self.ours, raw, "luks", "a.luks", ["hash-alg=" + name])
             self.assertEqual(self.read(self.peers, self.luks("a.luks")), self.digest(raw), name)
-            self.same("info", "a.luks")
+        self.same("info", "a.luks")
 
     def test_peer_reads_qcow2_of_every_cipher(self):
         raw = self.write_raw("a.raw", 300 * 1024, seed=3)
-        for options in list(self.each())[::3]:
+        for options in list(self.each())[::4]:
             self.write(self.ours, raw, "qcow2", "a.qcow2", options)
             self.assertEqual(self.read(self.peers, self.qcow2("a.qcow2")), self.digest(raw), options)
             self.assertEqual(self.read(self.ours, self.qcow2("a.qcow2")), self.digest(raw), options)
-            self.same("info", "--output=json", "a.qcow2")
+        self.same("info", "--output=json", "a.qcow2")
 
     def test_we_read_what_the_peer_writes(self):
         raw = self.write_raw("a.raw", 3 * MIB + 512, seed=4)
@@ -109,6 +109,10 @@ class BothWaysTest(LuksTest):
             other = self.write_raw("b.raw", 4 * MIB, seed=6, pieces=40)
             self.ours("convert", *self.secrets, "-n", "--target-image-opts", "-f", "raw", other, self.opts_of(fmt, "a.img"))
             self.assertEqual(self.read(self.peers, self.opts_of(fmt, "a.img")), self.digest(other))
+
+
+class ImagesTest(LuksTest):
+    """What images do besides being read and written."""
 
     def test_qcow2_of_every_kind(self):
         raw = self.write_raw("a.raw", 2 * MIB + 1024, seed=7, pieces=20)
@@ -165,11 +169,13 @@ class BothWaysTest(LuksTest):
         self.assertEqual(os.path.getsize(self.path("a.luks")), 2068480 + 512 * 1024)
 
     def test_measure_agrees(self):
-        for fmt, options in (("luks", "key-secret=one"), ("luks", "key-secret=one,cipher-alg=aes-128"),
-                             ("qcow2", "encrypt.format=luks,encrypt.key-secret=one"),
-                             ("qcow2", "encrypt.format=luks,encrypt.key-secret=one,cluster_size=4k")):
-            for size in ("0", "1M", "10G"):
-                self.same("measure", *self.secrets, "-O", fmt, "-o", options, "--size", size, "--output=json")
+        """What qemu-img 7.2 says; it measures how fast it derives keys, seconds long, each time."""
+        for fmt, options, required, full in (
+                ("luks", "key-secret=one", 10739486720, 10739486720),
+                ("qcow2", "encrypt.format=luks,encrypt.key-secret=one", 3997696, 10741415936),
+                ("qcow2", "encrypt.format=luks,encrypt.key-secret=one,cluster_size=4k", 28356608, 10765774848)):
+            said = self.ours("measure", *self.secrets, "-O", fmt, "-o", options, "--size", "10G", "--output=json").stdout
+            self.assertEqual(json.loads(said), {"required": required, "fully-allocated": full})
 
     def test_help_and_words(self):
         for verb in ("create", "amend"):
@@ -302,8 +308,7 @@ class CryptsetupTest(LuksTest):
             return file.read()
 
     def test_luks1(self):
-        for cipher, bits in (("aes-xts-plain64", 256), ("aes-xts-plain64", 512), ("aes-cbc-essiv:sha256", 256),
-                             ("aes-cbc-plain", 128)):
+        for cipher, bits in (("aes-xts-plain64", 256), ("aes-cbc-essiv:sha256", 256), ("aes-cbc-plain", 128)):
             raw = self.write_raw("a.raw", 2 * MIB, seed=30)
             self.format("a.luks", "luks1", cipher, bits, size=8 * MIB)
             target = "driver=raw,size=2M,file.driver=luks,file.key-secret=one,file.file.filename=a.luks"
@@ -318,10 +323,21 @@ class CryptsetupTest(LuksTest):
 
     def test_cryptsetup_opens_ours(self):
         raw = self.write_raw("a.raw", MIB, seed=31)
-        for options in ([], ["cipher-mode=cbc", "ivgen-alg=essiv"], ["hash-alg=sha512"]):
+        for options in ([], ["cipher-mode=cbc", "ivgen-alg=essiv"], ["hash-alg=sha512"], ["cipher-alg=aes-192", "cipher-mode=cbc"]):
             self.write(self.ours, raw, "luks", "a.luks", options)
             self.cryptsetup("luksOpen", "--test-passphrase", "--key-file", "one", "a.luks")
             self.run_tool("cryptsetup", "-q", "luksOpen", "--test-passphrase", "--key-file", "two", "a.luks", code=2)
+
+    def test_keys_of_192_bits(self):
+        self.format("a.luks", "luks1", "aes-cbc-plain64", 192, size=4 * MIB)
+        raw = self.write_raw("a.raw", MIB, seed=34)
+        self.ours("convert", *self.secrets, "-n", "--target-image-opts", "-f", "raw", raw, self.luks("a.luks"))
+        self.ours("convert", *self.secrets, "--image-opts", "-O", "raw", f"driver=raw,size=1M,{self.nested('a.luks')}", "out.raw")
+        self.run_tool("cmp", raw, "out.raw")
+
+    @staticmethod
+    def nested(name):
+        return f"file.driver=luks,file.key-secret=one,file.file.filename={name}"
 
     def test_luks2_keys(self):
         """Key slots of every kind."""

@@ -1,5 +1,6 @@
 // From passphrases to the volume's key, and key slots.
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -42,12 +43,22 @@ Result<> Compute(EventLoop& loop, const std::function<Result<>()>& body) {
   return result;
 }
 
+uint64_t HostMemoryKib() {
+  return static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) *
+         static_cast<uint64_t>(sysconf(_SC_PAGESIZE)) / 1024;
+}
+
 Result<> CheckCost(const Kdf& kdf, uint32_t slot, const CostLimits& limits) {
   if (kdf.kind == Kdf::Kind::kPbkdf2) {
     if (kdf.iterations <= limits.iterations) return {};
     return Fail(ErrorCode::kUnsupported,
                 fmt::format("key slot {} asks for {} iterations; {} are accepted", slot,
                             kdf.iterations, limits.iterations));
+  }
+  if (uint64_t kib = HostMemoryKib(); kdf.memory_kib >= kib) {
+    return Fail(ErrorCode::kNoSpace,
+                fmt::format("key slot {} asks for Argon2 over {} KiB; this host has {}", slot,
+                            kdf.memory_kib, kib));
   }
   if (kdf.iterations <= limits.passes && kdf.memory_kib <= limits.memory_kib &&
       kdf.lanes <= limits.lanes)

@@ -85,6 +85,8 @@ Result<> Qcow2Node::Preallocate(uint64_t old_size, Preallocation how) {
   const Geometry& geo = meta_->geometry();
   uint64_t first = geo.Clusters(old_size), end = geo.Clusters(size_bytes_);
   if (how == Preallocation::kOff || first >= end) return {};
+  if (encryption_ && meta_->header.version < 3)
+    return Unsupported("preallocation where it is encrypted (compat 1.1 does)");
   Node& node = data_file_ ? *data_file_ : *file_;
   uint64_t data = (end - first) << geo.cluster_bits;
   if (how != Preallocation::kMetadata) {

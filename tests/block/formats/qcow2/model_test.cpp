@@ -18,7 +18,7 @@ struct Shape {
   std::string options;
   uint64_t cluster_size = 65536;
   uint64_t size = 0;
-  bool version2 = false, data_file = false, snapshots = true;
+  bool version2 = false, data_file = false, snapshots = true, encrypted = false;
 };
 
 class ModelRun {
@@ -72,15 +72,19 @@ class ModelRun {
         shape_.snapshots = false;
       }
     }
+    shape_.encrypted = OneIn(5);
+    if (shape_.encrypted) add("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=1");
+    disk_.env().secret = [](const std::string&) { return std::string("passphrase"); };
     model_.assign(shape_.size, '\0');
     if (OneIn(2)) {
       SetupBacking();
-    } else if (OneIn(4)) {
+    } else if (OneIn(4) && !(shape_.encrypted && shape_.version2)) {
       add("preallocation=metadata");
     }
     path_ = dir_.path() + "/a.qcow2";
     trace = shape_.options + "\n";
     ASSERT_EQ(disk_.Create(path_, shape_.options), "") << shape_.options;
+    if (shape_.encrypted) disk_.more_options = "encrypt.key-secret=key";
     ASSERT_EQ(disk_.Open(path_), "");
   }
 
@@ -206,7 +210,7 @@ class ModelRun {
   }
 
   void Compressed() {
-    if (shape_.data_file || model_.empty()) return;
+    if (shape_.data_file || shape_.encrypted || model_.empty()) return;
     uint64_t at = Below(model_.size()) / shape_.cluster_size * shape_.cluster_size;
     uint64_t length = std::min((1 + Below(3)) * shape_.cluster_size, model_.size() - at);
     std::string data = Noise(length);
@@ -222,7 +226,7 @@ class ModelRun {
                                         Preallocation::kMetadata, Preallocation::kFalloc,
                                         Preallocation::kFull};
     Preallocation mode = kModes[Below(std::size(kModes))];
-    if (disk_.node->backing()) mode = Preallocation::kOff;
+    if (disk_.node->backing() || (shape_.encrypted && shape_.version2)) mode = Preallocation::kOff;
     trace += "resize " + std::to_string(size) + " " + NameOf(mode) + "\n";
     ASSERT_EQ(disk_.Resize(size, mode), "");
     model_.resize(size, '\0');
@@ -283,12 +287,18 @@ class ModelRun {
   }
 
   void CheckByPeer() {
-    CommandResult check = RunCommand("qemu-img check " + path_);
+    std::string key, options = " driver=qcow2,file.filename=" + path_;
+    if (shape_.encrypted) {
+      key = " --object secret,id=key,data=passphrase";
+      options += ",encrypt.key-secret=key";
+    }
+    CommandResult check = RunCommand("qemu-img check --image-opts" + key + options);
     EXPECT_EQ(check.status, 0) << check.output;
     if (model_.empty()) return;
     std::string raw = dir_.path() + "/model.raw";
     WriteFile(raw, model_);
-    CommandResult compare = RunCommand("qemu-img compare -f qcow2 -F raw " + path_ + " " + raw);
+    CommandResult compare = RunCommand("qemu-img compare --image-opts" + key + options +
+                                       " driver=raw,file.filename=" + raw);
     EXPECT_EQ(compare.status, 0) << compare.output;
   }
 

@@ -1,6 +1,5 @@
 #include "block/protocols/http_client.h"
 
-#include <curl/curl.h>
 #include <fmt/format.h>
 #include <strings.h>
 
@@ -10,6 +9,7 @@
 #include <optional>
 
 #include "base/check.h"
+#include "block/protocols/http_library.h"
 
 namespace kvartz::block {
 namespace {
@@ -57,17 +57,10 @@ std::string_view Trim(std::string_view text) {
   return text.substr(from, end - from + 1);
 }
 
-void InitLibrary() {
-  static const bool done = [] {
-    VERIFY(curl_global_init(CURL_GLOBAL_DEFAULT) == CURLE_OK);
-    return true;
-  }();
-  (void)done;
-}
-
 }  // namespace
 
 struct HttpClient::Impl {
+  const CurlLibrary* curl = nullptr;
   CURLM* multi = nullptr;
   std::vector<CURL*> idle;  // easy handles
 };
@@ -78,6 +71,7 @@ struct HttpClient::Transfer {
   std::span<uint8_t> out;
   bool first = false;  // the one that finds out about size and ranges
 
+  const CurlLibrary* curl = nullptr;
   CURL* easy = nullptr;
   Fiber* fiber = nullptr;
   char message[CURL_ERROR_SIZE] = {};
@@ -110,7 +104,7 @@ struct HttpClient::Transfer {
   }
   // False: nothing more of it is wanted.
   bool OnBody(const char* data, size_t bytes) {
-    curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
+    curl->easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
     if (status != kPartialContent || !range || range->from != from ||
         range->end - range->from > out.size() || encoded || bytes > out.size() - received) {
       refused = true;
@@ -129,33 +123,34 @@ HttpClient::HttpClient(EventLoop& loop, HttpOptions options)
       impl_(std::make_unique<Impl>()) {}
 
 Result<std::shared_ptr<HttpClient>> HttpClient::Create(EventLoop& loop, HttpOptions options) {
-  InitLibrary();
+  const CurlLibrary* curl = TRY(LoadCurl());
   std::shared_ptr<HttpClient> client(new HttpClient(loop, std::move(options)));
-  CURLM* multi = client->impl_->multi = curl_multi_init();
+  client->impl_->curl = curl;
+  CURLM* multi = client->impl_->multi = curl->multi_init();
   if (!multi) return Fail(ErrorCode::kNoSpace, "out of memory");
-  curl_multi_setopt(multi, CURLMOPT_SOCKETDATA, client.get());
-  curl_multi_setopt(
+  curl->multi_setopt(multi, CURLMOPT_SOCKETDATA, client.get());
+  curl->multi_setopt(
       multi, CURLMOPT_SOCKETFUNCTION, +[](CURL*, curl_socket_t fd, int what, void* self, void*) {
         static_cast<HttpClient*>(self)->OnSocket(fd, what);
         return 0;
       });
-  curl_multi_setopt(multi, CURLMOPT_TIMERDATA, client.get());
-  curl_multi_setopt(
+  curl->multi_setopt(multi, CURLMOPT_TIMERDATA, client.get());
+  curl->multi_setopt(
       multi, CURLMOPT_TIMERFUNCTION, +[](CURLM*, long timeout_ms, void* self) {
         static_cast<HttpClient*>(self)->OnTimer(timeout_ms);
         return 0;
       });
-  curl_multi_setopt(multi, CURLMOPT_MAX_HOST_CONNECTIONS, kMaxConnections);
+  curl->multi_setopt(multi, CURLMOPT_MAX_HOST_CONNECTIONS, kMaxConnections);
   return client;
 }
 
 HttpClient::~HttpClient() {
-  for (CURL* easy : impl_->idle) curl_easy_cleanup(easy);
+  for (CURL* easy : impl_->idle) impl_->curl->easy_cleanup(easy);
   if (!impl_->multi) return;
-  curl_multi_setopt(impl_->multi, CURLMOPT_SOCKETFUNCTION, nullptr);
-  curl_multi_setopt(impl_->multi, CURLMOPT_TIMERFUNCTION, nullptr);
+  impl_->curl->multi_setopt(impl_->multi, CURLMOPT_SOCKETFUNCTION, nullptr);
+  impl_->curl->multi_setopt(impl_->multi, CURLMOPT_TIMERFUNCTION, nullptr);
   for (int fd : watched_) loop_.Unwatch(fd);
-  curl_multi_cleanup(impl_->multi);
+  impl_->curl->multi_cleanup(impl_->multi);
 }
 
 void HttpClient::OnTimer(long timeout_ms) {
@@ -182,67 +177,68 @@ void HttpClient::OnSocket(int fd, int what) {
 void HttpClient::Act(int fd, int events) {
   std::shared_ptr<HttpClient> keep = shared_from_this();
   int running = 0;
-  curl_multi_socket_action(impl_->multi, fd, events, &running);
+  impl_->curl->multi_socket_action(impl_->multi, fd, events, &running);
   int left = 0;
-  while (CURLMsg* message = curl_multi_info_read(impl_->multi, &left)) {
+  while (CURLMsg* message = impl_->curl->multi_info_read(impl_->multi, &left)) {
     if (message->msg != CURLMSG_DONE) continue;
     Transfer* transfer = nullptr;
-    curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, &transfer);
+    impl_->curl->easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, &transfer);
     transfer->code = message->data.result;
-    curl_easy_getinfo(transfer->easy, CURLINFO_RESPONSE_CODE, &transfer->status);
-    curl_multi_remove_handle(impl_->multi, transfer->easy);
+    impl_->curl->easy_getinfo(transfer->easy, CURLINFO_RESPONSE_CODE, &transfer->status);
+    impl_->curl->multi_remove_handle(impl_->multi, transfer->easy);
     transfer->fiber->Wake();
   }
 }
 
 void HttpClient::Configure(Transfer& transfer) const {
   CURL* easy = transfer.easy;
-  curl_easy_reset(easy);
+  impl_->curl->easy_reset(easy);
+  auto set = [&](CURLoption option, auto value) { impl_->curl->easy_setopt(easy, option, value); };
   auto set_text = [&](CURLoption option, const std::string& value) {
-    if (!value.empty()) curl_easy_setopt(easy, option, value.c_str());
+    if (!value.empty()) set(option, value.c_str());
   };
   const bool secure = options_.url.starts_with("https:");
-  curl_easy_setopt(easy, CURLOPT_URL, options_.url.c_str());
-  curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http,https");
-  curl_easy_setopt(easy, CURLOPT_REDIR_PROTOCOLS_STR, secure ? "https" : "http,https");
-  curl_easy_setopt(easy, CURLOPT_FOLLOWLOCATION, 1L);
-  curl_easy_setopt(easy, CURLOPT_MAXREDIRS, kMaxRedirects);
-  curl_easy_setopt(easy, CURLOPT_NOSIGNAL, 1L);
-  curl_easy_setopt(easy, CURLOPT_USERAGENT, "Kvartz");
-  curl_easy_setopt(easy, CURLOPT_SSL_VERIFYPEER, options_.verify_peer ? 1L : 0L);
-  curl_easy_setopt(easy, CURLOPT_SSL_VERIFYHOST, options_.verify_peer ? 2L : 0L);
+  set(CURLOPT_URL, options_.url.c_str());
+  set(CURLOPT_PROTOCOLS_STR, "http,https");
+  set(CURLOPT_REDIR_PROTOCOLS_STR, secure ? "https" : "http,https");
+  set(CURLOPT_FOLLOWLOCATION, 1L);
+  set(CURLOPT_MAXREDIRS, kMaxRedirects);
+  set(CURLOPT_NOSIGNAL, 1L);
+  set(CURLOPT_USERAGENT, "Kvartz");
+  set(CURLOPT_SSL_VERIFYPEER, options_.verify_peer ? 1L : 0L);
+  set(CURLOPT_SSL_VERIFYHOST, options_.verify_peer ? 2L : 0L);
   set_text(CURLOPT_USERNAME, options_.username);
   set_text(CURLOPT_PASSWORD, options_.password);
   set_text(CURLOPT_PROXYUSERNAME, options_.proxy_username);
   set_text(CURLOPT_PROXYPASSWORD, options_.proxy_password);
   set_text(CURLOPT_COOKIE, options_.cookie);
   auto timeout = static_cast<long>(options_.timeout_s);
-  curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT, timeout);
-  curl_easy_setopt(easy, CURLOPT_LOW_SPEED_TIME, timeout);
-  curl_easy_setopt(easy, CURLOPT_LOW_SPEED_LIMIT, static_cast<long>(kSlowest));
-  curl_easy_setopt(easy, CURLOPT_TIMEOUT,
-                   2 * timeout + static_cast<long>(transfer.out.size() / kSlowest));
-  curl_easy_setopt(easy, CURLOPT_ERRORBUFFER, transfer.message);
-  curl_easy_setopt(easy, CURLOPT_PRIVATE, &transfer);
-  curl_easy_setopt(easy, CURLOPT_HEADERDATA, &transfer);
-  curl_easy_setopt(
-      easy, CURLOPT_HEADERFUNCTION, +[](char* data, size_t size, size_t count, void* to) {
+  set(CURLOPT_CONNECTTIMEOUT, timeout);
+  set(CURLOPT_LOW_SPEED_TIME, timeout);
+  set(CURLOPT_LOW_SPEED_LIMIT, static_cast<long>(kSlowest));
+  set(CURLOPT_TIMEOUT, 2 * timeout + static_cast<long>(transfer.out.size() / kSlowest));
+  set(CURLOPT_ERRORBUFFER, transfer.message);
+  set(CURLOPT_PRIVATE, &transfer);
+  set(CURLOPT_HEADERDATA, &transfer);
+  set(
+      CURLOPT_HEADERFUNCTION, +[](char* data, size_t size, size_t count, void* to) {
         static_cast<Transfer*>(to)->OnHeader({data, size * count});
         return size * count;
       });
-  curl_easy_setopt(easy, CURLOPT_WRITEDATA, &transfer);
-  curl_easy_setopt(
-      easy, CURLOPT_WRITEFUNCTION, +[](char* data, size_t size, size_t count, void* to) {
+  set(CURLOPT_WRITEDATA, &transfer);
+  set(
+      CURLOPT_WRITEFUNCTION, +[](char* data, size_t size, size_t count, void* to) {
         return static_cast<Transfer*>(to)->OnBody(data, size * count) ? size * count : size_t{0};
       });
   std::string range = fmt::format("{}-{}", transfer.from, transfer.from + transfer.out.size() - 1);
-  curl_easy_setopt(easy, CURLOPT_RANGE, range.c_str());
+  set(CURLOPT_RANGE, range.c_str());
 }
 
 Result<> HttpClient::Run(Transfer& transfer) {
   std::shared_ptr<HttpClient> keep = shared_from_this();
+  transfer.curl = impl_->curl;
   if (impl_->idle.empty()) {
-    transfer.easy = curl_easy_init();
+    transfer.easy = impl_->curl->easy_init();
     if (!transfer.easy) return Fail(ErrorCode::kNoSpace, "out of memory");
   } else {
     transfer.easy = impl_->idle.back();
@@ -250,21 +246,22 @@ Result<> HttpClient::Run(Transfer& transfer) {
   }
   Configure(transfer);
   transfer.fiber = Fiber::Current();
-  if (CURLMcode error = curl_multi_add_handle(impl_->multi, transfer.easy)) {
+  if (CURLMcode error = impl_->curl->multi_add_handle(impl_->multi, transfer.easy)) {
     impl_->idle.push_back(transfer.easy);
-    return Fail(ErrorCode::kIo, curl_multi_strerror(error));
+    return Fail(ErrorCode::kIo, impl_->curl->multi_strerror(error));
   }
   Fiber::Suspend();
   Result<> outcome = Outcome(transfer);
   // It points to what is gone from now on.
-  curl_easy_reset(transfer.easy);
+  impl_->curl->easy_reset(transfer.easy);
   impl_->idle.push_back(transfer.easy);
   return outcome;
 }
 
 Result<> HttpClient::Outcome(const Transfer& transfer) const {
   if (transfer.code != CURLE_OK && !transfer.refused) {
-    const char* why = transfer.message[0] ? transfer.message : curl_easy_strerror(transfer.code);
+    const char* why =
+        transfer.message[0] ? transfer.message : impl_->curl->easy_strerror(transfer.code);
     return Fail(ErrorCode::kIo, why);
   }
   switch (transfer.status) {

@@ -12,6 +12,9 @@ extern const Driver kRawDriver;
 extern const Driver kNbdDriver;
 extern const Driver kQcow2Driver;
 extern const Driver kVdiDriver;
+extern const Driver kLuksDriver;
+extern const Driver kHttpDriver;
+extern const Driver kHttpsDriver;
 extern const Driver kVmdkDriver;
 extern const Driver kVhdxDriver;
 extern const Driver kVpcDriver;
@@ -19,8 +22,8 @@ extern const Driver kVpcDriver;
 namespace {
 
 constexpr const Driver* kDrivers[] = {
-    &kFileDriver, &kHostDeviceDriver, &kRawDriver, &kQcow2Driver, &kVdiDriver,
-    &kVmdkDriver, &kVpcDriver,        &kNbdDriver, &kVhdxDriver,
+    &kFileDriver, &kHostDeviceDriver, &kRawDriver,  &kQcow2Driver, &kVdiDriver,  &kVmdkDriver,
+    &kVpcDriver,  &kNbdDriver,        &kVhdxDriver, &kLuksDriver,  &kHttpDriver, &kHttpsDriver,
 };
 
 // How images begin whose formats we lack, from each format's specification.
@@ -31,7 +34,6 @@ struct Magic {
 };
 constexpr Magic kMissing[] = {
     {"vmdk", 0, "COWD"},
-    {"luks", 0, "LUKS\xba\xbe"},
     {"qed", 0, std::string_view("QED\0", 4)},
     {"parallels", 0, "WithoutFreeSpace"},
     {"parallels", 0, "WithouFreSpacExt"},

@@ -77,6 +77,9 @@ struct Driver {
   // `source` (may be null).
   Result<MeasureResult> (*measure)(Options& options, Node* source) = nullptr;
   bool can_compress = false;  // takes compressed writes
+  // What amend takes besides the rows of create_options that are amendable.
+  std::span<const OptionRow> amend_options = {};
+  bool new_is_zero = true;  // what was just made reads as zeros
 };
 
 // Null: there is none.

@@ -145,11 +145,16 @@ class ModelRun {
   }
 
   void CompareByPeer() {
+    CompareByPeer("", " driver=" + format_ + ",file.filename=" + path_);
+  }
+  // `objects`: --object ... of what `options` name.
+  void CompareByPeer(const std::string& objects, const std::string& options) {
     if (model_.empty()) return;
     std::string raw = dir_.path() + "/model.raw";
     WriteFile(raw, model_);
     CommandResult compare =
-        RunCommand("qemu-img compare -f " + format_ + " -F raw " + path_ + " " + raw);
+        RunCommand("qemu-img compare --image-opts" + objects + options +
+                   " driver=raw,file.filename=" + raw);
     EXPECT_EQ(compare.status, 0) << compare.output;
   }
 

@@ -61,8 +61,12 @@ class TestDisk {
   }
   std::string Open(const std::string& path, const std::string& format = "qcow2",
                    NodeOptions options = {.discard_unmap = true}) {
-    Result<NodePtr> opened =
-        RunInFiber(loop_, [&] { return OpenFilename(env_, path, format, options); });
+    Result<NodePtr> opened = RunInFiber(loop_, [&] {
+      Options named = Options::Parse(more_options).value();
+      named.Set("filename", path);
+      named.Set("driver", format);
+      return OpenNode(env_, std::move(named), options);
+    });
     if (!opened) return opened.error().what;
     node = *opened;
     return "";
@@ -124,6 +128,7 @@ class TestDisk {
   OpenEnv& env() { return env_; }
 
   NodePtr node;
+  std::string more_options;  // of Open: "key=value,..."
 
  private:
   EventLoop& loop_;

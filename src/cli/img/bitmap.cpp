@@ -120,8 +120,6 @@ Result<int> RunAmend(Session& session, const Arguments& arguments) {
                     HelpOf::kAmend);
     return 0;
   }
-  if (arguments.Has("force"))
-    return Fail(ErrorCode::kUnsupported, "not supported yet: --force (it is for encrypted images)");
   if (!arguments.Has("o")) return Misuse("Must specify options (-o)");
   ImageName image = TRY(TakeImage(arguments));
   block::NodeOptions options;
@@ -131,6 +129,11 @@ Result<int> RunAmend(Session& session, const Arguments& arguments) {
     return Fail(
         ErrorCode::kUnsupported,
         fmt::format("Format driver '{}' does not support option amendment", node->driver()));
+  if (arguments.Has("force")) {
+    if (!TRY(node->Info()).encrypted)
+      return Fail(ErrorCode::kUnsupported, "--force is for key slots of encrypted images");
+    given.options.Set("force", "on");
+  }
   {
     Progress progress(ShowProgress(arguments));
     TRY(node->editor()->Amend(
@@ -148,7 +151,7 @@ constexpr OptionSpec kAmendOptions[] = {
     kQuiet,
     kFormat,
     kCache,
-    {0, "force", {}, "not supported yet: what may make an encrypted image unreadable"},
+    {0, "force", {}, "also what makes an encrypted image unreadable"},
     {'o', {}, "OPTIONS", "what to change; 'help' lists it"},
 };
 

@@ -89,6 +89,8 @@ class Conversion {
       session_.Complain("warning: -o has no effect when skipping image creation");
     if (auto backing = arguments_.Find("B")) create_.options.Set("backing_file", *backing);
     if (auto format = arguments_.Find("F")) create_.options.Set("backing_fmt", *format);
+    if (arguments_.Has("c") && create_.options.Has("encrypt.format"))
+      return Fail(ErrorCode::kInvalid, "Compression and encryption not supported at the same time");
     bool has_backing = create_.options.Has("backing_file");
     if (create_.options.Has("backing_fmt") && !has_backing)
       return Fail(ErrorCode::kInvalid, "-F requires -B");
@@ -166,6 +168,9 @@ class Conversion {
     ImageName image = {
         .name = target_name_, .format = format_, .is_options = arguments_.Has("target-image-opts")};
     if (image.is_options) image.format.clear();
+    for (const auto& [key, value] : create_.options.all()) {
+      if (key.ends_with("key-secret") && !arguments_.Has("n")) image.keys[key] = value.text;
+    }
     block::NodeOptions options = {.discard_unmap = true};
     // What is unfinished is worth nothing, so there is nothing to flush before the end.
     bool skip_create = arguments_.Has("n");
@@ -183,7 +188,7 @@ class Conversion {
     if (arguments_.Has("n")) {
       copy_.target_is_zero = arguments_.Has("target-is-zero");
     } else {
-      copy_.target_is_zero = !is_device || (!raw && !preallocated_);
+      copy_.target_is_zero = (!is_device || (!raw && !preallocated_)) && driver_->new_is_zero;
     }
     if (create_.options.Has("backing_file") || (arguments_.Has("n") && copy_.target->backing())) {
       copy_.only_allocated = create_.options.Has("backing_file");

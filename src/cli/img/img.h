@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "block/crypto/secret.h"
 #include "block/graph.h"
 #include "block/jobs/job.h"
 #include "block/tls_object.h"
@@ -20,7 +21,9 @@ namespace kvartz::cli::img {
 
 // Rows that several verbs share.
 constexpr OptionSpec kObject = {
-    0, "object", "OBJECT", "secret,id=ID,data=TEXT|file=FILE, or tls-creds-x509,id=ID,dir=DIR"};
+    0, "object", "OBJECT",
+    "secret,id=ID,file=FILE|data=TEXT[,format=base64][,keyid=ID,iv=TEXT], or "
+    "tls-creds-x509,id=ID,dir=DIR"};
 constexpr OptionSpec kImageOpts = {
     0, "image-opts", {}, "FILENAME is a list of options: driver=qcow2,file.filename=..."};
 constexpr OptionSpec kFormat = {'f', "format", "FMT", "format of the image (else it is found out)"};
@@ -37,7 +40,8 @@ constexpr OptionSpec kSourceCache = {'T', {}, "CACHE", "cache mode of what is re
 struct ImageName {
   std::string name = {};
   std::string format = {};
-  bool is_options = false;  // --image-opts
+  bool is_options = false;                       // --image-opts
+  std::map<std::string, std::string> keys = {};  // more options; not with is_options
 };
 
 // One call. Loop-owned; everything in a fiber.
@@ -74,7 +78,7 @@ class Session {
   const std::string program_;
   EventLoop& loop_;
   std::map<std::string, std::shared_ptr<const TlsCredentials>> tls_;
-  std::map<std::string, std::string> secrets_;
+  block::SecretStore secrets_;
   block::OpenEnv env_;
   std::vector<block::NodePtr> open_;
 };

@@ -1,88 +1,14 @@
-#include <fcntl.h>
 #include <fmt/core.h>
-#include <unistd.h>
 
 #include <algorithm>
 
-#include "base/fd.h"
-#include "base/file_error.h"
 #include "cli/img/img.h"
 
 namespace kvartz::cli::img {
-namespace {
-
-constexpr size_t kLargestSecret = 1 << 20;
-
-Result<std::string> ReadSecretFile(const std::string& path) {
-  UniqueFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!fd) return Fail(OpenFileError("secret", path, errno));
-  std::string text(kLargestSecret + 1, '\0');
-  size_t size = 0;
-  while (size < text.size()) {
-    ssize_t got = read(fd.get(), text.data() + size, text.size() - size);
-    if (got < 0) return Fail(ErrnoError(errno, fmt::format("cannot read secret '{}'", path)));
-    if (got == 0) break;
-    size += static_cast<size_t>(got);
-  }
-  if (size > kLargestSecret)
-    return Fail(ErrorCode::kInvalid, fmt::format("secret '{}' has more than 1 MiB", path));
-  text.resize(size);
-  return text;
-}
-
-Result<std::string> DecodeBase64(const std::string& text) {
-  constexpr std::string_view kDigits =
-      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-  std::string out;
-  uint32_t bits = 0;
-  int count = 0;
-  bool ended = false;
-  for (char c : text) {
-    if (c == '\n' || c == '\r') continue;
-    if (c == '=') {
-      ended = true;
-      continue;
-    }
-    size_t digit = kDigits.find(c);
-    if (digit == std::string_view::npos || ended)
-      return Fail(ErrorCode::kInvalid, "the secret isn't base64 text");
-    bits = bits << 6 | static_cast<uint32_t>(digit);
-    count += 6;
-    if (count >= 8) {
-      count -= 8;
-      out += static_cast<char>(bits >> count & 0xff);
-    }
-  }
-  return out;
-}
-
-Result<std::string> ReadSecret(block::Options& options) {
-  std::optional<std::string> data = options.Take("data");
-  std::optional<std::string> file = options.Take("file");
-  std::string format = options.Take("format", "raw");
-  if (options.Has("keyid") || options.Has("iv"))
-    return Fail(ErrorCode::kUnsupported, "not supported yet: secrets that are encrypted (keyid=)");
-  TRY(options.RefuseRest("secret", {"id", "data", "file", "format", "keyid", "iv"}));
-  if (data.has_value() == file.has_value())
-    return Fail(ErrorCode::kInvalid, "either data= or file= must be given");
-  if (format != "raw" && format != "base64")
-    return Fail(ErrorCode::kInvalid, fmt::format("format={}: it is raw or base64", format));
-  std::string text = data ? std::move(*data) : TRY(ReadSecretFile(*file));
-  return format == "raw" ? text : DecodeBase64(text);
-}
-
-}  // namespace
-
 Session::Session(std::string program, EventLoop& loop)
     : program_(std::move(program)), loop_(loop), env_{.loop = loop} {
   env_.tls = [this](const std::string& id) { return FindTls(id); };
-  env_.secret = [this](const std::string& id) -> Result<std::string> {
-    auto it = secrets_.find(id);
-    if (it != secrets_.end()) return it->second;
-    return Fail(
-        ErrorCode::kNotFound,
-        fmt::format("there is no secret '{0}': give it with --object secret,id={0},file=...", id));
-  };
+  env_.secret = [this](const std::string& id) { return secrets_.Find(id); };
 }
 
 void Session::Complain(const std::string& text) const {
@@ -114,13 +40,8 @@ Result<> Session::AddObjects(const Arguments& arguments) {
                               "tls-creds-psk",
                               type));
     }
-    std::string id = options.Take("id", "");
-    if (id.empty()) return Fail(ErrorCode::kInvalid, "--object secret: id= is missing");
-    if (secrets_.contains(id))
-      return Fail(ErrorCode::kExists, fmt::format("--object secret: there are two with id={}", id));
-    Result<std::string> secret = ReadSecret(options);
-    if (!secret) return Fail(std::move(secret).error().In("--object secret,id=" + id));
-    secrets_[id] = std::move(*secret);
+    Result<> added = secrets_.Add(std::move(options));
+    if (!added) return Fail(std::move(added).error().In("--object"));
   }
   return {};
 }
@@ -151,7 +72,11 @@ Result<block::NodePtr> Session::Open(const ImageName& image, const block::NodeOp
     block::Options options = TRY(block::Options::Parse(image.name));
     opened = TRY(block::OpenNode(env_, std::move(options), node));
   } else {
-    opened = TRY(block::OpenFilename(env_, image.name, image.format, node));
+    block::Options options;
+    for (const auto& [key, value] : image.keys) options.Set(key, value);
+    options.Set("filename", image.name);
+    if (!image.format.empty()) options.Set("driver", image.format);
+    opened = TRY(block::OpenNode(env_, std::move(options), node));
   }
   open_.push_back(opened);
   return opened;
@@ -245,18 +170,20 @@ Result<CreateOptions> TakeCreateOptions(const Arguments& arguments) {
 void PrintCreateHelp(const block::Driver& driver, HelpOf of) {
   using Type = block::OptionRow::Type;
   std::vector<block::OptionRow> rows(driver.create_options.begin(), driver.create_options.end());
+  if (of == HelpOf::kAmend) std::erase_if(rows, [](const auto& row) { return !row.amendable; });
   auto add = [&](std::string_view name, Type type, std::string_view help) {
     bool there =
         std::any_of(rows.begin(), rows.end(), [&](const auto& row) { return row.name == name; });
     if (!there) rows.push_back({.name = name, .type = type, .help = help, .amendable = true});
   };
-  add("size", Type::kSize, "Virtual disk size");
+  if (of == HelpOf::kAmend)
+    rows.insert(rows.end(), driver.amend_options.begin(), driver.amend_options.end());
+  if (of == HelpOf::kCreate || driver.has_backing) add("size", Type::kSize, "Virtual disk size");
   if (driver.has_backing) {
     add("backing_file", Type::kString, "File name of a base image");
     add("backing_fmt", Type::kString, "Image format of the base image");
   }
   std::sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
-  if (of == HelpOf::kAmend) std::erase_if(rows, [](const auto& row) { return !row.amendable; });
   if (of == HelpOf::kAmend) {
     fmt::print("Amend options for '{}':\n", driver.name);
   } else {

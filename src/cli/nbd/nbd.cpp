@@ -48,7 +48,9 @@ constexpr OptionSpec kOptions[] = {
     {0, "discard", "MODE", "ignore (default) or unmap"},
     {0, "image-opts", {}, "the image is a list of options"},
     {0, "untrusted", {}, "open no backing or data file that an image names"},
-    {0, "object", "OBJECT", "secret,id=ID,data=TEXT|file=FILE, or tls-creds-x509,id=ID,dir=DIR"},
+    {0, "object", "OBJECT",
+     "secret,id=ID,file=FILE|data=TEXT[,format=base64][,keyid=ID,iv=TEXT], or "
+     "tls-creds-x509,id=ID,dir=DIR"},
     {'c', "connect", "DEV", "not supported: kernel devices"},
     {'d', "disconnect", {}, "not supported: kernel devices"},
     {'L', "list", {}, "list what another server offers"},

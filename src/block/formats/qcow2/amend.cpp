@@ -128,11 +128,21 @@ Result<> Editor::Amend(Options& options, const ProgressFn& progress) {
   Metadata& meta = node_.metadata();
   Header& header = meta.header;
   for (const char* fixed : {"cluster_size", "extended_l2", "preallocation", "compression_type",
-                            "data_file", "data_file_raw"}) {
+                            "data_file", "data_file_raw", "encrypt.format", "encrypt.key-secret"}) {
     if (options.Has(fixed)) {
       return Fail(ErrorCode::kUnsupported,
                   fmt::format("{} can't be changed: convert to a new image", fixed));
     }
+  }
+  bool force = TRY(options.TakeBool("force", false));
+  if (options.HasBelow("encrypt")) {
+    Options keys = options.TakeBelow("encrypt");
+    if (!options.empty())
+      return Fail(ErrorCode::kInvalid, "key slots are changed alone, without other options");
+    if (!node_.encryption()) return Fail(ErrorCode::kInvalid, "the image isn't encrypted");
+    TRY(node_.encryption()->Amend(*node_.file(), keys, force));
+    if (progress) progress(1, 1);
+    return {};
   }
   std::string compat = options.Take("compat", header.version == 2 ? "0.10" : "1.1");
   if (compat != "0.10" && compat != "v2" && compat != "1.1" && compat != "v3")

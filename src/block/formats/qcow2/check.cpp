@@ -292,10 +292,8 @@ Result<CheckResult> Checker::Run() {
   int rc = CountTables(meta_.l1(), meta_.header.l1_offset, true, "active L1 table");
   if (rc == 0) rc = CountSnapshots();
   if (rc == 0) rc = CountBitmaps();
-  for (const Extension& extension : meta_.header.others) {
-    if (extension.type == kCryptoHeader && extension.data.size() >= 16)
-      Count(LoadBe64(extension.data.data()), LoadBe64(extension.data.data() + 8), "LUKS header");
-  }
+  if (meta_.header.crypto_offset != 0)
+    Count(meta_.header.crypto_offset, meta_.header.crypto_bytes, "LUKS header");
   if (rc == 0) rc = CountRefcounts();
   if (rc == 0 && rebuild_ && Fixes()) {
     rc = Rebuild();

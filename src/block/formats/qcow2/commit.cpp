@@ -33,6 +33,7 @@ Metadata::Metadata(Node& file, Node* data_file, Header image_header, uint64_t ca
     : header(std::move(image_header)),
       file_(file),
       data_file_(data_file),
+      data_node_(data_file ? data_file : &file),
       geo_(header),
       cache_(file, geo_.slice_bytes, cache_bytes),
       slice_entries_(geo_.slice_bytes / geo_.l2_entry_bytes) {

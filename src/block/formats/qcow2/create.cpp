@@ -95,6 +95,7 @@ Result<Header> HeaderOf(Options& options) {
 }
 
 Result<> Create(const OpenEnv& env, const std::string& filename, Options& options) {
+  std::optional<NewEncryption> encrypt = TRY(TakeNewEncryption(env, options));
   Preallocation preallocation = TRY(ParsePreallocation(options.Take("preallocation", "off")));
   Header header = TRY(HeaderOf(options));
   if (preallocation != Preallocation::kOff && !header.backing_file.empty() &&
@@ -105,6 +106,12 @@ Result<> Create(const OpenEnv& env, const std::string& filename, Options& option
   if (preallocation != Preallocation::kOff && !header.backing_file.empty())
     return Fail(ErrorCode::kUnsupported,
                 "not supported yet: backing_file together with preallocation");
+  if (encrypt) {
+    if (header.autoclear & kRawExternal)
+      return Fail(ErrorCode::kInvalid, "data_file_raw and encryption can't be used together");
+    if (preallocation != Preallocation::kOff && header.version < 3)
+      return Fail(ErrorCode::kInvalid, "preallocation of encrypted images needs compat=1.1");
+  }
   uint64_t size = header.size;
   NodePtr data;
   if (header.has_data_file()) {
@@ -116,6 +123,13 @@ Result<> Create(const OpenEnv& env, const std::string& filename, Options& option
   header.size = 0;
   auto image = std::make_shared<Qcow2Node>(file, data, header, NodeOptions{}, kDefaultCacheBytes);
   TRY(image->Load());
+  if (encrypt) {
+    Result<> encrypted = Encrypt(*image, *encrypt);
+    if (!encrypted) {
+      (void)image->Close();
+      return encrypted;
+    }
+  }
   Result<> sized = image->Resize({.size = size, .preallocation = preallocation});
   Result<> closed = image->Close();
   return sized ? closed : sized;
@@ -136,6 +150,7 @@ static uint64_t BitmapsSize(const Geometry& geo, Node& source) {
 }
 
 Result<MeasureResult> Measure(Options& options, Node* source) {
+  uint64_t encrypt_bytes = TRY(MeasureEncryption(options));
   Preallocation preallocation = TRY(ParsePreallocation(options.Take("preallocation", "off")));
   if (source && !options.Has("size")) options.Set("size", std::to_string(source->size_bytes()));
   Header header = TRY(HeaderOf(options));
@@ -167,8 +182,9 @@ Result<MeasureResult> Measure(Options& options, Node* source) {
   };
   uint64_t full = header.has_data_file() ? 0 : data;
   used = header.has_data_file() ? 0 : std::min(used, data);
-  MeasureResult result = {.required = metadata(full) + used,
-                          .fully_allocated = metadata(full) + full};
+  encrypt_bytes = geo.RoundUp(encrypt_bytes);
+  MeasureResult result = {.required = metadata(full) + used + encrypt_bytes,
+                          .fully_allocated = metadata(full) + full + encrypt_bytes};
   if (source && source->bitmaps()) {
     result.has_bitmaps = true;
     result.bitmaps = BitmapsSize(geo, *source);

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "block/driver.h"
+#include "block/formats/luks/luks_node.h"
 #include "block/formats/qcow2/layout.h"
 
 namespace kvartz::block::qcow2 {
@@ -20,12 +21,17 @@ constexpr OptionRow kCreateOptions[] = {
      "The external data file must stay valid as a raw image",
      {},
      true},
+    {"encrypt.format", Type::kString, "Encrypt the image, format choices: 'luks'"},
+    {"encrypt.key-secret", Type::kString, "ID of the secret that provides the LUKS passphrase"},
+    KVARTZ_LUKS_CREATE_OPTIONS("encrypt."),
     {"extended_l2", Type::kBool, "Extended L2 tables", "off"},
     {"lazy_refcounts", Type::kBool, "Postpone refcount updates", "off", true},
     {"preallocation", Type::kString,
      "Preallocation mode (allowed values: off, metadata, falloc, full)", "off"},
     {"refcount_bits", Type::kNumber, "Width of a reference count entry in bits", "16", true},
 };
+
+constexpr OptionRow kAmendOptions[] = {KVARTZ_LUKS_AMEND_OPTIONS("encrypt.")};
 
 // Options of create and amend as header fields. Errors name the option.
 Result<Header> HeaderOf(Options& options);

@@ -63,6 +63,11 @@ Result<> CheckTables(const Header& header) {
   if (header.snapshot_count > 0 &&
       !GoodTable(header.snapshots_offset, header.snapshot_count, cluster_size))
     return Bad("snapshot table at {:#x}", header.snapshots_offset);
+  if ((header.crypto_offset != 0) != (header.crypt == Crypt::kLuks))
+    return Bad("encryption by LUKS and the place of its header don't go together");
+  if (header.crypto_bytes > kMaxCryptoBytes ||
+      !GoodTable(header.crypto_offset, header.crypto_bytes, cluster_size))
+    return Bad("LUKS header of {} bytes at {:#x}", header.crypto_bytes, header.crypto_offset);
   if (header.size > uint64_t{INT64_MAX} - cluster_size) return Bad("a size of {}", header.size);
   if (Geometry(header).L1Entries(header.size) > header.l1_entries)
     return Bad("an L1 table of {} entries is too small for {} bytes", header.l1_entries,
@@ -90,6 +95,14 @@ Result<> ParseExtension(uint32_t type, std::span<const uint8_t> data, Header& he
       header.bitmap_count = disk.nb_bitmaps;
       header.bitmaps_size = disk.directory_size;
       header.bitmaps_offset = disk.directory_offset;
+      return {};
+    }
+    case kCryptoHeader: {
+      CryptoExtensionDisk disk;
+      if (data.size() != sizeof(disk)) return Bad("a crypto extension of {} bytes", data.size());
+      std::memcpy(&disk, data.data(), sizeof(disk));
+      header.crypto_offset = disk.offset;
+      header.crypto_bytes = disk.bytes;
       return {};
     }
     default:
@@ -228,6 +241,12 @@ Result<std::vector<uint8_t>> SerializeHeader(const Header& header) {
   std::vector<uint8_t> out(length);
   if (!header.backing_format.empty()) Append(out, kBackingFormat, BytesOf(header.backing_format));
   if (!header.data_file.empty()) Append(out, kDataFileName, BytesOf(header.data_file));
+  if (header.crypto_offset != 0) {
+    CryptoExtensionDisk crypto = {};
+    crypto.offset = header.crypto_offset;
+    crypto.bytes = header.crypto_bytes;
+    Append(out, kCryptoHeader, {reinterpret_cast<const uint8_t*>(&crypto), sizeof(crypto)});
+  }
   for (const Extension& extension : header.others) Append(out, extension.type, extension.data);
   if (header.bitmap_count > 0) {
     BitmapsExtensionDisk bitmaps = {};

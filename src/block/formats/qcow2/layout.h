@@ -79,6 +79,13 @@ struct Extension {
   std::vector<uint8_t> data;
 };
 
+struct CryptoExtensionDisk {
+  Be64 offset;  // of the LUKS header, a cluster's beginning
+  Be64 bytes;
+};
+static_assert(sizeof(CryptoExtensionDisk) == 16);
+constexpr uint64_t kMaxCryptoBytes = 64 << 20;
+
 struct BitmapsExtensionDisk {
   Be32 nb_bitmaps;
   Be32 reserved;
@@ -108,6 +115,7 @@ struct Header {
   std::string data_file;
   uint32_t bitmap_count = 0;
   uint64_t bitmaps_size = 0, bitmaps_offset = 0;  // the directory; 0: none
+  uint64_t crypto_offset = 0, crypto_bytes = 0;   // the LUKS header; 0: none
   std::vector<Extension> others;                  // kept as they are
 
   bool has_data_file() const { return incompatible & kDataFile; }

@@ -65,7 +65,9 @@ class Metadata {
   Header header;  // changed by its owner's friends, written by WriteHeader
   const Geometry& geometry() const { return geo_; }
   Node& file() const { return file_; }
-  Node& data_node() const { return data_file_ ? *data_file_ : file_; }
+  // Where clusters of the disk are read and written: what encrypts them, the data file, the file.
+  Node& data_node() const { return *data_node_; }
+  void set_data_node(Node& node) { data_node_ = &node; }
   bool has_data_file() const { return data_file_ != nullptr; }
   TableCache& cache() { return cache_; }
   std::vector<uint64_t>& l1() { return l1_; }
@@ -216,6 +218,7 @@ class Metadata {
 
   Node& file_;
   Node* const data_file_;
+  Node* data_node_;
   Geometry geo_;
   TableCache cache_;
   uint64_t slice_entries_;  // L2 entries in a slice

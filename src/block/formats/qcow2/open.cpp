@@ -39,10 +39,11 @@ Result<Header> ReadHeader(Node& file) {
 }
 
 Result<> RefuseUnsupported(const Header& header, const NodeOptions& node, Node& file) {
-  if (header.crypt != Crypt::kNone && !node.no_io) {
+  if (header.crypt == Crypt::kAes && !node.read_only && !node.no_io && !node.for_check) {
     return Fail(ErrorCode::kUnsupported,
-                fmt::format("not supported yet: '{}' is encrypted ({})", file.name(),
-                            header.crypt == Crypt::kAes ? "AES" : "LUKS"));
+                fmt::format("'{}' is encrypted by qcow2's old AES method, which is only read here: "
+                            "convert it to encrypt.format=luks",
+                            file.name()));
   }
   if ((header.incompatible & kCorrupt) && !node.read_only && !node.for_check) {
     return Fail(ErrorCode::kInvalid,
@@ -143,7 +144,9 @@ Result<NodePtr> Open(const OpenEnv& env, const NodeOptions& node, Options& optio
   NodePtr data = TRY(OpenDataFile(env, header, used, options, *file));
   uint64_t cache = TRY(options.TakeSize("cache-size", kDefaultCacheBytes));
   cache = std::max<uint64_t>(TRY(options.TakeSize("l2-cache-size", cache)), 128 << 10);
+  std::unique_ptr<Encryption> encryption = TRY(OpenEncryption(env, header, used, options, *file));
   auto image = std::make_shared<Qcow2Node>(std::move(file), std::move(data), header, used, cache);
+  if (encryption) image->SetEncryption(std::move(encryption));
   TRY(SetWish(env, header, used, options, *image));
   if (std::optional<std::string> lazy = options.Take("lazy-refcounts")) {
     if (TRY(ParseBool(*lazy)) != ((header.compatible & kLazyRefcounts) != 0)) {
@@ -187,6 +190,15 @@ Qcow2Node::Qcow2Node(NodePtr file, NodePtr data_file, Header header, const NodeO
 }
 
 Qcow2Node::~Qcow2Node() = default;
+
+void Qcow2Node::SetEncryption(std::unique_ptr<Encryption> encryption) {
+  encryption_ = std::move(encryption);
+  if (old_encryption()) return;
+  const NodePtr& below = data_file_ ? data_file_ : file_;
+  CryptNode::Layout layout = {.size = below->size_bytes(), .grows = below->grows()};
+  crypt_ = std::make_unique<CryptNode>(below, encryption_->cipher, layout, read_only_);
+  meta_->set_data_node(*crypt_);
+}
 
 SnapshotStore* Qcow2Node::snapshots() { return snapshots_.get(); }
 BitmapStore* Qcow2Node::bitmaps() { return bitmaps_.get(); }
@@ -250,8 +262,10 @@ Result<> Qcow2Node::SetReadOnly(bool read_only) {
   } else if (meta_->header.incompatible & kCorrupt) {
     return Fail(ErrorCode::kInvalid, fmt::format("'{}' is marked as corrupt", name()));
   }
+  if (!read_only && old_encryption()) return Unsupported("writing with its old AES method");
   TRY(file_->SetReadOnly(read_only));
   if (data_file_) TRY(data_file_->SetReadOnly(read_only));
+  if (crypt_) TRY(crypt_->SetReadOnly(read_only));
   read_only_ = options_.read_only = read_only;
   limits_.discard_granularity =
       discard_ && !read_only_ ? static_cast<uint32_t>(meta_->geometry().cluster_size) : 0;
@@ -289,6 +303,7 @@ Result<ImageInfo> Qcow2Node::Info() {
   } else {
     add("refcount-bits", {uint64_t{16}});
   }
+  if (encryption_) add("encrypt", {encryption_->Describe()});
   if (header.version >= 3) {
     std::vector<BitmapInfo> bitmaps = bitmaps_->List();
     InfoValue::Array rows;
@@ -325,6 +340,7 @@ const Driver kQcow2Driver = {
     .has_backing = true,
     .measure = qcow2::Measure,
     .can_compress = true,
+    .amend_options = qcow2::kAmendOptions,
 };
 
 }  // namespace kvartz::block

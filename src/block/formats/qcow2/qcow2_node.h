@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "base/workers.h"
+#include "block/crypto/crypt_node.h"
 #include "block/driver.h"
+#include "block/formats/qcow2/encryption.h"
 #include "block/formats/qcow2/metadata.h"
 #include "block/io_batch.h"
 #include "block/node.h"
@@ -27,6 +29,9 @@ class Qcow2Node final : public Node {
   Qcow2Node(NodePtr file, NodePtr data_file, Header header, const NodeOptions& options,
             uint64_t cache_bytes);
   ~Qcow2Node() override;
+  // Before Load, of an image whose header says so; after it, of one that is being made.
+  void SetEncryption(std::unique_ptr<Encryption> encryption);
+  Encryption* encryption() { return encryption_.get(); }
   Result<> Load();
 
   const char* driver() const override { return "qcow2"; }
@@ -91,6 +96,8 @@ class Qcow2Node final : public Node {
   int WriteCompressed(uint64_t offset, uint64_t length, IovCursor from);
   int WriteCompressedCluster(uint64_t offset, std::span<const uint8_t> cluster, bool* stored);
   int ReadCompressed(const Mapping& mapping, uint64_t offset, uint64_t length, IovCursor to);
+  int ReadOldEncryption(uint64_t host, uint64_t offset, uint64_t length, IovCursor to);
+  bool old_encryption() const { return encryption_ && encryption_->method == Crypt::kAes; }
 
   bool InBacking(uint64_t offset) const;
   bool ReadsZero(const Mapping& mapping, uint64_t offset) const;
@@ -116,6 +123,8 @@ class Qcow2Node final : public Node {
   const NodePtr file_, data_file_;
   NodePtr backing_;
   NodeOptions options_;
+  std::unique_ptr<Encryption> encryption_;
+  std::unique_ptr<CryptNode> crypt_;  // over data file or file
   std::unique_ptr<Metadata> meta_;
   std::optional<BackingWish> wish_;
   uint64_t in_flight_ = 0;

@@ -48,6 +48,7 @@ bool Qcow2Node::TryRead(Request* request) {
       mapping.length < request->length) {
     return false;
   }
+  if (mapping.kind == Mapping::Kind::kData && old_encryption()) return false;
   if (mapping.kind == Mapping::Kind::kData) {
     request->offset = mapping.host;
     meta_->data_node().Start(request);
@@ -160,6 +161,9 @@ int Qcow2Node::ReadRange(uint64_t offset, uint64_t length, IovCursor to) {
       to.Skip(bytes);
     } else if (ReadsZero(mapping, offset)) {
       to.Fill(bytes, 0);
+    } else if (mapping.kind == Mapping::Kind::kData && old_encryption()) {
+      if ((rc = ReadOldEncryption(mapping.host, offset, bytes, to)) != 0) break;
+      to.Skip(bytes);
     } else {
       bool data = mapping.kind == Mapping::Kind::kData;
       if (!data) bytes = std::min(bytes, std::min(backing_->size_bytes(), size_bytes_) - offset);
@@ -202,6 +206,7 @@ int Qcow2Node::ReadCompressed(const Mapping& mapping, uint64_t offset, uint64_t 
 
 void Qcow2Node::Drain() {
   do {
+    if (crypt_) crypt_->Drain();
     if (data_file_) data_file_->Drain();
     if (backing_) backing_->Drain();
     file_->Drain();
@@ -226,7 +231,7 @@ Result<Extent> Qcow2Node::Status(uint64_t offset, uint64_t length) {
       extent.allocated = extent.data = extent.compressed = true;
       return extent;
   }
-  if (mapping.has_host) {
+  if (mapping.has_host && !encryption_) {
     extent.has_offset = true;
     extent.offset = mapping.host;
     extent.file = &meta_->data_node();

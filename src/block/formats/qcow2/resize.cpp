@@ -49,10 +49,14 @@ int Qcow2Node::GrowL1(uint64_t entries) {
   return 0;
 }
 
-// Clusters [first, end), which have no contents yet, get their place in the file.
+// Clusters [first, end), which have no contents yet, get their place in the file. Where that would
+// be decrypted to noise, the tables say that they are zeros.
 int Qcow2Node::PreallocateClusters(uint64_t first, uint64_t end) {
   const Geometry& geo = meta_->geometry();
   uint64_t bits = geo.subclusters > 1 ? UINT32_MAX : 0;
+  uint64_t flags = kCopied;
+  if (encryption_ && geo.subclusters > 1) bits <<= 32;
+  if (encryption_ && geo.subclusters == 1) flags |= kZeroFlag;
   while (first < end) {
     if (meta_->cache().crowded()) {
       if (int rc = meta_->Commit()) return rc;
@@ -64,13 +68,13 @@ int Qcow2Node::PreallocateClusters(uint64_t first, uint64_t end) {
     Run run = {guest, stop - first, true};
     if (!data_file_) {
       if (int rc = meta_->Allocate(stop - first, &run)) return rc;
-      if (int rc = meta_->ZeroRun(run)) return rc;
+      if (int rc = encryption_ ? 0 : meta_->ZeroRun(run)) return rc;
       if (int rc = meta_->WritableSlice(guest, &slice)) return rc;
     }
     for (uint64_t i = 0; i < run.clusters; i++) {
       uint64_t index = meta_->IndexInSlice((first + i) << geo.cluster_bits);
       meta_->ReleaseEntry(meta_->Entry(*slice, index), false);
-      meta_->SetEntry(slice, index, (run.offset + (i << geo.cluster_bits)) | kCopied, bits);
+      meta_->SetEntry(slice, index, (run.offset + (i << geo.cluster_bits)) | flags, bits);
     }
     first += run.clusters;
   }
@@ -81,7 +85,9 @@ Result<> Qcow2Node::Preallocate(uint64_t old_size, Preallocation how) {
   const Geometry& geo = meta_->geometry();
   uint64_t first = geo.Clusters(old_size), end = geo.Clusters(size_bytes_);
   if (how == Preallocation::kOff || first >= end) return {};
-  Node& node = meta_->data_node();
+  if (encryption_ && meta_->header.version < 3)
+    return Unsupported("preallocation where it is encrypted (compat 1.1 does)");
+  Node& node = data_file_ ? *data_file_ : *file_;
   uint64_t data = (end - first) << geo.cluster_bits;
   if (how != Preallocation::kMetadata) {
     uint64_t l2 = (geo.L1Entries(size_bytes_) + 1) << geo.cluster_bits;

@@ -137,6 +137,7 @@ int Qcow2Node::AllocateAndWrite(uint64_t offset, uint64_t length, IovCursor& fro
   } else if (!run.reuse) {
     if (int rc = meta_->Allocate(run.clusters, &run.host)) return rc;
     run.clusters = run.host.clusters;
+    if (encryption_) run.host.zeroed = false;  // not once they are decrypted
     guard.Shorten(run.first + run.clusters);
   } else if (int rc = meta_->RefuseMetadata(run.host.offset, run.clusters << geo.cluster_bits)) {
     return rc;
@@ -271,7 +272,7 @@ int Qcow2Node::LinkRun(const AllocatedRun& run) {
 
 int Qcow2Node::WriteCompressed(uint64_t offset, uint64_t length, IovCursor from) {
   const Geometry& geo = meta_->geometry();
-  if (data_file_) return -ENOTSUP;
+  if (data_file_ || encryption_) return -ENOTSUP;
   bool to_end = offset + length == size_bytes_;
   if (geo.InCluster(offset) != 0 || (geo.InCluster(length) != 0 && !to_end)) return -EINVAL;
   std::vector<uint8_t> cluster;

@@ -20,7 +20,7 @@ struct Shape {
   std::string options;
   uint64_t cluster_size = 65536;
   uint64_t size = 0;
-  bool version2 = false, data_file = false, snapshots = true;
+  bool version2 = false, data_file = false, snapshots = true, encrypted = false;
 };
 
 class Qcow2Run final : public ModelRun {
@@ -51,15 +51,19 @@ class Qcow2Run final : public ModelRun {
         shape_.snapshots = false;
       }
     }
+    shape_.encrypted = OneIn(5);
+    if (shape_.encrypted) add("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=1");
+    disk_.env().secret = [](const std::string&) { return std::string("passphrase"); };
     model_.assign(shape_.size, '\0');
     if (OneIn(2)) {
       SetupBacking();
-    } else if (OneIn(4)) {
+    } else if (OneIn(4) && !(shape_.encrypted && shape_.version2)) {
       add("preallocation=metadata");
     }
     path_ = dir_.path() + "/a.qcow2";
     trace = shape_.options + "\n";
     ASSERT_EQ(disk_.Create(path_, shape_.options), "") << shape_.options;
+    if (shape_.encrypted) disk_.more_options = "encrypt.key-secret=key";
     ASSERT_EQ(disk_.Open(path_), "");
   }
 
@@ -126,7 +130,7 @@ class Qcow2Run final : public ModelRun {
   }
 
   void Compressed() {
-    if (shape_.data_file || model_.empty()) return;
+    if (shape_.data_file || shape_.encrypted || model_.empty()) return;
     uint64_t at = Below(model_.size()) / shape_.cluster_size * shape_.cluster_size;
     uint64_t length = std::min((1 + Below(3)) * shape_.cluster_size, model_.size() - at);
     std::string data = Noise(length);
@@ -143,7 +147,7 @@ class Qcow2Run final : public ModelRun {
                                         Preallocation::kMetadata, Preallocation::kFalloc,
                                         Preallocation::kFull};
     Preallocation mode = kModes[Below(std::size(kModes))];
-    if (disk_.node->backing()) mode = Preallocation::kOff;
+    if (disk_.node->backing() || (shape_.encrypted && shape_.version2)) mode = Preallocation::kOff;
     trace += "resize " + std::to_string(size) + " " + NameOf(mode) + "\n";
     ASSERT_EQ(disk_.Resize(size, mode), "");
     model_.resize(size, '\0');
@@ -191,9 +195,14 @@ class Qcow2Run final : public ModelRun {
   }
 
   void CheckByPeer() override {
-    CommandResult check = RunCommand("qemu-img check " + path_);
+    std::string key, options = " driver=qcow2,file.filename=" + path_;
+    if (shape_.encrypted) {
+      key = " --object secret,id=key,data=passphrase";
+      options += ",encrypt.key-secret=key";
+    }
+    CommandResult check = RunCommand("qemu-img check --image-opts" + key + options);
     EXPECT_EQ(check.status, 0) << check.output;
-    CompareByPeer();
+    CompareByPeer(key, options);
   }
 
   void Reopen() override {

@@ -30,10 +30,9 @@ Result<NodeOptions> TakeNodeOptions(Options& options, NodeOptions node) {
     return Fail(ErrorCode::kInvalid, fmt::format("discard={}: it is ignore or unmap", discard));
   }
   node.discard_unmap = discard == "unmap" || discard == "on";
-  std::string zeroes = options.Take("detect-zeroes", "off");
-  if (zeroes != "off")
-    return Fail(ErrorCode::kUnsupported,
-                fmt::format("not supported yet: detect-zeroes={}", zeroes));
+  node.detect_zeroes = TRY(ParseDetectZeroes(options.Take("detect-zeroes", "off")));
+  if (node.detect_zeroes == DetectZeroes::kUnmap && !node.discard_unmap)
+    return Fail(ErrorCode::kInvalid, "detect-zeroes=unmap needs discard=unmap");
   return node;
 }
 

@@ -35,6 +35,9 @@ class RawNode final : public Node {
     size_bytes_ = file_->size_bytes();
     return {};
   }
+  void FileResized() override {
+    if (whole_) size_bytes_ = file_->size_bytes();
+  }
   Result<> SetReadOnly(bool read_only) override {
     TRY(file_->SetReadOnly(read_only));
     read_only_ = read_only;

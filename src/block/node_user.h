@@ -1,0 +1,27 @@
+// Who uses a node from outside of the graph: a disk of a machine, an NBD export.
+#pragma once
+
+#include <string>
+
+#include "block/node.h"
+
+namespace kvartz::block {
+
+// Loop-owned by the loop of its node.
+class NodeUser {
+ public:
+  virtual ~NodeUser() = default;
+  virtual std::string UserName() const = 0;  // for messages: "device 'vda'"
+  virtual const NodePtr& node() const = 0;   // null: none
+  virtual bool writes() const = 0;
+  // Fiber: returns when no request of it is under way in the node; those that come wait for
+  // Unquiesce. Nests.
+  virtual void Quiesce() = 0;
+  virtual void Unquiesce() = 0;
+  // While quiesced: uses this one from now on, which is as large and on `node->loop()`.
+  virtual void ReplaceNode(NodePtr node) = 0;
+  // While quiesced: the node has another size.
+  virtual void NodeResized() = 0;
+};
+
+}  // namespace kvartz::block

@@ -35,4 +35,15 @@ auto CallOn(EventLoop& here, EventLoop& there, Body body) -> std::invoke_result_
   }
 }
 
+// Fiber: lets the loop turn; goes on with nothing else on the thread's own stack.
+inline void FiberYield(EventLoop& loop) {
+  Fiber* self = Fiber::Current();
+  bool done = false;
+  loop.Post([&] {
+    done = true;
+    self->Wake();
+  });
+  while (!done) Fiber::Suspend();
+}
+
 }  // namespace kvartz

@@ -104,7 +104,7 @@ class Disk final : public NodeUser {
 
   // Null: no limits. Not in a fiber.
   void SetThrottle(std::shared_ptr<ThrottleGroup> group);
-  ThrottleGroup* throttle() { return throttle_ ? &throttle_->group() : nullptr; }
+  const std::shared_ptr<ThrottleGroup>& throttle() const { return throttle_group_; }
 
   DiskStatistics statistics() const;
   void CountMerged(Request::Kind kind, uint64_t requests);  // by the device, which merged them
@@ -122,11 +122,13 @@ class Disk final : public NodeUser {
 
  private:
   static void Done(Request* io, int result);
+  void StartSlowly(DiskRequest* request);
   void Launch(DiskRequest* request);
-  void Keep(DiskRequest* request);
+  bool Failed(DiskRequest* request, int result, int* report);
   void StartKept();
   void StartThrottled();
-  bool Fail(DiskRequest* request, int result);
+  void MakeThrottle();
+  void UpdateSlow();
   DiskStatistics::Operation& OperationOf(Request::Kind kind);
 
   EventLoop* loop_;
@@ -135,18 +137,20 @@ class Disk final : public NodeUser {
   NodePtr node_;
   const Limits no_limits_ = {};
   bool writes_ = true;
-  bool slow_ = false;  // held, quiesced or throttled: Start looks closer
+  bool slow_ = false;  // held, quiesced, throttled, without a node: Start looks closer
   bool hold_ = false;
   unsigned quiesced_ = 0;
   uint64_t in_flight_ = 0;
   FiberQueue quiet_;
   DiskRequest *kept_head_ = nullptr, *kept_tail_ = nullptr;
   DiskRequest *throttled_head_[2] = {}, *throttled_tail_[2] = {};  // read, write
+  std::shared_ptr<ThrottleGroup> throttle_group_;
   std::unique_ptr<ThrottleGroup::Member> throttle_;
   ErrorPolicy on_read_error_ = ErrorPolicy::kReport, on_write_error_ = ErrorPolicy::kEnospc;
   bool io_failed_ = false, io_no_space_ = false;
   DiskStatistics statistics_;
   int64_t last_done_ns_ = -1;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);  // for posted tasks
 };
 
 }  // namespace kvartz::block

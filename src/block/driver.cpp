@@ -15,12 +15,16 @@ extern const Driver kVdiDriver;
 extern const Driver kVmdkDriver;
 extern const Driver kVhdxDriver;
 extern const Driver kVpcDriver;
+extern const Driver kThrottleDriver;
+extern const Driver kFaultDriver;
+extern const Driver kCopyOnReadDriver;
 
 namespace {
 
 constexpr const Driver* kDrivers[] = {
-    &kFileDriver, &kHostDeviceDriver, &kRawDriver, &kQcow2Driver, &kVdiDriver,
-    &kVmdkDriver, &kVpcDriver,        &kNbdDriver, &kVhdxDriver,
+    &kFileDriver, &kHostDeviceDriver, &kRawDriver,   &kQcow2Driver,
+    &kVdiDriver,  &kVmdkDriver,       &kVpcDriver,   &kNbdDriver,
+    &kVhdxDriver, &kThrottleDriver,   &kFaultDriver, &kCopyOnReadDriver,
 };
 
 // How images begin whose formats we lack, from each format's specification.

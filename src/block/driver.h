@@ -11,6 +11,8 @@
 
 namespace kvartz::block {
 
+class ThrottleGroup;
+
 // Who opens, and what that may reach. Kept by what goes on opening (backing files).
 struct OpenEnv {
   EventLoop& loop;
@@ -18,6 +20,8 @@ struct OpenEnv {
   std::function<Result<std::string>(const std::string& id)> secret = {};
   // Nodes that options name ("backing": "node3"); may be null.
   std::function<NodePtr(const std::string& node_name)> find_node = {};
+  // -object throttle-group by its id; may be null.
+  std::function<std::shared_ptr<ThrottleGroup>(const std::string& id)> throttle_group = {};
   // Files that an image names may be opened. false: an image that needs one is refused.
   bool follow_backing = true;
   bool follow_data_file = true;

@@ -97,7 +97,7 @@ struct ResizeOptions {
 
 // Loop-owned by loop(); opened before requests start, destroyed with none under way and, if it is
 // writable, after Close.
-class Node {
+class Node : public std::enable_shared_from_this<Node> {
  public:
   Node(EventLoop& loop, std::string name);
   virtual ~Node();

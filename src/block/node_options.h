@@ -26,7 +26,8 @@ struct NodeOptions {
   bool share_write = false;     // *
   bool locking = true;          // *
   DetectZeroes detect_zeroes = DetectZeroes::kOff;
-  bool grows = false;  // below a format
+  bool grows = false;   // below a format
+  bool probed = false;  // the format was found out, not given
   // What is opened isn't used for I/O: no secret is needed, and no backing node is opened.
   bool no_io = false;
   bool no_backing = false;  // no backing node

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <functional>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <string>
@@ -61,10 +62,23 @@ class Registry {
   // ---- claims ----
   // Errors: kBusy, "node 'a' is in use by job 'b'".
   Result<> CheckFree(const Node& node) const;
+  // For a job that writes to it: nobody else uses it.
+  Result<> CheckUnused(const Node& node) const;
   Result<> Claim(const Node& node, const std::string& by);
   void Unclaim(const Node& node, const std::string& by);
 
   // ---- changes ----
+  // Other fibers' changes wait until it is destroyed; its own go on.
+  class Change {
+   public:
+    explicit Change(Registry& registry);
+    ~Change();
+    Change(const Change&) = delete;
+    Change& operator=(const Change&) = delete;
+
+   private:
+    Registry& registry_;
+  };
   // Until it is destroyed, no request of any user is under way in `node` and what is above it
   // (without a node: in any). Fiber: both.
   class Quiesced {
@@ -76,12 +90,14 @@ class Registry {
 
    private:
     Registry& registry_;
+    const Change change_;
     std::vector<NodeUser*> users_;
   };
   // All parents and users of `from` (`except` not) have `to` from now on.
-  Result<> Replace(const NodePtr& from, const NodePtr& to, const Node* except = nullptr);
-  // `filter`, whose file is `node` already, comes between it and all that is above.
-  Result<> InsertFilter(const NodePtr& node, const NodePtr& filter);
+  using Except = std::initializer_list<const Node*>;
+  Result<> Replace(const NodePtr& from, const NodePtr& to, Except except = {});
+  // `filter`, whose file is `node` already, comes between it and all that is above but `leave`.
+  Result<> InsertFilter(const NodePtr& node, const NodePtr& filter, const Node* leave = nullptr);
   Result<> RemoveFilter(const NodePtr& filter);
   // blockdev-snapshot: `overlay`, which has no backing node yet, stands on `node`, and whoever had
   // `node` has it. `node` becomes read-only.
@@ -120,18 +136,25 @@ class Registry {
   };
   Entry* Get(const Node& node);
   const Entry* Get(const Node& node) const;
-  Result<> AdoptTree(const NodePtr& node, Owner owner);
+  void AdoptTree(const NodePtr& node, Owner owner);
   std::string FreshName();
   bool Used(const Node& node) const;
+  static void DetachShared(Node& node);
   Result<> CloseNode(const NodePtr& node);
-  void CollectUsers(const Node* node, std::vector<NodeUser*>& users) const;
+  void CollectUsers(const Node& node, std::vector<NodeUser*>& users) const;
   Result<> CheckWriter(const Node& node, const NodeUser* user) const;
+  Result<> CheckReferences(const Options& options) const;
+  Result<> CheckReplace(const Node& from, const Node& to, Except except) const;
+  Result<> CheckOverlay(const Node& node, const Node& overlay) const;
+  void TellResized(Node& node);
 
   EventLoop& loop_;
   OpenEnv env_;
   std::vector<Entry> entries_;
   std::vector<NodeUser*> users_;
   FiberMutex changing_;
+  Fiber* changer_ = nullptr;
+  unsigned change_depth_ = 0;
   uint64_t next_name_ = 100;
 };
 

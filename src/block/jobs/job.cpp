@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "base/call_on.h"
+
 namespace kvartz::block {
 namespace {
 // A limited job looks at least this often whether it is cancelled.
@@ -190,10 +192,12 @@ void Job::WakeIdle() {
 
 Result<> Job::Step(uint64_t bytes) {
   Skip(bytes);
+  return Pace(bytes);
+}
+
+Result<> Job::Pace(uint64_t bytes) {
   // Drain must be able to end between two pieces.
-  Fiber* self = Fiber::Current();
-  loop_.Post([self] { self->Wake(); });
-  Fiber::Suspend();
+  FiberYield(loop_);
   TRY(WaitWhilePaused());
   if (speed_ == 0 || bytes == 0) return {};
   int64_t now = loop_.clock().NowNs();

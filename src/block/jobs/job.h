@@ -119,6 +119,8 @@ class Job {
   // Fiber: waits while paused or ahead of the speed limit, and lets the loop turn. Errors:
   // cancelled.
   Result<> Step(uint64_t bytes);
+  // The same without progress, which is told by Skip when the bytes are there.
+  Result<> Pace(uint64_t bytes);
   void SetTotal(uint64_t bytes) { total_ = bytes; }
   void AddTotal(uint64_t bytes) { total_ += bytes; }
   // Work that turned out not to be needed: progress without the limit.

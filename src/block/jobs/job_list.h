@@ -61,8 +61,11 @@ class JobList {
  private:
   struct Entry;
   Result<std::shared_ptr<Entry>> Get(const std::string& id, JobVerb verb);
+  template <typename Body>
+  Result<> Steer(const std::string& id, JobVerb verb, Body body);
   void OnEvent(const std::shared_ptr<Entry>& entry, const Job::Event& event);
-  void Run(std::shared_ptr<Entry> entry);
+  void Ended(const std::shared_ptr<Entry>& entry);
+  void Forget(const std::shared_ptr<Entry>& entry);
 
   EventLoop& loop_;
   JobObserver* const observer_;

@@ -1,0 +1,19 @@
+#include "block/filters/copy_before_write.h"
+
+namespace kvartz::block {
+
+void CopyBeforeWriteNode::Submit(Request* request) {
+  if (!arms_.todo || request->kind == Request::Kind::kRead ||
+      request->kind == Request::Kind::kFlush ||
+      !arms_.todo->NextDirty(request->offset, request->offset + request->length)) {
+    return file_->Start(request);
+  }
+  Handle(request);
+}
+
+int CopyBeforeWriteNode::Process(Request& request) {
+  arms_.copy(request.offset, request.length);
+  return FilterNode::Process(request);
+}
+
+}  // namespace kvartz::block

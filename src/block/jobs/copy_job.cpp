@@ -24,7 +24,6 @@ CopyJob::CopyJob(Registry& registry, EventLoop& loop, const CommonSettings& comm
 Result<> CopyJob::CopyDirty() {
   Result<> result = Pump();
   while (under_way_ > 0) piece_done_.Wait();
-  if (result && failure_.rc != 0) result = HandleFailure();
   failure_ = {};
   counted_ns_ = INT64_MIN;
   UpdateTotal();

@@ -79,7 +79,7 @@ Result<> JobList::Start(std::shared_ptr<Job> job, const JobSettings& settings) {
       if (std::shared_ptr<Entry> known = weak.lock()) OnEvent(known, event);
     });
   };
-  if (observer_) observer_->JobStatusChanged(job->info());
+  Tell(job->info());
   job->loop().Post([this, entry] {
     Fiber::Start([entry] { entry->result = entry->job->Run(); },
                  [this, entry] { loop_.Post([this, entry] { Ended(entry); }); });
@@ -114,7 +114,13 @@ void JobList::Forget(const std::shared_ptr<Entry>& entry) {
   JobInfo info = entry->job->info();
   info.status = JobStatus::kNull;
   std::erase(entries_, entry);
-  if (observer_) observer_->JobStatusChanged(info);
+  Tell(info);
+}
+
+// In its turn, behind the events that are on their way.
+void JobList::Tell(const JobInfo& info) {
+  if (!observer_) return;
+  loop_.Post([this, info] { observer_->JobStatusChanged(info); });
 }
 
 Result<std::shared_ptr<JobList::Entry>> JobList::Get(const std::string& id, JobVerb verb) {

@@ -66,6 +66,7 @@ class JobList {
   void OnEvent(const std::shared_ptr<Entry>& entry, const Job::Event& event);
   void Ended(const std::shared_ptr<Entry>& entry);
   void Forget(const std::shared_ptr<Entry>& entry);
+  void Tell(const JobInfo& info);
 
   EventLoop& loop_;
   JobObserver* const observer_;

@@ -252,6 +252,11 @@ void Registry::CollectUnused() {
       break;
     }
   }
+  // Nobody needs the rest to be served elsewhere.
+  for (const NodePtr& node : nodes()) {
+    if (&node->loop() == &loop_ || Used(*node)) continue;
+    if (Result<> moved = MoveTo(node, loop_); !moved) KLOG(kWarn, "{}", moved.error().what);
+  }
 }
 
 Result<> Registry::CloseAll() {
@@ -329,11 +334,9 @@ Result<> Registry::Detach(NodeUser& user) {
     user.Unquiesce();
   });
   std::erase(users_, &user);
-  Result<> moved;
-  if (&node->loop() != &loop_ && UsersOf(*node).empty()) moved = MoveTo(node, loop_);
   node.reset();
   CollectUnused();
-  return moved;
+  return {};
 }
 
 Result<> Registry::MoveTo(const NodePtr& node, EventLoop& loop) {

@@ -37,6 +37,12 @@ class Guest {
     running_ = false;
     while (busy_ > 0) loop.RunOnce(-1);
   }
+  // On the disk's loop, from another thread: `finished` is called there.
+  void Finish(std::function<void()> finished) {
+    running_ = false;
+    finished_ = std::move(finished);
+    if (busy_ == 0) finished_();
+  }
   uint64_t done() const { return done_; }
   uint64_t failed() const { return failed_; }
   void tolerate_errors() { tolerant_ = true; }
@@ -99,6 +105,7 @@ class Guest {
       model_.replace(request.offset, request.length, slot.data);
     }
     Next(slot);
+    if (busy_ == 0 && finished_) finished_();
   }
 
   Disk& disk_;
@@ -106,6 +113,7 @@ class Guest {
   std::mt19937_64 random_;
   std::vector<Slot> slots_;
   bool running_ = false, tolerant_ = false;
+  std::function<void()> finished_;
   size_t busy_ = 0;
   uint64_t done_ = 0, failed_ = 0;
 };
@@ -134,7 +142,6 @@ class LiveRig : public JobObserver {
       EXPECT_EQ(Text(registry.CloseAll()), "");
     });
   }
-
 
   std::string Path(const std::string& name) const { return dir.path() + "/" + name; }
   // Makes an image and opens it under its own name.

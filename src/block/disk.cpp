@@ -158,6 +158,7 @@ void Disk::Drain() {
       Launch(request);
     }
   }
+  if (throttle_) throttle_->Withdraw();
   while (in_flight_ > 0 && node_) node_->Drain();
 }
 

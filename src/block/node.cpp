@@ -136,6 +136,7 @@ Result<> Node::MoveTo(EventLoop& loop) {
   EventLoop& before = *loop_;
   if (&loop == &before) return {};
   std::vector<Node*> moved;
+  if (!file()) return Unsupported("being served by another thread");
   for (Node* child : {data_file(), file(), backing()}) {
     if (!child) continue;
     Result<> result = child->MoveTo(loop);
@@ -146,9 +147,13 @@ Result<> Node::MoveTo(EventLoop& loop) {
     for (Node* other : moved) VERIFY(other->MoveTo(before));
     return result;
   }
+  SetLoop(loop);
+  return {};
+}
+
+void Node::SetLoop(EventLoop& loop) {
   VERIFY(!late_->head);
   loop_ = &loop;
-  return {};
 }
 
 Result<Extent> Node::Status(uint64_t offset, uint64_t length) {

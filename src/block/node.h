@@ -138,7 +138,7 @@ class Node : public std::enable_shared_from_this<Node> {
   // Of a filter, and raw: file() has another size.
   virtual void FileResized() {}
   // With no request under way: it and what is below is served by `loop` from now on. Errors: it
-  // can't move.
+  // can't move, as a protocol can't unless it says so.
   virtual Result<> MoveTo(EventLoop& loop);
 
   // Once, after it was opened: what OpenNode (graph.h) still has to open and SetBacking.
@@ -177,6 +177,8 @@ class Node : public std::enable_shared_from_this<Node> {
   void FinishLater(Request* request, int result);
   // Does so now; true if there were any. For Drain.
   bool FinishLateOnes();
+  // For MoveTo of a node whose own state doesn't depend on its loop.
+  void SetLoop(EventLoop& loop);
   // "format qcow2 of 'a.img' doesn't support ..."
   std::unexpected<Error> Unsupported(const char* what) const;
 

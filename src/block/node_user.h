@@ -12,7 +12,8 @@ class NodeUser {
  public:
   virtual ~NodeUser() = default;
   virtual std::string UserName() const = 0;  // for messages: "device 'vda'"
-  virtual const NodePtr& node() const = 0;   // null: none
+  // Null: none. On its loop, or on the main loop within a Registry::Change.
+  virtual const NodePtr& node() const = 0;
   virtual bool writes() const = 0;
   // Fiber: returns when no request of it is under way in the node; those that come wait for
   // Unquiesce. Nests.

@@ -33,15 +33,20 @@ bool Contains(std::initializer_list<const Node*> nodes, const Node* node) {
   return std::find(nodes.begin(), nodes.end(), node) != nodes.end();
 }
 
+std::string RealPath(const std::string& name) {
+  std::unique_ptr<char, decltype(&free)> path(realpath(name.c_str(), nullptr), &free);
+  return path ? path.get() : "";
+}
+
 // Names in an image count from its directory, the nodes' from ours.
 std::string NameForImage(const Node& overlay, const Node& backing) {
-  const std::string& name = backing.name();
-  if (name.find_first_of(":/") == std::string::npos &&
-      overlay.name().find('/') == std::string::npos) {
-    return name;
-  }
-  std::unique_ptr<char, decltype(&free)> path(realpath(name.c_str(), nullptr), &free);
-  return path ? path.get() : name;
+  std::string path = RealPath(backing.name());
+  if (path.empty()) return backing.name();  // no file
+  const std::string& name = overlay.name();
+  size_t slash = name.rfind('/');
+  std::string directory = RealPath(slash == std::string::npos ? "." : name.substr(0, slash + 1));
+  size_t end = path.rfind('/');
+  return path.substr(0, end) == directory ? path.substr(end + 1) : path;
 }
 
 }  // namespace

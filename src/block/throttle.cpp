@@ -154,6 +154,10 @@ ThrottleGroup::Member::Member(std::shared_ptr<ThrottleGroup> group, EventLoop& l
 ThrottleGroup::Member::~Member() {
   timer_.Cancel();
   shared_->ready = nullptr;
+  Withdraw();
+}
+
+void ThrottleGroup::Member::Withdraw() {
   LockGuard guard(group_->mutex_);
   for (Direction direction : {Direction::kRead, Direction::kWrite}) {
     auto& line = group_->waiting_[DirectionIndex(direction)];

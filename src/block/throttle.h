@@ -61,6 +61,8 @@ class ThrottleGroup {
     bool Admit(Direction direction, uint64_t bytes);
     // Counts a request that goes on in any case (while draining).
     void Count(Direction direction, uint64_t bytes);
+    // Nothing of it waits any more: others needn't wait for it to ask.
+    void Withdraw();
     ThrottleGroup& group() { return *group_; }
 
    private:

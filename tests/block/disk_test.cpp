@@ -232,7 +232,56 @@ TEST(DiskTest, DrainDoesNotWaitForLimits) {
   }
   rig.disk.Drain();
   for (const Outcome& outcome : outcomes) EXPECT_TRUE(outcome.done && outcome.result == 0);
+  // Others of the group don't wait for a disk that has nothing to do.
+  limits.buckets[ThrottleLimits::kIopsTotal].average = 1000;
+  group->SetLimits(limits);
+  ThrottleGroup::Member other(group, *rig.loop, [] {});
+  EXPECT_TRUE(other.Admit(ThrottleGroup::Direction::kWrite, 512));
   rig.disk.SetThrottle(nullptr);
+}
+
+TEST(DiskTest, TheThrottleFilterKeepsToItsGroup) {
+  TempDir dir;
+  ManualClock clock;
+  auto loop = EventLoop::Create(EventLoop::Backend::kAuto, clock).value();
+  auto group = std::make_shared<ThrottleGroup>("g", clock);
+  ThrottleLimits limits;
+  limits.buckets[ThrottleLimits::kIopsWrite].average = 10;
+  group->SetLimits(limits);
+  OpenEnv env = {.loop = *loop, .throttle_group = [&](const std::string& id) {
+                   return id == "g" ? group : nullptr;
+                 }};
+  auto open = [&](const std::string& id) {
+    Options options = Options::Parse("driver=throttle,throttle-group=" + id +
+                                     ",file.driver=file,file.filename=" + dir.File("a.img", kMiB))
+                          .value();
+    return RunInFiber(*loop, [&] { return OpenNode(env, std::move(options)); });
+  };
+  EXPECT_EQ(open("x").error().what, "throttle-group=x: there is no such -object");
+  NodePtr node = open("g").value();
+  Disk disk(*loop, "vda");
+  disk.ReplaceNode(node);
+  char data[512] = {};
+  iovec iov = {data, sizeof data};
+  constexpr int kRequests = 8;
+  Outcome outcomes[kRequests];
+  DiskRequest requests[kRequests];
+  for (int i = 0; i < kRequests; i++) {
+    requests[i] = MakeRequest(Request::Kind::kWrite, 0, &iov, &outcomes[i]);
+    disk.Start(&requests[i]);
+  }
+  auto done = [&] {
+    for (int turn = 0; turn < 20; turn++) loop->RunOnce(1'000'000);
+    return std::count_if(std::begin(outcomes), std::end(outcomes),
+                         [](const Outcome& outcome) { return outcome.done; });
+  };
+  EXPECT_EQ(done(), 2);
+  clock.Advance(200'000'000);
+  EXPECT_EQ(done(), 4);
+  disk.Drain();
+  EXPECT_EQ(done(), kRequests);
+  disk.ReplaceNode(nullptr);
+  EXPECT_TRUE(RunInFiber(*loop, [&] { return node->Close(); }));
 }
 
 TEST(DiskTest, DetectsZeroes) {

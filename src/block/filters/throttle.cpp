@@ -70,6 +70,7 @@ class ThrottleNode final : public FilterNode {
         file_->Start(request);
       }
     }
+    member_->Withdraw();
   }
 
   const std::shared_ptr<ThrottleGroup> group_;

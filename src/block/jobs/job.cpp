@@ -86,7 +86,7 @@ Result<> Job::Run() {
   Result<> result = CheckCancelled();
   if (result) result = DoRun();
   if (result) {
-    ready_ = ready_ && !complete_;
+    ready_ = false;
     SetStatus(Status::kWaiting);
     SetStatus(Status::kPending);
     if (!auto_finalize_) {
@@ -94,6 +94,7 @@ Result<> Job::Run() {
       while (!finalize_ && !cancelled_) resumed_.Wait();
     }
     result = CheckCancelled();
+    finalizing_ = true;
     if (result) result = DoFinalize();
   }
   return Conclude(std::move(result));
@@ -114,6 +115,8 @@ Result<> Job::CheckCancelled() const {
 }
 
 void Job::Cancel(Force force) {
+  if (finalizing_) return;  // it has as good as ended
+  if (force == Force::kNo && soft_cancelled_) return;
   soft_cancelled_ = !cancelled_ && force == Force::kNo && ready_;
   cancelled_ = true;
   resumed_.WakeAll();

@@ -149,7 +149,7 @@ class Job {
   uint64_t done_ = 0, total_ = 0;
   int64_t started_ns_ = 0;
   bool paused_ = false, cancelled_ = false, soft_cancelled_ = false, ready_ = false;
-  bool complete_ = false, finalize_ = false;
+  bool complete_ = false, finalize_ = false, finalizing_ = false;
   bool auto_finalize_ = true, auto_dismiss_ = true;
   bool io_failed_ = false, io_no_space_ = false, idle_ = false;
   std::string error_;

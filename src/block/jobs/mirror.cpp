@@ -86,9 +86,14 @@ Result<> MirrorJob::DoRun() {
   }
 }
 
+// In step is what has been copied but for a little: a guest that never rests would never let it be
+// more.
 bool MirrorJob::MayStop() {
-  if (!ready_now_ || !(complete_wished() || soft_cancelled()) || at_once_) return false;
-  return ++passes_ >= kMostPasses || todo_->dirty_bytes() <= kFewBytes;
+  if (at_once_) return false;
+  bool few = todo_->dirty_bytes() <= kFewBytes;
+  if (!ready_now_) return few;
+  if (!complete_wished() && !soft_cancelled()) return false;
+  return few || ++passes_ >= kMostPasses;
 }
 
 int MirrorJob::CopyRange(uint64_t offset, uint64_t length, bool* reading) {

@@ -232,7 +232,10 @@ class CommitLayersJob final : public CopyJob {
   }
   void DoClean(const Result<>& /*result*/) override {
     OnMain([&] {
-      writable_.Undo();
+      {
+        Registry::Quiesced quiet(registry_, settings_.base.get());
+        writable_.Undo();
+      }
       claims_.Release();
       settings_.top.reset();
       settings_.base.reset();

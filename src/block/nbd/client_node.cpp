@@ -49,11 +49,6 @@ class NbdNode final : public Node {
     read_only_ = read_only;
     return {};
   }
-  // Its connection is watched by the loop.
-  Result<> MoveTo(EventLoop& other) override {
-    if (&other == &loop()) return {};
-    return Unsupported("being served by another thread");
-  }
   Result<uint64_t> AllocatedBytes() override {
     return Fail(ErrorCode::kUnsupported, "the server doesn't tell");
   }

@@ -32,12 +32,6 @@ TEST_P(MirrorTest, PivotsToAnEqualCopy) {
   settings.source.reset();
   EXPECT_STREQ(rig.disk.node()->driver(), "mirror_top");
   rig.Turn(300, guest);
-  if (GetParam() == MirrorSettings::CopyMode::kBackground) {
-    // So many writes may keep it from ever being in step.
-    guest.Stop(*rig.loop);
-    rig.Await("m", JobStatus::kReady);
-    guest.Start();
-  }
   rig.Await("m", JobStatus::kReady);
   EXPECT_EQ(rig.ready, std::vector<std::string>{"m"});
   rig.Turn(300, guest);
@@ -629,6 +623,28 @@ TEST(RegistryTest, ResizesUnderTheGuest) {
   rig.Turn(50, guest);
   guest.Stop(*rig.loop);
   CloseAndVerify(rig, "a");
+}
+
+TEST(RegistryTest, ReopensWhatMayChange) {
+  LiveRig rig(kMiB);
+  NodePtr a = rig.Add("a");
+  NodePtr b = rig.Add("b", "", true);
+  auto reopen = [&](const char* options) {
+    return rig.Run(
+        [&] { return rig.Text(rig.registry.Reopen("b", Options::Parse(options).value())); });
+  };
+  EXPECT_EQ(reopen("driver=qcow2,node-name=b,backing=a,read-only=on"), "");
+  EXPECT_EQ(b->backing(), a.get());
+  EXPECT_TRUE(b->read_only());
+  EXPECT_EQ(reopen("driver=qcow2,read-only=on,backing="), "");
+  EXPECT_EQ(b->backing(), nullptr);
+  EXPECT_EQ(reopen("driver=qcow2"), "");
+  EXPECT_FALSE(b->read_only());
+  EXPECT_EQ(reopen("driver=raw"), "Cannot change the option 'driver' of 'b'");
+  EXPECT_EQ(reopen("driver=qcow2,cluster-size=1"), "blockdev-reopen has no option 'cluster-size'");
+  EXPECT_EQ(reopen("driver=qcow2,backing=x"), "Cannot find device='' nor node-name='x'");
+  rig.AttachDisk(b);
+  EXPECT_EQ(reopen("driver=qcow2,read-only=on"), "device 'vda' writes to 'b'");
 }
 
 TEST(RegistryTest, UndoesASnapshot) {

@@ -96,8 +96,8 @@ class Registry {
   // All parents and users of `from` (`except` not) have `to` from now on.
   using Except = std::initializer_list<const Node*>;
   Result<> Replace(const NodePtr& from, const NodePtr& to, Except except = {});
-  // `filter`, whose file is `node` already, comes between it and all that is above but `leave`.
-  Result<> InsertFilter(const NodePtr& node, const NodePtr& filter, const Node* leave = nullptr);
+  // `filter`, whose file is `node` already, comes between it and all that is above.
+  Result<> InsertFilter(const NodePtr& node, const NodePtr& filter);
   Result<> RemoveFilter(const NodePtr& filter);
   // blockdev-snapshot: `overlay`, which has no backing node yet, stands on `node`, and whoever had
   // `node` has it. `node` becomes read-only.

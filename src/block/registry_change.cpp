@@ -92,11 +92,11 @@ Result<> Registry::Replace(const NodePtr& from, const NodePtr& to, Except except
   });
 }
 
-Result<> Registry::InsertFilter(const NodePtr& node, const NodePtr& filter, const Node* leave) {
+Result<> Registry::InsertFilter(const NodePtr& node, const NodePtr& filter) {
   Change change(*this);
   VERIFY(filter->is_filter() && filter->file() == node.get());
   TRY(Adopt(filter, Owner::kUsed));
-  Result<> replaced = Replace(node, filter, {filter.get(), leave});
+  Result<> replaced = Replace(node, filter, {filter.get()});
   if (!replaced) {
     VERIFY(filter->SetFile(nullptr));
     std::erase_if(entries_, [&](const Entry& entry) { return entry.node == filter; });

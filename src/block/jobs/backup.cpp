@@ -17,6 +17,12 @@ constexpr uint32_t kLeastUnit = 64 << 10;
 constexpr int64_t kIdleNs = 1'000'000'000;
 constexpr unsigned kExtentsATurn = 64;
 
+bool StandsOn(Node& overlay, Node& node) {
+  Node* below = BackingOf(&overlay);
+  while (below && below != SkipFilters(&node)) below = BackingOf(below);
+  return below != nullptr;
+}
+
 }  // namespace
 
 BackupJob::BackupJob(Registry& registry, const BackupSettings& settings,
@@ -58,7 +64,7 @@ Result<> BackupJob::Prepare() {
   filter_->set_node_name(settings_.filter_node_name);
   TRY(registry_.Claim(*settings_.source, who()));
   Result<> claimed = registry_.Claim(*settings_.target, who());
-  if (claimed) claimed = registry_.InsertFilter(settings_.source, filter_, settings_.target.get());
+  if (claimed) claimed = registry_.InsertFilter(settings_.source, filter_);
   if (!claimed) {
     Release();
     return claimed;
@@ -74,6 +80,7 @@ Result<> BackupJob::Prepare() {
     filter_->Arm(
         {.todo = todo_.get(),
          .target = settings_.target.get(),
+         .target_reads = StandsOn(*settings_.target, *settings_.source),
          .copy = [this](uint64_t offset, uint64_t length) { BeforeWrite(offset, length); }});
   });
   return {};

@@ -413,7 +413,16 @@ TEST(BackupJobTest, OfNothingSavesWhatIsOverwritten) {
     then = rig.model;
     ASSERT_EQ(rig.Text(StartBackup(rig.live(), settings)), "");
   });
-  rig.Fill(2, 200);
+  Guest guest(rig.disk, rig.model, 2);
+  guest.Start();
+  for (int i = 0; i < 20; i++) {
+    rig.Turn(10, guest);
+    rig.VerifyNode(*target, then, "while the guest writes");
+  }
+  rig.disk.Hold();
+  rig.disk.Drain();
+  rig.disk.Release();
+  guest.Stop(*rig.loop);
   rig.VerifyNode(*target, then);
   rig.Run([&] { rig.jobs.CancelAll(); });
   EXPECT_TRUE(rig.AwaitEnd("f").cancelled);

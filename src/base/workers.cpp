@@ -24,7 +24,7 @@ struct Workers::Shared {
 };
 
 Workers::Workers(EventLoop& loop, unsigned threads)
-    : loop_(loop), limit_(threads), shared_(std::make_shared<Shared>()) {}
+    : loop_(&loop), limit_(threads), shared_(std::make_shared<Shared>()) {}
 
 Workers::~Workers() {
   VERIFY(under_way_ == 0);
@@ -72,7 +72,7 @@ void Workers::Work() {
     }
     shared.finished.NotifyOne();
     if (!post) continue;
-    loop_.Post([state = shared_] {
+    loop_->Post([state = shared_] {
       {
         LockGuard guard(state->mutex);
         state->posted = false;

@@ -24,6 +24,8 @@ class Workers {
   void Run(const std::function<void()>& job);
   // For Drain, outside of fibers: waits for a job and lets its fiber go on; false if there is none.
   bool FinishOne();
+  // With nothing under way: serves another loop from now on.
+  void MoveTo(EventLoop& loop) { loop_ = &loop; }
 
  private:
   struct Job {
@@ -33,7 +35,7 @@ class Workers {
   struct Shared;  // what a posted task may still look at
   void Work();
 
-  EventLoop& loop_;
+  EventLoop* loop_;
   const unsigned limit_;
   size_t under_way_ = 0;
   std::shared_ptr<Shared> shared_;

@@ -23,6 +23,9 @@ class DirtyBitmap {
   // Tracks writes of the node that it is attached to.
   bool enabled() const { return enabled_; }
   void set_enabled(bool enabled) { enabled_ = enabled; }
+  // A job uses it: it can't be changed or removed.
+  bool busy() const { return busy_; }
+  void set_busy(bool busy) { busy_ = busy; }
 
   // Ranges in bytes; those that cover a part of a bit's range touch that bit (Clear: not).
   void Set(uint64_t offset, uint64_t length);
@@ -60,7 +63,7 @@ class DirtyBitmap {
   std::string name_;
   uint64_t size_bytes_;
   uint32_t granularity_;
-  bool enabled_ = true;
+  bool enabled_ = true, busy_ = false;
   std::vector<Chunk> chunks_;
 };
 

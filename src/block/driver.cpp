@@ -18,12 +18,16 @@ extern const Driver kHttpsDriver;
 extern const Driver kVmdkDriver;
 extern const Driver kVhdxDriver;
 extern const Driver kVpcDriver;
+extern const Driver kThrottleDriver;
+extern const Driver kFaultDriver;
+extern const Driver kCopyOnReadDriver;
 
 namespace {
 
 constexpr const Driver* kDrivers[] = {
     &kFileDriver, &kHostDeviceDriver, &kRawDriver,  &kQcow2Driver, &kVdiDriver,  &kVmdkDriver,
     &kVpcDriver,  &kNbdDriver,        &kVhdxDriver, &kLuksDriver,  &kHttpDriver, &kHttpsDriver,
+    &kThrottleDriver, &kFaultDriver, &kCopyOnReadDriver,
 };
 
 // How images begin whose formats we lack, from each format's specification.

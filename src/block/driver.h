@@ -12,6 +12,8 @@
 
 namespace kvartz::block {
 
+class ThrottleGroup;
+
 // Who opens, and what that may reach. Kept by what goes on opening (backing files).
 struct OpenEnv {
   EventLoop& loop;
@@ -21,28 +23,11 @@ struct OpenEnv {
   std::function<Result<std::shared_ptr<const TlsCredentials>>(const std::string& id)> tls = {};
   // Nodes that options name ("backing": "node3"); may be null.
   std::function<NodePtr(const std::string& node_name)> find_node = {};
+  // -object throttle-group by its id; may be null.
+  std::function<std::shared_ptr<ThrottleGroup>(const std::string& id)> throttle_group = {};
   // Files that an image names may be opened. false: an image that needs one is refused.
   bool follow_backing = true;
   bool follow_data_file = true;
-};
-
-// Options of every node. Children inherit what is marked *.
-struct NodeOptions {
-  std::string node_name = {};
-  bool read_only = false;       // * (backing nodes always are)
-  bool auto_read_only = false;  // * read-only where writing isn't permitted
-  bool cache_direct = false;    // *
-  bool cache_no_flush = false;  // *
-  bool writethrough = false;    // * each write is on stable storage when done
-  bool discard_unmap = false;   // * to the file; discards of a backing node don't occur
-  bool force_share = false;     // *
-  bool share_write = false;     // *
-  bool locking = true;          // *
-  bool grows = false;           // below a format
-  // What is opened isn't used for I/O: no secret is needed, and no backing node is opened.
-  bool no_io = false;
-  bool no_backing = false;  // no backing node
-  bool for_check = false;   // repairs nothing by itself, opens what is dirty or corrupt
 };
 
 struct OptionRow {

@@ -17,6 +17,7 @@ constexpr size_t kMaxChain = 200;  // layers: reads go down through them on a fi
 // Keys of NodeOptions.
 Result<NodeOptions> TakeNodeOptions(Options& options, NodeOptions node) {
   node.node_name = options.Take("node-name", "");
+  node.probed = false;
   node.read_only = TRY(options.TakeBool("read-only", node.read_only));
   node.auto_read_only = TRY(options.TakeBool("auto-read-only", node.auto_read_only));
   node.cache_direct = TRY(options.TakeBool("cache.direct", node.cache_direct));
@@ -30,10 +31,9 @@ Result<NodeOptions> TakeNodeOptions(Options& options, NodeOptions node) {
     return Fail(ErrorCode::kInvalid, fmt::format("discard={}: it is ignore or unmap", discard));
   }
   node.discard_unmap = discard == "unmap" || discard == "on";
-  std::string zeroes = options.Take("detect-zeroes", "off");
-  if (zeroes != "off")
-    return Fail(ErrorCode::kUnsupported,
-                fmt::format("not supported yet: detect-zeroes={}", zeroes));
+  node.detect_zeroes = TRY(ParseDetectZeroes(options.Take("detect-zeroes", "off")));
+  if (node.detect_zeroes == DetectZeroes::kUnmap && !node.discard_unmap)
+    return Fail(ErrorCode::kInvalid, "detect-zeroes=unmap needs discard=unmap");
   return node;
 }
 
@@ -67,31 +67,55 @@ Result<NodePtr> OpenProtocol(const OpenEnv& env, std::string filename, Options o
   return FindDriver(driver)->open(env, node, options);
 }
 
-Result<NodePtr> OpenProbed(const OpenEnv& env, const std::string& filename, Options options,
+Result<NodePtr> OpenOne(const OpenEnv& env, Options options, const NodeOptions& inherited);
+
+// The file below a format that has only a name.
+Result<NodePtr> OpenFileOf(const OpenEnv& env, const std::string& filename, Options& options,
                            const NodeOptions& node) {
   NodeOptions below = node;
   below.grows = true;
+  Options file = options.TakeBelow("file");
+  file.Set("filename", filename);
+  return OpenOne(env, std::move(file), below);
+}
+
+Result<NodePtr> OpenProbed(const OpenEnv& env, const std::string& filename, Options options,
+                           NodeOptions node) {
   NodePtr file;
   if (options.HasBelow("file")) {
     if (!filename.empty()) return Fail(ErrorCode::kInvalid, "both 'file' and 'filename' are given");
+    NodeOptions below = node;
+    below.grows = true;
     file = TRY(OpenChild(env, options, "file", below));
   } else if (filename.empty()) {
     return Fail(ErrorCode::kInvalid, "a node needs 'driver' or 'filename'");
   } else {
-    file = TRY(OpenProtocol(env, filename, options.TakeBelow("file"), below));
+    file = TRY(OpenFileOf(env, filename, options, node));
   }
   std::vector<uint8_t> head(std::min<uint64_t>(kProbeBytes, file->size_bytes()));
   TRY(ReadExactly(*file, 0, head));
   const Driver* driver = TRY(ProbeFormat(head, file->name()));
   options.SetNode("file", std::move(file));
+  node.probed = true;
   return driver->open(env, node, options);
 }
 
-}  // namespace
-
-namespace {
-
 // Without backing nodes.
+Result<NodePtr> OpenByOptions(const OpenEnv& env, Options options, const NodeOptions& node,
+                              const std::string& filename) {
+  std::string name = options.Take("driver", "");
+  // What is below a format is what it is named as, whatever it may contain.
+  if (name.empty() && node.grows) return OpenProtocol(env, filename, std::move(options), node);
+  if (name.empty()) return OpenProbed(env, filename, std::move(options), node);
+  const Driver* driver = TRY(RequireDriver(name, filename));
+  if (driver->kind == Driver::Kind::kProtocol) {
+    if (!filename.empty()) options.Set("filename", filename);
+  } else if (!filename.empty()) {
+    options.SetNode("file", TRY(OpenFileOf(env, filename, options, node)));
+  }
+  return driver->open(env, node, options);
+}
+
 Result<NodePtr> OpenOne(const OpenEnv& env, Options options, const NodeOptions& inherited) {
   std::string filename = options.Take("filename", "");
   if (filename.starts_with("json:")) {
@@ -103,19 +127,10 @@ Result<NodePtr> OpenOne(const OpenEnv& env, Options options, const NodeOptions& 
     options = std::move(given);
   }
   NodeOptions node = TRY(TakeNodeOptions(options, inherited));
-  std::string name = options.Take("driver", "");
-  // What is below a format is what it is named as, whatever it may contain.
-  if (name.empty() && node.grows) return OpenProtocol(env, filename, std::move(options), node);
-  if (name.empty()) return OpenProbed(env, filename, std::move(options), node);
-  const Driver* driver = TRY(RequireDriver(name, filename));
-  if (driver->kind == Driver::Kind::kProtocol) {
-    if (!filename.empty()) options.Set("filename", filename);
-  } else if (!filename.empty()) {
-    NodeOptions below = node;
-    below.grows = true;
-    options.SetNode("file", TRY(OpenProtocol(env, filename, options.TakeBelow("file"), below)));
-  }
-  return driver->open(env, node, options);
+  NodePtr opened = TRY(OpenByOptions(env, std::move(options), node, filename));
+  opened->set_node_name(node.node_name);
+  opened->set_opened_with(node);
+  return opened;
 }
 
 // The file that a node's contents are in, however it was named.
@@ -162,16 +177,6 @@ Result<NodePtr> OpenFilename(const OpenEnv& env, const std::string& filename,
   return OpenNode(env, std::move(options), inherited);
 }
 
-// What is below a format is a file, whatever it looks like.
-static Result<NodePtr> OpenFileChild(const OpenEnv& env, Options options,
-                                     const NodeOptions& inherited) {
-  if (options.all().at("filename").text.starts_with("json:"))
-    return OpenNode(env, std::move(options), inherited);
-  NodeOptions node = TRY(TakeNodeOptions(options, inherited));
-  std::string filename = options.Take("filename", "");
-  return OpenProtocol(env, std::move(filename), std::move(options), node);
-}
-
 Result<NodePtr> OpenChild(const OpenEnv& env, Options& options, const std::string& key,
                           const NodeOptions& inherited) {
   if (NodePtr node = options.TakeNode(key)) return node;
@@ -186,9 +191,7 @@ Result<NodePtr> OpenChild(const OpenEnv& env, Options& options, const std::strin
   }
   Options below = options.TakeBelow(key);
   if (below.empty()) return nullptr;
-  Result<NodePtr> node = key == "file" && !below.Has("driver") && below.Has("filename")
-                             ? OpenFileChild(env, std::move(below), inherited)
-                             : OpenNode(env, std::move(below), inherited);
+  Result<NodePtr> node = OpenNode(env, std::move(below), inherited);
   if (!node) return Fail(std::move(node).error().In(key));
   return node;
 }

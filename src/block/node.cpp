@@ -6,7 +6,9 @@
 #include <cerrno>
 #include <utility>
 
+#include "base/check.h"
 #include "block/dirty_bitmap.h"
+#include "block/jobs/zero_scan.h"
 
 namespace kvartz::block {
 
@@ -34,7 +36,7 @@ struct Node::Tracked {
 };
 
 Node::Node(EventLoop& loop, std::string name)
-    : loop_(loop), name_(std::move(name)), late_(std::make_shared<LateList>()) {}
+    : loop_(&loop), name_(std::move(name)), late_(std::make_shared<LateList>()) {}
 
 Node::~Node() = default;
 
@@ -44,7 +46,7 @@ void Node::FinishLater(Request* request, int result) {
   (late_->tail ? late_->tail->next : late_->head) = request;
   late_->tail = request;
   if (std::exchange(late_->posted, true)) return;
-  loop_.Post([late = late_] {
+  loop_->Post([late = late_] {
     late->posted = false;
     late->FinishAll();
   });
@@ -58,13 +60,30 @@ bool Node::FinishLateOnes() {
 
 void Node::Start(Request* request) {
   if (int error = Check(*request)) return FinishLater(request, error);
-  if (!attached_.empty()) return SubmitTracked(request);
+  if (tracked_) return SubmitTracked(request);
   Submit(request);
+}
+
+void Node::set_opened_with(const NodeOptions& options) {
+  opened_with_ = options;
+  tracked_ = !attached_.empty() || detect_zeroes() != DetectZeroes::kOff;
+}
+
+void Node::DetectZero(Request* request) const {
+  if (request->kind != Request::Kind::kWrite || request->compressed || request->length == 0) return;
+  for (unsigned i = 0; i < request->iov_count; i++) {
+    const iovec& part = request->iov[i];
+    if (!IsZero({static_cast<const uint8_t*>(part.iov_base), part.iov_len})) return;
+  }
+  request->kind = Request::Kind::kWriteZeroes;
+  request->unmap = detect_zeroes() == DetectZeroes::kUnmap;
 }
 
 void Node::SubmitTracked(Request* request) {
   if (request->kind == Request::Kind::kRead || request->kind == Request::Kind::kFlush)
     return Submit(request);
+  if (detect_zeroes() != DetectZeroes::kOff) DetectZero(request);
+  if (attached_.empty()) return Submit(request);
   auto* tracked = new Tracked{*request, request, this};
   tracked->inner.owner = tracked;
   // The range as it was asked for: the nodes may change their copy.
@@ -78,10 +97,14 @@ void Node::SubmitTracked(Request* request) {
   Submit(&tracked->inner);
 }
 
-void Node::Attach(std::shared_ptr<DirtyBitmap> bitmap) { attached_.push_back(std::move(bitmap)); }
+void Node::Attach(std::shared_ptr<DirtyBitmap> bitmap) {
+  attached_.push_back(std::move(bitmap));
+  tracked_ = true;
+}
 
 void Node::Detach(const DirtyBitmap& bitmap) {
   std::erase_if(attached_, [&](const auto& other) { return other.get() == &bitmap; });
+  tracked_ = !attached_.empty() || detect_zeroes() != DetectZeroes::kOff;
 }
 
 int Node::Check(const Request& request) const {
@@ -105,8 +128,33 @@ std::unexpected<Error> Node::Unsupported(const char* what) const {
 }
 
 Result<> Node::SetBacking(NodePtr) { return Unsupported("a backing file"); }
+Result<> Node::SetFile(NodePtr) { return Unsupported("another file"); }
 Result<> Node::Resize(const ResizeOptions&) { return Unsupported("another size"); }
 Result<> Node::SetReadOnly(bool) { return Unsupported("being reopened"); }
+
+Result<> Node::MoveTo(EventLoop& loop) {
+  EventLoop& before = *loop_;
+  if (&loop == &before) return {};
+  std::vector<Node*> moved;
+  if (!file()) return Unsupported("being served by another thread");
+  for (Node* child : {data_file(), file(), backing()}) {
+    if (!child) continue;
+    Result<> result = child->MoveTo(loop);
+    if (result) {
+      moved.push_back(child);
+      continue;
+    }
+    for (Node* other : moved) VERIFY(other->MoveTo(before));
+    return result;
+  }
+  SetLoop(loop);
+  return {};
+}
+
+void Node::SetLoop(EventLoop& loop) {
+  VERIFY(!late_->head);
+  loop_ = &loop;
+}
 
 Result<Extent> Node::Status(uint64_t offset, uint64_t length) {
   return Extent{.length = std::min(length, size_bytes_ - offset), .allocated = true, .data = true};
@@ -142,6 +190,26 @@ Result<Preallocation> ParsePreallocation(const std::string& name) {
   return Fail(
       ErrorCode::kInvalid,
       fmt::format("unknown preallocation '{}': it is one of off, metadata, falloc, full", name));
+}
+
+Result<DetectZeroes> ParseDetectZeroes(const std::string& name) {
+  for (DetectZeroes detect : {DetectZeroes::kOff, DetectZeroes::kOn, DetectZeroes::kUnmap}) {
+    if (name == NameOf(detect)) return detect;
+  }
+  return Fail(ErrorCode::kInvalid,
+              fmt::format("unknown detect-zeroes '{}': it is one of off, on, unmap", name));
+}
+
+const char* NameOf(DetectZeroes detect) {
+  switch (detect) {
+    case DetectZeroes::kOff:
+      return "off";
+    case DetectZeroes::kOn:
+      return "on";
+    case DetectZeroes::kUnmap:
+      break;
+  }
+  return "unmap";
 }
 
 const char* NameOf(Preallocation preallocation) {

@@ -18,6 +18,7 @@
 #include "base/event_loop.h"
 #include "base/result.h"
 #include "block/image_info.h"
+#include "block/node_options.h"
 
 namespace kvartz::block {
 
@@ -96,7 +97,7 @@ struct ResizeOptions {
 
 // Loop-owned by loop(); opened before requests start, destroyed with none under way and, if it is
 // writable, after Close.
-class Node {
+class Node : public std::enable_shared_from_this<Node> {
  public:
   Node(EventLoop& loop, std::string name);
   virtual ~Node();
@@ -114,7 +115,14 @@ class Node {
   const Limits& limits() const { return limits_; }
   const std::string& name() const { return name_; }  // as in messages: the path of a file
   virtual const char* driver() const = 0;            // "file", "host_device", "raw", "qcow2"
-  EventLoop& loop() const { return loop_; }
+  EventLoop& loop() const { return *loop_; }
+  // As query-named-block-nodes says it; the registry gives names to those that have none.
+  const std::string& node_name() const { return node_name_; }
+  void set_node_name(std::string name) { node_name_ = std::move(name); }
+  // What it was opened with; set once by whoever opened it.
+  const NodeOptions& opened_with() const { return opened_with_; }
+  void set_opened_with(const NodeOptions& options);
+  DetectZeroes detect_zeroes() const { return opened_with_.detect_zeroes; }
   // Writes beyond the end make it larger (and reads there give zeros): files below formats.
   bool grows() const { return grows_; }
 
@@ -125,6 +133,13 @@ class Node {
   virtual bool is_filter() const { return false; }     // shows file()'s contents as they are
   // Replaces backing() in memory alone; null: none any more.
   virtual Result<> SetBacking(NodePtr backing);
+  // Of a filter: replaces file() by one of the same size.
+  virtual Result<> SetFile(NodePtr file);
+  // Of a filter, and raw: file() has another size.
+  virtual void FileResized() {}
+  // With no request under way: it and what is below is served by `loop` from now on. Errors: it
+  // can't move, as a protocol can't unless it says so.
+  virtual Result<> MoveTo(EventLoop& loop);
 
   // Once, after it was opened: what OpenNode (graph.h) still has to open and SetBacking.
   virtual std::optional<BackingWish> TakeBackingWish() { return std::nullopt; }
@@ -162,6 +177,8 @@ class Node {
   void FinishLater(Request* request, int result);
   // Does so now; true if there were any. For Drain.
   bool FinishLateOnes();
+  // For MoveTo of a node whose own state doesn't depend on its loop.
+  void SetLoop(EventLoop& loop);
   // "format qcow2 of 'a.img' doesn't support ..."
   std::unexpected<Error> Unsupported(const char* what) const;
 
@@ -175,8 +192,11 @@ class Node {
   struct Tracked;
   int Check(const Request& request) const;  // 0 or -errno
   void SubmitTracked(Request* request);
-  EventLoop& loop_;
-  std::string name_;
+  void DetectZero(Request* request) const;
+  EventLoop* loop_;
+  std::string name_, node_name_;
+  NodeOptions opened_with_;
+  bool tracked_ = false;  // bitmaps or detect-zeroes: Start looks closer
   std::shared_ptr<LateList> late_;
   std::vector<std::shared_ptr<DirtyBitmap>> attached_;
 };

@@ -25,6 +25,7 @@ class ConcatNode final : public Node {
   Result<Extent> Status(uint64_t offset, uint64_t length) override;
   Result<> Close() override;
   Result<> SetReadOnly(bool read_only) override;
+  Result<> MoveTo(EventLoop&) override { return Unsupported("being served by another thread"); }
   Result<ImageInfo> Info() override { return info_; }
   Result<uint64_t> AllocatedBytes() override;
 

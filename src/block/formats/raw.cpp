@@ -2,21 +2,32 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cerrno>
 
+#include "base/log.h"
 #include "block/fiber_io.h"
 #include "block/graph.h"
+#include "block/io_batch.h"
 
 namespace kvartz::block {
 namespace {
 
+constexpr uint32_t kProbed = 512;  // bytes by which formats are told apart
+
 // Loop-owned. Requests go on to the file with their offset moved; nothing is kept about them.
 class RawNode final : public Node {
  public:
-  RawNode(NodePtr file, uint64_t offset, uint64_t size, bool read_only, bool whole)
-      : Node(file->loop(), file->name()), file_(std::move(file)), offset_(offset), whole_(whole) {
+  RawNode(NodePtr file, uint64_t offset, uint64_t size, const NodeOptions& options, bool whole)
+      : Node(file->loop(), file->name()),
+        file_(std::move(file)),
+        offset_(offset),
+        whole_(whole),
+        probed_(options.probed) {
     size_bytes_ = size;
-    read_only_ = read_only || file_->read_only();
+    read_only_ = options.read_only || file_->read_only();
     limits_ = file_->limits();
+    if (probed_ && !read_only_)
+      limits_.request_alignment = std::max(limits_.request_alignment, kProbed);
   }
   const char* driver() const override { return "raw"; }
   Node* file() const override { return file_.get(); }
@@ -35,6 +46,9 @@ class RawNode final : public Node {
     size_bytes_ = file_->size_bytes();
     return {};
   }
+  void FileResized() override {
+    if (whole_) size_bytes_ = file_->size_bytes();
+  }
   Result<> SetReadOnly(bool read_only) override {
     TRY(file_->SetReadOnly(read_only));
     read_only_ = read_only;
@@ -43,12 +57,31 @@ class RawNode final : public Node {
 
  private:
   void Submit(Request* request) override {
+    if (probed_ && request->kind == Request::Kind::kWrite && request->offset < kProbed &&
+        request->length > 0 && Disguises(*request)) {
+      return FinishLater(request, -EPERM);
+    }
     request->offset += offset_;
     file_->Start(request);
+  }
+  // A guest that writes another format's header would have its disk opened as that next time, with
+  // whatever files it names.
+  bool Disguises(const Request& request) const {
+    uint8_t head[kProbed];
+    IovCursor(request.iov, request.iov_count).CopyOut(head);
+    Result<const Driver*> driver = ProbeFormat(head, name());
+    if (driver && (*driver)->name == "raw") return false;
+    KLOG(
+        kWarn,
+        "'{}': a write of its first sector is refused, for it would look like format {} then; give "
+        "format=raw to allow it",
+        name(), driver ? (*driver)->name : "other than raw");
+    return true;
   }
   const NodePtr file_;
   const uint64_t offset_;
   const bool whole_;
+  const bool probed_;
 };
 
 Result<NodePtr> OpenRaw(const OpenEnv& env, const NodeOptions& node, Options& options) {
@@ -73,7 +106,7 @@ Result<NodePtr> OpenRaw(const OpenEnv& env, const NodeOptions& node, Options& op
                 fmt::format("offset and size of disk image '{}' must be multiples of {}",
                             file->name(), unit));
   }
-  return std::make_shared<RawNode>(std::move(file), offset, size, node.read_only, whole);
+  return std::make_shared<RawNode>(std::move(file), offset, size, node, whole);
 }
 
 Result<> CreateRaw(const OpenEnv& env, const std::string& filename, Options& options) {

@@ -89,6 +89,10 @@ class FileNode final : public Node {
   Result<> Resize(const ResizeOptions& options) override;
   Result<> SetReadOnly(bool read_only) override;
   Result<uint64_t> AllocatedBytes() override;
+  Result<> MoveTo(EventLoop& loop) override {
+    SetLoop(loop);
+    return {};
+  }
 
  private:
   // One request on its way, in one or more steps.

@@ -276,6 +276,12 @@ Result<> Qcow2Node::SetReadOnly(bool read_only) {
   return {};
 }
 
+Result<> Qcow2Node::MoveTo(EventLoop& loop) {
+  TRY(Node::MoveTo(loop));
+  workers_.MoveTo(loop);
+  return {};
+}
+
 Result<ImageInfo> Qcow2Node::Info() {
   const Header& header = meta_->header;
   ImageInfo info;

@@ -45,6 +45,7 @@ class Qcow2Node final : public Node {
   Result<> Close() override;
   Result<> Resize(const ResizeOptions& options) override;
   Result<> SetReadOnly(bool read_only) override;
+  Result<> MoveTo(EventLoop& loop) override;
   Result<ImageInfo> Info() override;
   SnapshotStore* snapshots() override;
   BitmapStore* bitmaps() override;

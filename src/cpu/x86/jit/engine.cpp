@@ -289,7 +289,8 @@ uint64_t Engine::ResumeSingle(const Site& site) {
   if (block == nullptr) return Go(stubs_.exit);
   GiveFlags();
   const uint64_t body = Go(block->entries.body);
-  if (counters_.evictions == evictions && counters_.steps == steps && block->next_page == nullptr)
+  if (counters_.evictions == evictions && counters_.steps == steps &&
+      block->next_page == nullptr && !LogsExecution())
     state_.singles[(at >> kSingleShift) % kSingles] = {at, body};
   return body;
 }

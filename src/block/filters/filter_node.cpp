@@ -1,0 +1,75 @@
+#include "block/filters/filter_node.h"
+
+#include <utility>
+
+#include "base/fiber.h"
+#include "block/fiber_io.h"
+
+namespace kvartz::block {
+
+FilterNode::FilterNode(NodePtr file, const char* driver)
+    : Node(file->loop(), file->name()), file_(std::move(file)), driver_(driver) {
+  size_bytes_ = file_->size_bytes();
+  read_only_ = file_->read_only();
+  grows_ = file_->grows();
+  limits_ = file_->limits();
+}
+
+void FilterNode::Drain() {
+  do {
+    DrainMore();
+    if (file_) file_->Drain();
+  } while (FinishLateOnes() || under_way_ > 0);
+}
+
+Result<> FilterNode::SetFile(NodePtr file) {
+  file_ = std::move(file);
+  if (file_) {
+    FileResized();
+    limits_ = file_->limits();
+    read_only_ = file_->read_only();
+  }
+  return {};
+}
+
+void FilterNode::FileResized() { size_bytes_ = file_->size_bytes(); }
+
+Result<Extent> FilterNode::Status(uint64_t offset, uint64_t length) {
+  return file_->Status(offset, length);
+}
+
+Result<> FilterNode::Resize(const ResizeOptions& options) {
+  TRY(file_->Resize(options));
+  FileResized();
+  return {};
+}
+
+Result<> FilterNode::SetReadOnly(bool read_only) {
+  TRY(file_->SetReadOnly(read_only));
+  read_only_ = read_only;
+  limits_ = file_->limits();
+  return {};
+}
+
+void FilterNode::Handle(Request* request) {
+  struct State {
+    int result = 0;
+    bool submitting = true;
+  };
+  auto state = std::make_shared<State>();
+  under_way_++;
+  Fiber::Start([this, request, state] { state->result = Process(*request); },
+               [this, request, state] {
+                 under_way_--;
+                 if (state->submitting) return FinishLater(request, state->result);
+                 request->done(request, state->result);
+               });
+  state->submitting = false;
+}
+
+int FilterNode::Process(Request& request) {
+  Request copy = request;
+  return Await(*file_, copy);
+}
+
+}  // namespace kvartz::block

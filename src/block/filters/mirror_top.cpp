@@ -1,0 +1,33 @@
+#include "block/filters/mirror_top.h"
+
+#include "block/fiber_io.h"
+
+namespace kvartz::block {
+
+void MirrorTopNode::Submit(Request* request) {
+  if (!blocking_.target || request->kind == Request::Kind::kRead ||
+      request->kind == Request::Kind::kFlush || request->length == 0) {
+    return file_->Start(request);
+  }
+  Handle(request);
+}
+
+// Where the target fails it is out of step there, which the job mends or fails over: the guest has
+// its write. What a write covers in part stays as dirty as it was.
+int MirrorTopNode::Process(Request& request) {
+  const uint64_t offset = request.offset, length = request.length;
+  DirtyBitmap& todo = *blocking_.todo;
+  RangeLocks::Guard lock(*blocking_.locks, offset, length);
+  Request to_source = request, to_target = request;
+  if (int rc = Await(*file_, to_source)) {
+    todo.Set(offset, length);
+    return rc;
+  }
+  // What a discard leaves is known after it alone.
+  to_target.fua = false;
+  bool same = to_target.kind != Request::Kind::kDiscard && Await(*blocking_.target, to_target) == 0;
+  same ? todo.Clear(offset, length) : todo.Set(offset, length);
+  return 0;
+}
+
+}  // namespace kvartz::block

@@ -25,9 +25,9 @@ extern const Driver kCopyOnReadDriver;
 namespace {
 
 constexpr const Driver* kDrivers[] = {
-    &kFileDriver, &kHostDeviceDriver, &kRawDriver,  &kQcow2Driver, &kVdiDriver,  &kVmdkDriver,
-    &kVpcDriver,  &kNbdDriver,        &kVhdxDriver, &kLuksDriver,  &kHttpDriver, &kHttpsDriver,
-    &kThrottleDriver, &kFaultDriver, &kCopyOnReadDriver,
+    &kFileDriver, &kHostDeviceDriver, &kRawDriver,      &kQcow2Driver, &kVdiDriver,
+    &kVmdkDriver, &kVpcDriver,        &kNbdDriver,      &kVhdxDriver,  &kLuksDriver,
+    &kHttpDriver, &kHttpsDriver,      &kThrottleDriver, &kFaultDriver, &kCopyOnReadDriver,
 };
 
 // How images begin whose formats we lack, from each format's specification.

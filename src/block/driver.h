@@ -25,6 +25,8 @@ struct OpenEnv {
   std::function<NodePtr(const std::string& node_name)> find_node = {};
   // -object throttle-group by its id; may be null.
   std::function<std::shared_ptr<ThrottleGroup>(const std::string& id)> throttle_group = {};
+  // What CreateFile gives instead of making a file (blockdev-create); may be null.
+  NodePtr create_on = {};
   // Files that an image names may be opened. false: an image that needs one is refused.
   bool follow_backing = true;
   bool follow_data_file = true;

@@ -187,6 +187,7 @@ Result<NodePtr> OpenChild(const OpenEnv& env, Options& options, const std::strin
       return Fail(ErrorCode::kNotFound,
                   fmt::format("{}={}: there is no node of this name", key, *reference));
     }
+    if (inherited.grows) node->LetGrow();
     return node;
   }
   Options below = options.TakeBelow(key);

@@ -125,6 +125,8 @@ class Node : public std::enable_shared_from_this<Node> {
   DetectZeroes detect_zeroes() const { return opened_with_.detect_zeroes; }
   // Writes beyond the end make it larger (and reads there give zeros): files below formats.
   bool grows() const { return grows_; }
+  // A node that was opened by itself is put below a format: lets it grow if it can.
+  virtual void LetGrow() {}
 
   // Where it stands in the graph. Null where there is none.
   virtual Node* file() const { return nullptr; }       // what its bytes and metadata are in

@@ -65,6 +65,15 @@ Result<std::string> SecretStore::Find(const std::string& id) const {
       fmt::format("there is no secret '{0}': give it with --object secret,id={0},file=...", id));
 }
 
+Result<> SecretStore::Remove(const std::string& id) {
+  auto it = secrets_.find(id);
+  if (it == secrets_.end())
+    return Fail(ErrorCode::kNotFound, fmt::format("there is no secret '{}'", id));
+  explicit_bzero(it->second.data(), it->second.size());
+  secrets_.erase(it);
+  return {};
+}
+
 Result<std::string> SecretStore::Decrypt(const std::string& key_id, const std::string& iv_text,
                                          const std::string& data) const {
   std::string key_text = TRY(Find(key_id));

@@ -21,6 +21,7 @@ class SecretStore {
   // CBC mode (padding as PKCS#7), with the key in that secret and "iv" (base64). Errors: a mistake
   // in them, a file that can't be read, an id that is taken.
   Result<> Add(Options options);
+  Result<> Remove(const std::string& id);
   Result<std::string> Find(const std::string& id) const;
 
  private:

@@ -15,6 +15,10 @@ class FilterNode : public Node {
   const char* driver() const override { return driver_; }
   Node* file() const override { return file_.get(); }
   bool is_filter() const override { return true; }
+  void LetGrow() override {
+    file_->LetGrow();
+    grows_ = file_->grows();
+  }
   void Drain() override;
   Result<> SetFile(NodePtr file) override;
   void FileResized() override;

@@ -2,6 +2,7 @@
 
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <cerrno>
 
 #include "base/check.h"
@@ -48,6 +49,19 @@ std::shared_ptr<Export> Server::Find(const std::string& name) const {
     if (one->name == name) return one;
   }
   return name.empty() && exports_.size() == 1 ? exports_[0] : nullptr;
+}
+
+size_t Server::ClientsOf(const Export& chosen) const {
+  return static_cast<size_t>(std::ranges::count_if(
+      connections_, [&](const auto& one) { return one->chosen() == &chosen; }));
+}
+
+void Server::Remove(const std::shared_ptr<Export>& gone) {
+  std::erase(exports_, gone);
+  for (const auto& connection : connections_) {
+    if (connection->chosen() == gone.get()) connection->End();
+  }
+  while (ClientsOf(*gone) > 0) gone_.Wait();
 }
 
 void Server::Gone(Connection* connection, bool served) {

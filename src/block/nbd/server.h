@@ -42,6 +42,9 @@ class Server {
   // Null: there is none. The empty name is the first one, if there is no other of that name.
   std::shared_ptr<Export> Find(const std::string& name) const;
 
+  size_t ClientsOf(const Export& chosen) const;
+  // Offers it no more and ends its connections. Fiber: waits until they are gone.
+  void Remove(const std::shared_ptr<Export>& gone);
   // Clients must use TLS before anything else, with credentials of a server.
   void RequireTls(std::shared_ptr<const TlsCredentials> credentials) {
     tls_ = std::move(credentials);

@@ -79,6 +79,7 @@ class FileNode final : public Node {
   }
 
   const char* driver() const override { return is_device_ ? "host_device" : "file"; }
+  void LetGrow() override { grows_ = !is_device_; }
   void Drain() override {
     do {
       loop().DrainFileOps();
@@ -457,6 +458,7 @@ const Driver kHostDeviceDriver = {
     .name = "host_device", .kind = Driver::Kind::kProtocol, .open = OpenFile};
 
 Result<NodePtr> CreateFile(const OpenEnv& env, const std::string& filename) {
+  if (env.create_on) return env.create_on;
   ImageOptions image = {.path = filename.starts_with("file:") ? filename.substr(5) : filename};
   image.grows = true;
   return std::make_shared<FileNode>(env.loop, TRY(CreateImageFile(image)), image);

@@ -274,6 +274,17 @@ void FiberMutex::Unlock() {
   if (!waiters_.WakeOne()) locked_ = false;
 }
 
+void RunOutsideFibers(const std::function<void()>& task) {
+  Fiber* fiber = Fiber::Current();
+  if (!fiber) return task();
+  Fiber::Start([] {},
+               [&] {
+                 task();
+                 fiber->Wake();
+               });
+  Fiber::Suspend();
+}
+
 void FiberSleepUntil(EventLoop& loop, int64_t deadline_ns) {
   Fiber* fiber = Fiber::Current();
   VERIFY(fiber);

@@ -83,6 +83,10 @@ class FiberLock {
   FiberMutex& mutex_;
 };
 
+// Runs `task` on the thread's own stack and returns when it is done: for what must not be called
+// within a fiber.
+void RunOutsideFibers(const std::function<void()>& task);
+
 // The current fiber waits until the loop's clock says `deadline_ns`.
 void FiberSleepUntil(EventLoop& loop, int64_t deadline_ns);
 

@@ -19,6 +19,8 @@ class Monitor : public host::CharUser {
     port_ = TRY(chardev.Connect(*this));
     return {};
   }
+  // A command waits in a fiber.
+  virtual bool busy() const { return false; }
 
  protected:
   // More than this waiting to be read by the client: no further command is taken.

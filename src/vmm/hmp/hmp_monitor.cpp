@@ -1,5 +1,6 @@
 #include "vmm/hmp/hmp_monitor.h"
 
+#include "base/fiber.h"
 #include "vmm/command_line.h"
 #include "vmm/vm.h"
 
@@ -28,7 +29,20 @@ void HmpMonitor::Prompt() {
 }
 
 void HmpMonitor::Receive(std::span<const uint8_t> data) {
-  for (uint8_t byte : data) Key(byte);
+  keys_.append(reinterpret_cast<const char*>(data.data()), data.size());
+  // Input may also come while a job's fiber writes something out.
+  if (!Fiber::Inside()) return HandleKeys();
+  Fiber::Start([] {}, [this] { HandleKeys(); });
+}
+
+void HmpMonitor::HandleKeys() {
+  if (std::exchange(handling_, true)) return;
+  while (!busy_ && !keys_.empty()) {
+    uint8_t key = static_cast<uint8_t>(keys_.front());
+    keys_.erase(0, 1);
+    Key(key);
+  }
+  handling_ = false;
 }
 
 void HmpMonitor::Key(uint8_t key) {
@@ -78,12 +92,24 @@ void HmpMonitor::Enter() {
     history_.push_back(line);
     if (history_.size() > kHistoryMax) history_.erase(history_.begin());
   }
-  std::string text;
-  for (char c : RunHmpCommand(context_, line)) {
-    if (c == '\n') text += '\r';
-    text += c;
+  busy_ = true;
+  auto text = std::make_shared<std::string>();
+  Fiber::Start([this, line, text] { *text = RunHmpCommand(context_, line); },
+               [this, text] {
+                 busy_ = false;
+                 Print(*text);
+                 HandleKeys();
+                 if (!busy_) port().AcceptInput();
+               });
+}
+
+void HmpMonitor::Print(const std::string& text) {
+  std::string lines;
+  for (char c : text) {
+    if (c == '\n') lines += '\r';
+    lines += c;
   }
-  Send(text);
+  Send(lines);
   Prompt();
 }
 

@@ -5,6 +5,7 @@
 #include <boost/json/parse.hpp>
 #include <cstring>
 
+#include "base/fiber.h"
 #include "vmm/qmp/json_text.h"
 #include "vmm/qmp/qmp_commands.h"
 
@@ -33,6 +34,8 @@ QmpMonitor::~QmpMonitor() { vm_.RemoveObserver(this); }
 
 void QmpMonitor::Begin() {
   DropOutput();
+  ++session_;
+  items_.clear();
   parser_.reset();
   command_bytes_ = 0;
   skip_line_ = negotiated_ = false;
@@ -42,7 +45,11 @@ void QmpMonitor::Begin() {
 
 void QmpMonitor::CharEventArrived(host::CharEvent event) {
   if (event == host::CharEvent::kOpened) Begin();
-  if (event == host::CharEvent::kClosed) negotiated_ = false;
+  if (event == host::CharEvent::kClosed) {
+    ++session_;
+    items_.clear();
+    negotiated_ = false;
+  }
 }
 
 void QmpMonitor::Receive(std::span<const uint8_t> data) {
@@ -65,10 +72,10 @@ void QmpMonitor::Receive(std::span<const uint8_t> data) {
     if (error) {
       Malformed(error.message());
     } else if (parser_.done()) {
-      json::value request = parser_.release();
+      Item item{parser_.release(), ""};
       parser_.reset();
       command_bytes_ = 0;
-      Handle(request);
+      Take(std::move(item));
     } else if (command_bytes_ > kCommandMax) {
       Malformed(fmt::format("more than {} bytes", kCommandMax));
     }
@@ -80,7 +87,28 @@ void QmpMonitor::Malformed(std::string_view why) {
   parser_.reset();
   command_bytes_ = 0;
   skip_line_ = true;
-  ReplyError(kGenericError, fmt::format("malformed JSON: {}", why), nullptr);
+  Take({nullptr, fmt::format("malformed JSON: {}", why)});
+}
+
+void QmpMonitor::Take(Item item) {
+  items_.push_back(std::move(item));
+  // Input may also come while an event of a job's fiber is written out.
+  if (!Fiber::Inside()) return HandleItems();
+  Fiber::Start([] {}, [this] { HandleItems(); });
+}
+
+void QmpMonitor::HandleItems() {
+  if (std::exchange(handling_, true)) return;
+  while (!busy_ && !items_.empty()) {
+    Item item = std::move(items_.front());
+    items_.pop_front();
+    if (item.malformed.empty()) {
+      Handle(item.request);
+    } else {
+      ReplyError(kGenericError, item.malformed, nullptr);
+    }
+  }
+  handling_ = false;
 }
 
 void QmpMonitor::Handle(const json::value& request) {
@@ -99,20 +127,11 @@ void QmpMonitor::Handle(const json::value& request) {
     return ReplyError(kGenericError, "'execute' must be a string", id);
   if (given && !given->is_object())
     return ReplyError(kGenericError, "'arguments' must be an object", id);
-  json::object arguments = given ? given->as_object() : json::object();
-  std::string_view name(execute->as_string());
+  Execute(execute->as_string(), given ? given->as_object() : json::object(), id);
+}
 
-  if (name == "qmp_capabilities") {
-    if (negotiated_)
-      return ReplyError(kCommandNotFound, "capabilities have been negotiated already", id);
-    const json::value* enable = arguments.if_contains("enable");
-    if (arguments.size() > (enable ? 1 : 0) ||
-        (enable && (!enable->is_array() || !enable->as_array().empty()))) {
-      return ReplyError(kGenericError, "there are no capabilities that could be enabled", id);
-    }
-    negotiated_ = true;
-    return Reply(json::object{{"return", json::object()}}, id);
-  }
+void QmpMonitor::Execute(std::string_view name, json::object arguments, const json::value* id) {
+  if (name == "qmp_capabilities") return Negotiate(arguments, id);
   if (!negotiated_) {
     return ReplyError(kCommandNotFound,
                       fmt::format("'{}' comes too early: begin with qmp_capabilities", name), id);
@@ -120,12 +139,53 @@ void QmpMonitor::Handle(const json::value& request) {
   const QmpCommand* command = FindQmpCommand(name);
   if (!command)
     return ReplyError(kCommandNotFound, fmt::format("there is no command '{}'", name), id);
-  if (Result<> checked = CheckQmpArguments(*command, arguments); !checked) {
+  if (Result<> checked = CheckQmpMembers(command->arguments, arguments); !checked) {
     return ReplyError(kGenericError, checked.error().what, id);
   }
-  Result<json::value> result = command->run(vm_, arguments);
-  if (!result) return ReplyError(kGenericError, result.error().what, id);
-  Reply(json::object{{"return", std::move(*result)}}, id);
+  if (command->where == QmpCommand::Where::kLoop)
+    return Answer(*command, command->run(vm_, arguments), id);
+  Start(*command, std::move(arguments), id);
+}
+
+void QmpMonitor::Negotiate(const json::object& arguments, const json::value* id) {
+  if (negotiated_)
+    return ReplyError(kCommandNotFound, "capabilities have been negotiated already", id);
+  const json::value* enable = arguments.if_contains("enable");
+  if (arguments.size() > (enable ? 1 : 0) ||
+      (enable && (!enable->is_array() || !enable->as_array().empty()))) {
+    return ReplyError(kGenericError, "there are no capabilities that could be enabled", id);
+  }
+  negotiated_ = true;
+  Reply(json::object{{"return", json::object()}}, id);
+}
+
+void QmpMonitor::Start(const QmpCommand& command, json::object arguments, const json::value* id) {
+  struct Run {
+    json::object arguments;
+    json::value id;
+    bool has_id;
+    uint64_t session;
+    Result<json::value> result;
+  };
+  auto run = std::make_shared<Run>(
+      Run{std::move(arguments), id ? *id : json::value(), id != nullptr, session_, json::value()});
+  busy_ = true;
+  Fiber::Start([this, run, &command] { run->result = command.run(vm_, run->arguments); },
+               [this, run, &command] {
+                 busy_ = false;
+                 if (run->session == session_)
+                   Answer(command, std::move(run->result), run->has_id ? &run->id : nullptr);
+                 HandleItems();
+                 if (!busy_) port().AcceptInput();
+               });
+}
+
+void QmpMonitor::Answer(const QmpCommand& command, Result<json::value> result,
+                        const json::value* id) {
+  if (result) return Reply(json::object{{"return", std::move(*result)}}, id);
+  const Error& error = result.error();
+  ReplyError(error.code == ErrorCode::kNotFound ? command.not_found_class : kGenericError,
+             error.what, id);
 }
 
 void QmpMonitor::Reply(json::object answer, const json::value* id) {

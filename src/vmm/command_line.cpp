@@ -136,11 +136,15 @@ constexpr OptionRow kRows[] = {
     {"bios", "FILE", "firmware image", Bios},
     {"L", "DIRECTORY", "where firmware is searched first", DataDirectory},
 
-    {"drive", "file=FILE,format=raw,if=virtio", "a disk", AddDrive},
-    {"blockdev", "driver=raw,node-name=ID,...", "the host's side of a disk", AddBlockdev},
+    {"drive", "file=FILE,format=FORMAT,if=virtio[,option=value...]",
+     "a disk: cache=, snapshot=on, discard=, detect-zeroes=, copy-on-read=, throttling.*=, "
+     "werror=, "
+     "readonly=",
+     AddDrive},
+    {"blockdev", "driver=DRIVER,node-name=ID,...", "the host's side of a disk", AddBlockdev},
     {"device", "DRIVER[,property=value...]", "a device; 'help' lists the drivers", Device},
     {"object", "TYPE,id=ID[,property=value...]",
-     "iothread, memory-backend-ram, memory-backend-memfd", AddObject},
+     "iothread, memory-backend-ram, memory-backend-memfd, secret, throttle-group", AddObject},
     {"netdev", "TYPE,id=ID[,option=value...]", "the host's side of a network card: user, tap",
      AddNetdev},
     {"nic", "TYPE[,model=DRIVER][,mac=MAC]...",

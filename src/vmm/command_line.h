@@ -28,12 +28,14 @@ struct CommandLine {
   std::vector<std::string> monitors;
   bool monitor_given = false;
   std::vector<Properties> net_cards, net_backends;  // -net nic, -net user|tap
-  std::vector<BackendConfig> blockdevs;
   std::vector<BackendConfig> memory_backends;
   std::string memory_backend;                                // -machine memory-backend=
   std::vector<std::pair<std::string, std::string>> globals;  // "driver.property", value
   unsigned max_cpus = 0;
   bool ram_given = false;
+
+  // The name of a virtio driver ("blk") on the machine's own bus.
+  std::string VirtioDriver(const std::string& device) const;
 };
 
 // Errors: one line that begins with the option: "-drive file=a.img,if=ide: not supported yet: ...".
@@ -69,6 +71,10 @@ Result<> AddMonitor(CommandLine& line, std::string_view text, MonitorConfig::Mod
                     bool pretty);
 Result<> FinishConsoles(CommandLine& line);
 Result<> FinishBackends(CommandLine& line);
+// The parts that deal with disks (storage_options.cpp).
+void FinishDrives(CommandLine& line);
+Result<> AddStorageObject(CommandLine& line, const std::string& type, const std::string& id,
+                          const Properties& properties, const std::string& option);
 Result<> AddSmbios(CommandLine& line, std::string_view argument);
 
 }  // namespace kvartz::vmm

@@ -5,7 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "block/node.h"
+#include "block/options.h"
+#include "block/throttle.h"
 #include "device/core/properties.h"
 #include "host/chardev/chardev.h"
 #include "machine/machine_config.h"
@@ -19,11 +20,34 @@ struct MonitorConfig {
   bool pretty = false;
 };
 
+// -blockdev.
+struct NodeConfig {
+  std::string option;  // as the user wrote it, for errors
+  block::Options options;
+  bool share_write = false;  // the device that uses it says share-rw=on
+};
+
+// -drive.
 struct DriveConfig {
-  std::string option;  // as the user wrote it, for errors: "-drive file=a.img"
+  std::string option;
   std::string id;
-  block::ImageOptions image;
+  block::Options options;  // of its node, as for blockdev-add
+  bool writethrough = false;
+  bool share_write = false;
+  bool snapshot = false;  // writes go to an image that nobody keeps
+  bool copy_on_read = false;
+  std::string throttle_group;  // empty: one of its own, if there are limits
+  block::ThrottleLimits limits;
+  std::string rerror = "auto", werror = "auto";
   std::string iothread;  // of the device that uses it; empty: the main loop
+};
+
+// -object secret, throttle-group.
+struct ObjectConfig {
+  std::string option;
+  std::string type;
+  std::string id;
+  block::Options options;
 };
 
 // A thing with an id whose options another table takes apart.
@@ -46,6 +70,8 @@ struct VmConfig {
 
   std::vector<host::ChardevConfig> chardevs;
   std::vector<MonitorConfig> monitors;
+  std::vector<ObjectConfig> objects;
+  std::vector<NodeConfig> nodes;
   std::vector<DriveConfig> drives;
   std::vector<BackendConfig> netdevs;
   std::vector<std::string> iothreads;

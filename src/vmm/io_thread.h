@@ -19,8 +19,20 @@ class IoThread {
   }
   ~IoThread() { Stop(); }
 
+  // Once. Returns when the loop runs: until then it takes anybody for its thread.
   void Start() {
+    if (thread_.joinable()) return;
+    Mutex mutex;
+    CondVar changed;
+    bool runs = false;
+    loop_->Post([&] {
+      LockGuard guard(mutex);
+      runs = true;
+      changed.NotifyAll();
+    });
     thread_ = Thread("io-" + id_, [this] { loop_->Run(); });
+    LockGuard guard(mutex);
+    changed.Wait(guard, [&] { return runs; });
   }
   void Stop() {
     if (!thread_.joinable()) return;

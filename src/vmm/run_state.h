@@ -7,6 +7,7 @@ enum class RunState {
   kPrelaunch,  // not started yet (-S), or reset while stopped
   kRunning,
   kPaused,         // stopped by the user
+  kIoError,        // stopped by a disk's error policy (werror=, rerror=)
   kShutdown,       // powered off, kept by -no-shutdown
   kInternalError,  // the engine can't go on
   kGuestPanicked,

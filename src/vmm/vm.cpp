@@ -5,6 +5,8 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <boost/json/serialize.hpp>
 #include <csignal>
 
 #include "base/log.h"
@@ -24,6 +26,7 @@ constexpr std::pair<RunState, const char*> kStateNames[] = {
     {RunState::kPrelaunch, "prelaunch"},
     {RunState::kRunning, "running"},
     {RunState::kPaused, "paused"},
+    {RunState::kIoError, "io-error"},
     {RunState::kShutdown, "shutdown"},
     {RunState::kInternalError, "internal-error"},
     {RunState::kGuestPanicked, "guest-panicked"},
@@ -79,17 +82,18 @@ Vm::Vm(VmConfig config) : config_(std::move(config)), self_(std::make_shared<Vm*
 Vm::~Vm() {
   *self_ = nullptr;
   if (vcpus_) vcpus_->PauseAll();
-  // From here on their loops are this thread's.
-  for (const auto& io_thread : io_threads_) io_thread->Stop();
+  // Commands under way are waited for: their fibers can't be given up.
+  auto busy = [](const auto& monitor) { return monitor->busy(); };
+  while (std::ranges::any_of(monitors_, busy)) loop_->RunOnce(-1);
+  // What was set up before something failed is on their loops already.
+  for (const auto& io_thread : io_threads_) io_thread->Start();
+  if (storage_) storage_->EndWork();
   monitors_.clear();
   vcpus_.reset();
   board_.reset();
   netdevs_.clear();
-  for (const auto& [id, node] : drives_) {
-    Result<> closed = block::CloseImage(node);
-    if (!closed) KLOG(kError, "drive {}: {}", id, closed.error().what);
-  }
-  drives_.clear();
+  if (storage_) storage_->Close();
+  for (const auto& io_thread : io_threads_) io_thread->Stop();
   if (signals_) loop_->Unwatch(signals_.get());
   for (const auto& chardev : chardevs_) chardev->Drain(kDrainMs);
 }
@@ -126,7 +130,8 @@ Result<> Vm::Setup() {
     if (!made) return Fail(std::move(made).error().In("-object iothread,id=" + id));
     io_threads_.push_back(std::move(*made));
   }
-  TRY(OpenDrives());
+  storage_ = std::make_unique<Storage>(*loop_, static_cast<StorageOwner&>(*this));
+  TRY(storage_->Open(config_));
   TRY(OpenNetdevs());
   machine::BoardEnv env{*loop_, clock_, *this, *this, engine_.name};
   board_ = TRY(machine::Board::Create(config_.machine, env));
@@ -156,22 +161,6 @@ Result<> Vm::OpenChardevs() {
     Result<std::unique_ptr<host::Chardev>> made = host::Chardev::Create(config, *loop_, quit);
     if (!made) return Fail(std::move(made).error().In("chardev " + config.id));
     chardevs_.push_back(std::move(*made));
-  }
-  return {};
-}
-
-Result<> Vm::OpenDrives() {
-  for (const DriveConfig& config : config_.drives) {
-    EventLoop* loop = config.iothread.empty() ? loop_.get() : FindIoThread(config.iothread);
-    if (!loop) {
-      return Fail(
-          ErrorCode::kNotFound,
-          fmt::format("iothread={0}: there is no such iothread; add -object iothread,id={0}",
-                      config.iothread));
-    }
-    Result<std::shared_ptr<block::Node>> node = block::OpenImage(*loop, config.image);
-    if (!node) return Fail(std::move(node).error().In(config.option));
-    drives_.emplace_back(config.id, std::move(*node));
   }
   return {};
 }
@@ -223,13 +212,6 @@ void Vm::OnSignal() {
 
 // ---- what devices connect to ----
 
-block::Node* Vm::FindDrive(const std::string& id) {
-  for (const auto& [name, node] : drives_) {
-    if (name == id) return node.get();
-  }
-  return nullptr;
-}
-
 host::NetBackend* Vm::FindNetdev(const std::string& id) {
   for (const auto& [name, backend] : netdevs_) {
     if (name == id) return backend.get();
@@ -280,6 +262,14 @@ int Vm::Run() {
 
 void Vm::Emit(std::string_view name, std::string_view data) {
   for (VmObserver* observer : std::vector(observers_)) observer->VmEvent(name, data);
+}
+
+void Vm::StorageEvent(std::string_view name, const boost::json::object& data) {
+  Emit(name, boost::json::serialize(data));
+}
+
+void Vm::PauseForIoError() {
+  if (running()) StopIn(RunState::kIoError);
 }
 
 void Vm::StopIn(RunState state) {

@@ -18,6 +18,7 @@
 #include "vmm/config.h"
 #include "vmm/io_thread.h"
 #include "vmm/run_state.h"
+#include "vmm/storage/storage.h"
 
 namespace kvartz {
 class VirtioBalloon;
@@ -36,7 +37,7 @@ class VmObserver {
 };
 
 // Loop-owned by the main loop, but for Ask and ExitProcess (any thread).
-class Vm final : public MachineControl, private HostBackends {
+class Vm final : public MachineControl, private HostBackends, private StorageOwner {
  public:
   // Sets up everything; nothing runs yet. Errors: whatever is missing, unsuitable or taken, by the
   // option that asked for it.
@@ -58,9 +59,7 @@ class Vm final : public MachineControl, private HostBackends {
   // Run returns, or will do so soon.
   bool exiting() const { return exiting_; }
   const std::vector<std::unique_ptr<host::Chardev>>& chardevs() const { return chardevs_; }
-  const std::vector<std::pair<std::string, std::shared_ptr<block::Node>>>& drives() const {
-    return drives_;
-  }
+  Storage& storage() { return *storage_; }
   const std::vector<std::pair<std::string, std::unique_ptr<host::NetBackend>>>& netdevs() const {
     return netdevs_;
   }
@@ -87,14 +86,16 @@ class Vm final : public MachineControl, private HostBackends {
  private:
   explicit Vm(VmConfig config);
   // HostBackends.
-  block::Node* FindDrive(const std::string& id) override;
+  Result<DiskPort*> ConnectDisk(const DiskWish& wish) override { return storage_->Connect(wish); }
   host::NetBackend* FindNetdev(const std::string& id) override;
   host::Chardev* FindChardev(const std::string& id) override;
+  // StorageOwner.
+  void StorageEvent(std::string_view name, const boost::json::object& data) override;
+  void PauseForIoError() override;
   EventLoop* FindIoThread(const std::string& id) override;
 
   Result<> Setup();
   Result<> OpenChardevs();
-  Result<> OpenDrives();
   Result<> OpenNetdevs();
   Result<> OpenMonitors();
   Result<> WatchSignals();
@@ -115,7 +116,7 @@ class Vm final : public MachineControl, private HostBackends {
   std::vector<std::unique_ptr<host::Chardev>> chardevs_;
   UniqueFd signals_;
   std::vector<std::unique_ptr<IoThread>> io_threads_;
-  std::vector<std::pair<std::string, std::shared_ptr<block::Node>>> drives_;
+  std::unique_ptr<Storage> storage_;
   std::vector<std::pair<std::string, std::unique_ptr<host::NetBackend>>> netdevs_;
   VmClock clock_{MonotonicClock::Instance()};
   std::unique_ptr<machine::Board> board_;

@@ -11,7 +11,7 @@ Assembles the test guests and prints the directory that they are in:
 
   vmlinuz      Debian's cloud kernel (bzImage, of linux-image-cloud-amd64)
   vmlinux      the same kernel unpacked (ELF with a PVH note)
-  initrd.img   busybox and the virtio modules; its init acts by words on the kernel command line:
+  initrd.img   busybox, diskload (of diskload.cpp) and the virtio modules; its init acts by words on the kernel command line:
                  kvartz.demo       show the kernel, the disk /dev/vda (overwritten!), the network; power off
                  kvartz.run="CMD"  run CMD with sh, print "kvartz: exit status N", power off
                  root=/dev/vda1    start that file system's /sbin/init
@@ -41,7 +41,7 @@ cache=${KVARTZ_CACHE:-$HOME/.cache/kvartz}/guests
 packages=$cache/packages
 modules=(virtio_pci virtio_mmio virtio_blk virtio_net virtio_console virtio_balloon virtio-rng button evdev)
 export PATH=$PATH:/usr/sbin:/sbin
-for tool in dpkg-deb lz4 mkfs.ext4 flock; do
+for tool in dpkg-deb lz4 mkfs.ext4 flock g++; do
   command -v $tool > /dev/null || die "$tool is missing; run ./dev setup"
 done
 mkdir -p "$packages"
@@ -78,7 +78,7 @@ kernel_package() {  # the name of the newest cloud kernel's package
 kernel_name=$(kernel_package)
 debs=()
 fetch "$kernel_name" busybox-static grub-pc-bin grub-common libdevmapper1.02.1 grub-rescue-pc
-key=$( (printf '%s\n' "${debs[@]##*/}"; cd "$here"; cat build.sh; find initramfs disk -type f | sort | xargs cat) |
+key=$( (printf '%s\n' "${debs[@]##*/}"; cd "$here"; cat build.sh; find initramfs disk diskload.cpp -type f | sort | xargs cat) |
   sha256sum | cut -c 1-16)
 out=$cache/$key
 finish() {
@@ -130,6 +130,7 @@ make_initrd() {
   mkdir -p "$root"/{bin,dev,proc,sys,mnt,lib/modules/"$kernel_version"}
   install -m 755 "$busybox" "$root/bin/busybox"
   ln -s busybox "$root/bin/sh"
+  g++ -std=c++20 -O2 -static -s -o "$root/bin/diskload" "$here/diskload.cpp"
   chmod 755 "$root/init" "$root/etc/udhcpc"
   for module in "${modules[@]}"; do copy_module "$module" "$root"; done
   "$busybox" depmod -b "$root" "$kernel_version"

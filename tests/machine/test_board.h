@@ -53,12 +53,13 @@ class TestBoard : public MachineControl, public HostBackends {
   int exit_code() { return record_.Lock()->exit_code; }
   std::vector<std::pair<Request, std::string>> requests() { return record_.Lock()->requests; }
 
-  block::Node* FindDrive(const std::string&) override { return nullptr; }
+  Result<DiskPort*> ConnectDisk(const DiskWish&) override {
+    return Fail(ErrorCode::kNotFound, "there is no disk");
+  }
   host::NetBackend* FindNetdev(const std::string&) override { return nullptr; }
   host::Chardev* FindChardev(const std::string& id) override {
     return id == "con" ? chardev_ : nullptr;
   }
-  EventLoop* FindIoThread(const std::string&) override { return nullptr; }
   EventLoop& loop() { return *loop_; }
   void SetChardev(host::Chardev* chardev) { chardev_ = chardev; }
 

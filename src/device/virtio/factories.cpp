@@ -2,7 +2,6 @@
 #include <fmt/core.h>
 #include <linux/virtio_ids.h>
 
-#include "block/node.h"
 #include "device/core/backends.h"
 #include "device/core/device_types.h"
 #include "device/virtio/virtio_balloon.h"
@@ -36,25 +35,17 @@ using DevicePtr = std::unique_ptr<VirtioDevice>;
 
 Result<DevicePtr> CreateBlk(const DeviceRequest& request, const char* driver) {
   auto config = TRY(ConfigOf<BlkConfig>(request, kBlkProperties, driver));
-  HostBackends* backends = request.env.backends;
   if (config.drive.empty())
     return Fail(ErrorCode::kInvalid, "drive= is missing: name a -drive or -blockdev by its id");
-  block::Node* node = backends ? backends->FindDrive(config.drive) : nullptr;
-  if (!node)
-    return Fail(ErrorCode::kNotFound,
-                fmt::format("drive={}: there is no such -drive or -blockdev", config.drive));
-  if (!config.iothread.empty()) {
-    EventLoop* loop = backends->FindIoThread(config.iothread);
-    if (!loop)
-      return Fail(ErrorCode::kNotFound,
-                  fmt::format("iothread={}: there is no such -object iothread", config.iothread));
-    if (loop != &node->loop()) {
-      return Fail(ErrorCode::kState,
-                  fmt::format("iothread={}: drive '{}' is served by another thread",
-                              config.iothread, config.drive));
-    }
-  }
-  return TRY(VirtioBlk::Create(request.env, std::move(config), *node));
+  if (!request.env.backends)
+    return Fail(ErrorCode::kNotFound, fmt::format("drive={}: there is no disk", config.drive));
+  DiskPort* port = TRY(request.env.backends->ConnectDisk({.drive = config.drive,
+                                                          .device_id = request.env.id,
+                                                          .iothread = config.iothread,
+                                                          .share_write = config.share_rw,
+                                                          .rerror = config.rerror,
+                                                          .werror = config.werror}));
+  return TRY(VirtioBlk::Create(request.env, std::move(config), *port));
 }
 
 Result<DevicePtr> CreateNet(const DeviceRequest& request, const char* driver) {

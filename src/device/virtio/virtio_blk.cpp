@@ -36,8 +36,8 @@ constexpr PropertySpec kProperties[] = {
     PROPERTY(BlkConfig, "max-write-zeroes-sectors", max_write_zeroes_sectors,
              "512-byte sectors of one write zeroes"),
     PROPERTY(BlkConfig, "share-rw", share_rw, "others may write to the image too"),
-    PROPERTY(BlkConfig, "rerror", rerror, "what a read error does (report)"),
-    PROPERTY(BlkConfig, "werror", werror, "what a write error does (report)"),
+    PROPERTY(BlkConfig, "rerror", rerror, "what a read error does: report, ignore, stop"),
+    PROPERTY(BlkConfig, "werror", werror, "what a write error does: report, ignore, enospc, stop"),
     VIRTIO_PROPERTIES(BlkConfig),
 };
 
@@ -55,7 +55,7 @@ const std::span<const PropertySpec> kBlkProperties = kProperties;
 
 // One element on its way.
 struct VirtioBlk::BlkRequest {
-  block::Request io;
+  block::DiskRequest io;
   VirtqElement element;
   VirtioBlk* blk = nullptr;
   uint16_t queue = 0;
@@ -69,7 +69,7 @@ struct VirtioBlk::BlkRequest {
 };
 
 Result<std::unique_ptr<VirtioBlk>> VirtioBlk::Create(const DeviceEnv& env, BlkConfig config,
-                                                     block::Node& node) {
+                                                     DiskPort& port) {
   auto invalid = [](std::string what) { return Fail(ErrorCode::kInvalid, std::move(what)); };
   if (config.num_queues == BlkConfig::kAutoQueues) config.num_queues = 1;
   if (config.num_queues < 1 || config.num_queues > 256) return invalid("num-queues: from 1 to 256");
@@ -77,7 +77,8 @@ Result<std::unique_ptr<VirtioBlk>> VirtioBlk::Create(const DeviceEnv& env, BlkCo
       config.queue_size > 1024) {
     return invalid("queue-size: a power of two from 4 to 1024");
   }
-  config.logical_block_size = std::max(config.logical_block_size, node.limits().request_alignment);
+  config.logical_block_size =
+      std::max(config.logical_block_size, port.disk->limits().request_alignment);
   config.physical_block_size = std::max(config.physical_block_size, config.logical_block_size);
   if (!IsBlockSize(config.logical_block_size) || !IsBlockSize(config.physical_block_size)) {
     return invalid("logical_block_size and physical_block_size: powers of two from 512 to 32768");
@@ -86,22 +87,19 @@ Result<std::unique_ptr<VirtioBlk>> VirtioBlk::Create(const DeviceEnv& env, BlkCo
       config.opt_io_size % config.logical_block_size != 0) {
     return invalid("min_io_size and opt_io_size: multiples of the logical block size");
   }
-  for (const std::string& policy : {config.rerror, config.werror}) {
-    if (policy != "auto" && policy != "report") {
-      return Fail(ErrorCode::kUnsupported,
-                  fmt::format("not supported yet: rerror/werror={} (say report)", policy));
-    }
-  }
-  return std::unique_ptr<VirtioBlk>(new VirtioBlk(env, config, node));
+  return std::unique_ptr<VirtioBlk>(new VirtioBlk(env, config, port));
 }
 
-VirtioBlk::VirtioBlk(const DeviceEnv& env, const BlkConfig& config, block::Node& node)
+VirtioBlk::VirtioBlk(const DeviceEnv& env, const BlkConfig& config, DiskPort& port)
     : VirtioDevice(env, VIRTIO_ID_BLOCK, config.virtio,
                    std::vector<uint16_t>(config.num_queues, config.queue_size)),
       config_(config),
-      node_(node) {
+      port_(port),
+      disk_(*port.disk),
+      read_only_(disk_.read_only()),
+      limits_(disk_.limits()) {
   uint32_t logical = config_.logical_block_size;
-  space_.capacity = node_.size_bytes() / logical * logical / kSectorSize;
+  TakeSize();
   space_.seg_max = config_.queue_size - 2u;
   space_.blk_size = logical;
   space_.physical_block_exp =
@@ -112,24 +110,36 @@ VirtioBlk::VirtioBlk(const DeviceEnv& env, const BlkConfig& config, block::Node&
   space_.num_queues = config_.num_queues;
   space_.max_discard_sectors = config_.max_discard_sectors;
   space_.max_discard_seg = 1;
-  space_.discard_sector_alignment =
-      std::max(node_.limits().discard_granularity, logical) / kSectorSize;
+  space_.discard_sector_alignment = std::max(limits_.discard_granularity, logical) / kSectorSize;
   space_.max_write_zeroes_sectors = config_.max_write_zeroes_sectors;
   space_.max_write_zeroes_seg = 1;
   space_.write_zeroes_may_unmap = 1;
-  DeviceReset();
+  write_cache_ = config_.write_cache == OnOffAuto::kAuto ? limits_.write_cache
+                                                         : config_.write_cache == OnOffAuto::kOn;
+  port_.on_resized = [this] {
+    LockGuard guard(lock());
+    TakeSize();
+    ConfigChanged();
+  };
 }
 
-VirtioBlk::~VirtioBlk() { VERIFY(under_way_ == 0); }
+VirtioBlk::~VirtioBlk() {
+  port_.on_resized = nullptr;
+  VERIFY(under_way_ == 0);
+}
+
+void VirtioBlk::TakeSize() {
+  uint32_t logical = config_.logical_block_size;
+  space_.capacity = disk_.size_bytes() / logical * logical / kSectorSize;
+}
 
 uint64_t VirtioBlk::DeviceFeatures() const {
   uint64_t features = 1ull << VIRTIO_BLK_F_SEG_MAX | 1ull << VIRTIO_BLK_F_BLK_SIZE |
                       1ull << VIRTIO_BLK_F_TOPOLOGY | 1ull << VIRTIO_BLK_F_FLUSH;
   if (config_.config_wce) features |= 1ull << VIRTIO_BLK_F_CONFIG_WCE;
   if (config_.num_queues > 1) features |= 1ull << VIRTIO_BLK_F_MQ;
-  if (node_.read_only()) return features | 1ull << VIRTIO_BLK_F_RO;
-  if (config_.discard && node_.limits().discard_granularity > 0)
-    features |= 1ull << VIRTIO_BLK_F_DISCARD;
+  if (read_only_) return features | 1ull << VIRTIO_BLK_F_RO;
+  if (config_.discard && limits_.discard_granularity > 0) features |= 1ull << VIRTIO_BLK_F_DISCARD;
   if (config_.write_zeroes) features |= 1ull << VIRTIO_BLK_F_WRITE_ZEROES;
   return features;
 }
@@ -242,7 +252,8 @@ void VirtioBlk::BeginTransfer(BlkRequest* request, block::Request::Kind kind, ui
   uint64_t sectors = request->data_bytes / kSectorSize;
   bool write = kind == block::Request::Kind::kWrite;
   if (request->data_bytes % kSectorSize != 0 || sectors > space_.capacity ||
-      sector > space_.capacity - sectors || (write && node_.read_only())) {
+      sector > space_.capacity - sectors || (write && read_only_)) {
+    disk_.CountInvalid(kind);
     return Complete(request, VIRTIO_BLK_S_IOERR);
   }
   if (sectors == 0) return Complete(request, VIRTIO_BLK_S_OK);
@@ -273,7 +284,8 @@ void VirtioBlk::BeginRange(BlkRequest* request, block::Request::Kind kind) {
   }
   uint32_t limit = zeroes ? config_.max_write_zeroes_sectors : config_.max_discard_sectors;
   if (range.num_sectors > limit || range.num_sectors > space_.capacity ||
-      range.sector > space_.capacity - range.num_sectors || node_.read_only()) {
+      range.sector > space_.capacity - range.num_sectors || read_only_) {
+    disk_.CountInvalid(kind);
     return Complete(request, VIRTIO_BLK_S_IOERR);
   }
   if (range.num_sectors == 0) return Complete(request, VIRTIO_BLK_S_OK);
@@ -296,10 +308,10 @@ void VirtioBlk::AnswerId(BlkRequest* request) {
 void VirtioBlk::Submit(BlkRequest* request) {
   request->io.done = Done;
   request->io.owner = request;
-  node_.Start(&request->io);
+  disk_.Start(&request->io);
 }
 
-void VirtioBlk::Done(block::Request* io, int result) {
+void VirtioBlk::Done(block::DiskRequest* io, int result) {
   auto* request = static_cast<BlkRequest*>(io->owner);
   VirtioBlk& blk = *request->blk;
   LockGuard guard(blk.lock());
@@ -321,21 +333,37 @@ void VirtioBlk::Complete(BlkRequest* request, uint8_t status) {
   free_.push_back(request);
 }
 
+// Requests that limits held up go on; failed ones that the disk keeps remain so until the machine
+// goes on.
 void VirtioBlk::DrainRequests() {
-  RunOnLoop(node_.loop(), [&] { node_.Drain(); });
+  RunOnLoop(disk_.loop(), [&] {
+    disk_.Drain();
+    disk_.Hold();
+  });
 }
 
-// ---- reset, state
+void VirtioBlk::DropRequests() {
+  RunOnLoop(disk_.loop(), [&] { disk_.DropKept(); });
+}
+
+// ---- start, reset, state
+
+void VirtioBlk::Started() {
+  disk_.loop().Post([disk = &disk_] { disk->Release(); });
+}
 
 void VirtioBlk::DeviceReset() {
   ++life_;
-  write_cache_ = config_.write_cache == OnOffAuto::kAuto ? node_.limits().write_cache
+  write_cache_ = config_.write_cache == OnOffAuto::kAuto ? limits_.write_cache
                                                          : config_.write_cache == OnOffAuto::kOn;
+  // Not here: they come back through Done, which takes the lock.
+  if (under_way_ > 0) disk_.loop().Post([disk = &disk_] { disk->DropKept(); });
 }
 
 void VirtioBlk::VisitDevice(StateVisitor& v) {
   v.Version(1);
-  if (v.saving() && under_way_ > 0) v.Reject("requests are under way: quiesce the device first");
+  if (v.saving() && under_way_ > 0)
+    v.Reject("the disk failed requests and keeps them until the machine goes on");
   v.Field("write_cache", write_cache_);
 }
 

@@ -1,4 +1,4 @@
-// virtio block device (virtio 1.2 ch. 5.2) on a block node.
+// virtio block device (virtio 1.2 ch. 5.2) on a disk.
 #pragma once
 
 #include <linux/virtio_blk.h>
@@ -6,7 +6,8 @@
 #include <memory>
 #include <vector>
 
-#include "block/node.h"
+#include "block/disk.h"
+#include "device/core/backends.h"
 #include "device/virtio/virtio_device.h"
 
 namespace kvartz {
@@ -33,27 +34,29 @@ struct BlkConfig {
 };
 extern const std::span<const PropertySpec> kBlkProperties;
 
-// As VirtioDevice. All queues are served on the node's loop, and requests complete there.
+// As VirtioDevice. All queues are served on the disk's loop, and requests complete there.
 class VirtioBlk final : public VirtioDevice {
  public:
-  // Errors: values that don't fit each other or the node.
+  // Errors: values that don't fit each other or the disk.
   static Result<std::unique_ptr<VirtioBlk>> Create(const DeviceEnv& env, BlkConfig config,
-                                                   block::Node& node);
+                                                   DiskPort& port);
 
  protected:
   uint64_t DeviceFeatures() const override;
   std::span<const uint8_t> ConfigSpace() override;
   void ConfigWritten(unsigned offset, std::span<const uint8_t> bytes, VirtioInterface by) override;
   void QueueKicked(unsigned queue) override;
+  void Started() override;
   void DeviceReset() override;
   void VisitDevice(StateVisitor& visitor) override;
   bool RequestsUnderWay() const override { return under_way_ > 0; }
   void DrainRequests() override;
-  EventLoop& QueueLoop(unsigned) override { return node_.loop(); }
+  void DropRequests() override;
+  EventLoop& QueueLoop(unsigned) override { return disk_.loop(); }
 
  private:
   struct BlkRequest;
-  VirtioBlk(const DeviceEnv& env, const BlkConfig& config, block::Node& node);
+  VirtioBlk(const DeviceEnv& env, const BlkConfig& config, DiskPort& port);
   BlkRequest* NewRequest();
   void Begin(BlkRequest* request);
   bool Parse(BlkRequest* request, virtio_blk_outhdr* header);
@@ -62,11 +65,16 @@ class VirtioBlk final : public VirtioDevice {
   void AnswerId(BlkRequest* request);
   void Submit(BlkRequest* request);
   void Complete(BlkRequest* request, uint8_t status);
-  static void Done(block::Request* io, int result);
+  static void Done(block::DiskRequest* io, int result);
   bool WriteBack() const;
+  void TakeSize();
 
   const BlkConfig config_;
-  block::Node& node_;
+  DiskPort& port_;
+  block::Disk& disk_;
+  // As the disk was at first: its nodes change on its loop, the driver asks on its own threads.
+  const bool read_only_;
+  const block::Limits limits_;
   virtio_blk_config space_{};
   bool write_cache_ = true;  // the driver's wish: false: each write is stable when it is done
   // Those that are free; there are as many as were ever under way at once.

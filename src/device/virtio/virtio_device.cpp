@@ -66,6 +66,7 @@ void VirtioDevice::Disconnect() {
     RunOnLoop(QueueLoop(i), [&] { QueueLoop(i).Unwatch(queues_[i].doorbell.fd()); });
     queues_[i].watched = false;
   }
+  DropRequests();
   DrainRequests();
 }
 

@@ -117,7 +117,8 @@ class VirtioDevice {
   } select;
 
  protected:
-  // ---- what a device is; all but DrainRequests and QueueLoop under the lock
+  // ---- what a device is; all but DrainRequests, DropRequests and
+  // QueueLoop under the lock
   virtual uint64_t DeviceFeatures() const = 0;
   // Its configuration space, little-endian, as it is now.
   virtual std::span<const uint8_t> ConfigSpace() = 0;
@@ -137,6 +138,8 @@ class VirtioDevice {
   virtual bool RequestsUnderWay() const { return false; }
   // Returns when no request is under way.
   virtual void DrainRequests() {}
+  // The device goes away: requests that only the machine's going on would end do so now.
+  virtual void DropRequests() {}
   virtual EventLoop& QueueLoop(unsigned /*queue*/) { return env_.loop; }
 
   // ---- for devices, under the lock

@@ -2,13 +2,16 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <charconv>
 #include <vector>
 
+#include "base/fiber.h"
 #include "base/text.h"
 #include "device/virtio/virtio_balloon.h"
 #include "host/net/net_backend.h"
 #include "vmm/command_line.h"
+#include "vmm/hmp/hmp_block.h"
 #include "vmm/hmp/hmp_inspect.h"
 #include "vmm/keyval.h"
 #include "vmm/vm.h"
@@ -27,31 +30,51 @@ std::string_view NextWord(std::string_view* text) {
   return word;
 }
 
-const HmpCommand* Find(std::span<const HmpCommand> commands, std::string_view name) {
-  for (const HmpCommand& command : commands) {
-    if (name == command.name || (command.alias && name == command.alias)) return &command;
+using Tables = std::span<const std::span<const HmpCommand>>;
+
+const HmpCommand* Find(Tables tables, std::string_view name) {
+  for (std::span<const HmpCommand> table : tables) {
+    for (const HmpCommand& command : table) {
+      if (name == command.name || (command.alias && name == command.alias)) return &command;
+    }
   }
   return nullptr;
 }
 
-std::string Unknown(std::span<const HmpCommand> commands, std::string_view name,
-                    std::string_view help) {
+// All rows by name.
+std::vector<const HmpCommand*> Sorted(Tables tables) {
+  std::vector<const HmpCommand*> rows;
+  for (std::span<const HmpCommand> table : tables) {
+    for (const HmpCommand& command : table) rows.push_back(&command);
+  }
+  std::ranges::sort(rows, {}, [](const HmpCommand* row) { return std::string_view(row->name); });
+  return rows;
+}
+
+std::string Unknown(Tables tables, std::string_view name, std::string_view help) {
   std::vector<std::string_view> names;
-  for (const HmpCommand& command : commands) names.emplace_back(command.name);
+  for (const HmpCommand* command : Sorted(tables)) names.emplace_back(command->name);
   std::string_view nearest = NearestName(name, names);
   return fmt::format("unknown command: '{}'; {}\n", name,
                      nearest.empty() ? fmt::format("'{}' lists the commands", help)
                                      : fmt::format("did you mean '{}'?", nearest));
 }
 
-std::string List(std::span<const HmpCommand> commands, std::string_view prefix) {
+std::string List(Tables tables, std::string_view prefix) {
   std::string text;
-  for (const HmpCommand& command : commands) {
+  for (const HmpCommand* command : Sorted(tables)) {
     std::string names =
-        command.alias ? fmt::format("{}|{}", command.name, command.alias) : command.name;
-    std::string left = fmt::format("{}{} {}", prefix, names, command.arguments);
-    text += fmt::format("{:32} {}\n", left, command.help);
+        command->alias ? fmt::format("{}|{}", command->name, command->alias) : command->name;
+    std::string left = fmt::format("{}{} {}", prefix, names, command->arguments);
+    text += fmt::format("{:32} {}\n", left, command->help);
   }
+  return text;
+}
+
+std::string Run(const HmpCommand& command, HmpContext& context, std::string_view arguments) {
+  if (command.where == HmpCommand::Where::kFiber) return command.run(context, arguments);
+  std::string text;
+  RunOutsideFibers([&] { text = command.run(context, arguments); });
   return text;
 }
 
@@ -89,14 +112,6 @@ std::string InfoChardev(HmpContext& context, std::string_view) {
     text += fmt::format("{}: filename={}\n", chardev->id(), chardev->description());
   return text;
 }
-std::string InfoBlock(HmpContext& context, std::string_view) {
-  std::string text;
-  for (const auto& [id, node] : context.vm.drives()) {
-    text += fmt::format("{}: {} (raw{}), {} bytes\n", id, node->name(),
-                        node->read_only() ? ", read-only" : "", node->size_bytes());
-  }
-  return text;
-}
 std::string InfoNetwork(HmpContext& context, std::string_view) {
   std::string text;
   for (const auto& [id, backend] : context.vm.netdevs())
@@ -118,7 +133,6 @@ std::string InfoBalloon(HmpContext& context, std::string_view) {
 constexpr HmpCommand kInfos[] = {
     {"accelerators", "engine", "", "which engine runs the machine, and why", InfoEngine},
     {"balloon", nullptr, "", "the guest's memory less what the balloon holds, in MiB", InfoBalloon},
-    {"block", nullptr, "", "disks", InfoBlock},
     {"chardev", nullptr, "", "character devices", InfoChardev},
     {"cpus", nullptr, "", "CPUs and their threads", InfoCpus},
     {"jit", nullptr, "", "what the translator of guest code did", InfoJit},
@@ -132,15 +146,20 @@ constexpr HmpCommand kInfos[] = {
     {"version", nullptr, "", "this program's version", InfoVersion},
 };
 
+Tables Infos() {
+  static const std::span<const HmpCommand> tables[] = {kInfos, BlockInfos()};
+  return tables;
+}
+
 // ---- commands ----
 
 std::string Info(HmpContext& context, std::string_view arguments) {
   std::string_view name = NextWord(&arguments);
-  if (name.empty()) return List(kInfos, "info ");
-  const HmpCommand* info = Find(kInfos, name);
-  return info ? info->run(context, arguments) : Unknown(kInfos, name, "info");
+  if (name.empty()) return List(Infos(), "info ");
+  const HmpCommand* info = Find(Infos(), name);
+  return info ? Run(*info, context, arguments) : Unknown(Infos(), name, "info");
 }
-std::string Help(HmpContext&, std::string_view) { return List(HmpCommands(), ""); }
+std::string Help(HmpContext&, std::string_view) { return List(HmpCommandTables(), ""); }
 std::string Stop(HmpContext& context, std::string_view) {
   context.vm.Stop();
   return "";
@@ -192,7 +211,8 @@ constexpr HmpCommand kCommands[] = {
     {"cont", "c", "", "let the machine run", Cont},
     {"cpu", nullptr, "N", "the CPU that 'info registers' and 'x' mean", Cpu},
     {"help", "?", "", "this list", Help},
-    {"info", nullptr, "[WHAT]", "show something; without WHAT, list what there is", Info},
+    {"info", nullptr, "[WHAT]", "show something; without WHAT, list what there is", Info,
+     HmpCommand::Where::kFiber},
     {"nmi", nullptr, "", "a non-maskable interrupt for all CPUs", Nmi},
     {"quit", "q", "", "end the machine", Quit},
     {"savestate", nullptr, "FILE",
@@ -207,7 +227,10 @@ constexpr HmpCommand kCommands[] = {
 
 }  // namespace
 
-std::span<const HmpCommand> HmpCommands() { return kCommands; }
+std::span<const std::span<const HmpCommand>> HmpCommandTables() {
+  static const std::span<const HmpCommand> tables[] = {kCommands, BlockHmpCommands()};
+  return tables;
+}
 
 std::string RunHmpCommand(HmpContext& context, std::string_view line) {
   std::string_view name = NextWord(&line);
@@ -219,8 +242,8 @@ std::string RunHmpCommand(HmpContext& context, std::string_view line) {
     rest = std::string(name.substr(slash)) + rest;
     name = name.substr(0, slash);
   }
-  const HmpCommand* command = Find(kCommands, name);
-  return command ? command->run(context, rest) : Unknown(kCommands, name, "help");
+  const HmpCommand* command = Find(HmpCommandTables(), name);
+  return command ? Run(*command, context, rest) : Unknown(HmpCommandTables(), name, "help");
 }
 
 }  // namespace kvartz::vmm

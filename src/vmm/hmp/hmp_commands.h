@@ -21,10 +21,13 @@ struct HmpCommand {
   const char* help;
   // What is printed; lines end with "\n".
   std::string (*run)(HmpContext& context, std::string_view arguments);
+  // kFiber: it may wait; kLoop: it mustn't be called within a fiber.
+  enum class Where { kLoop, kFiber } where = Where::kLoop;
 };
 
-std::span<const HmpCommand> HmpCommands();
-// Runs one line ("info status"). An empty line does nothing.
+// All of them, table by table.
+std::span<const std::span<const HmpCommand>> HmpCommandTables();
+// Fiber: runs one line ("info status"). An empty line does nothing.
 std::string RunHmpCommand(HmpContext& context, std::string_view line);
 
 }  // namespace kvartz::vmm

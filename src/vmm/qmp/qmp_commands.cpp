@@ -8,6 +8,7 @@
 #include "device/virtio/virtio_balloon.h"
 #include "vmm/hmp/hmp_commands.h"
 #include "vmm/hmp/hmp_inspect.h"
+#include "vmm/qmp/block_commands.h"
 #include "vmm/vm.h"
 
 namespace kvartz::vmm {
@@ -16,13 +17,7 @@ namespace {
 namespace json = boost::json;
 using Value = Result<json::value>;
 
-constexpr QmpArgument kNoArguments[] = {{nullptr, QmpType::kString, true}};
-constexpr std::span<const QmpArgument> kNone = std::span(kNoArguments).first(0);
-
-std::string Text(const json::object& arguments, std::string_view name) {
-  const json::value* value = arguments.if_contains(name);
-  return value ? std::string(value->as_string()) : std::string();
-}
+constexpr std::span<const QmpMember> kNone;
 
 Value Done() { return json::object(); }
 
@@ -60,7 +55,7 @@ Value InjectNmi(Vm& vm, const json::object&) {
   vm.board().InjectNmi();
   return Done();
 }
-constexpr QmpArgument kSaveArguments[] = {{"filename", QmpType::kString, false}};
+constexpr QmpMember kSaveArguments[] = {{"filename", kQmpString}};
 Value SaveState(Vm& vm, const json::object& arguments) {
   TRY(vm.Save(Text(arguments, "filename")));
   return Done();
@@ -137,24 +132,6 @@ Value QueryChardev(Vm& vm, const json::object&) {
   return chardevs;
 }
 
-Value QueryBlock(Vm& vm, const json::object&) {
-  json::array disks;
-  for (const auto& [id, node] : vm.drives()) {
-    json::object image{
-        {"filename", node->name()}, {"format", "raw"}, {"virtual-size", node->size_bytes()}};
-    json::object inserted{{"file", node->name()},    {"node-name", id},
-                          {"ro", node->read_only()}, {"drv", "raw"},
-                          {"encrypted", false},      {"image", std::move(image)},
-                          {"backing_file_depth", 0}};
-    disks.push_back(json::object{{"device", id},
-                                 {"type", "unknown"},
-                                 {"locked", false},
-                                 {"removable", false},
-                                 {"inserted", std::move(inserted)}});
-  }
-  return disks;
-}
-
 // ---- talking to parts of it ----
 
 Result<host::Chardev*> FindChardev(Vm& vm, const std::string& id) {
@@ -164,12 +141,10 @@ Result<host::Chardev*> FindChardev(Vm& vm, const std::string& id) {
   return Fail(ErrorCode::kNotFound, fmt::format("there is no chardev '{}'", id));
 }
 
-constexpr QmpArgument kRingbufReadArguments[] = {{"device", QmpType::kString, false},
-                                                 {"size", QmpType::kInt, false},
-                                                 {"format", QmpType::kString, true}};
-constexpr QmpArgument kRingbufWriteArguments[] = {{"device", QmpType::kString, false},
-                                                  {"data", QmpType::kString, false},
-                                                  {"format", QmpType::kString, true}};
+constexpr QmpMember kRingbufReadArguments[] = {
+    {"device", kQmpString}, {"size", kQmpInt}, {"format", kQmpString, kOptional}};
+constexpr QmpMember kRingbufWriteArguments[] = {
+    {"device", kQmpString}, {"data", kQmpString}, {"format", kQmpString, kOptional}};
 
 Result<host::Chardev*> FindRingbuf(Vm& vm, const json::object& arguments) {
   host::Chardev* chardev = TRY(FindChardev(vm, Text(arguments, "device")));
@@ -200,14 +175,14 @@ Value RingbufWrite(Vm& vm, const json::object& arguments) {
   return Done();
 }
 
-constexpr QmpArgument kBreakArguments[] = {{"id", QmpType::kString, false}};
+constexpr QmpMember kBreakArguments[] = {{"id", kQmpString}};
 Value SendBreak(Vm& vm, const json::object& arguments) {
   host::Chardev* chardev = TRY(FindChardev(vm, Text(arguments, "id")));
   chardev->Break();
   return Done();
 }
 
-constexpr QmpArgument kBalloonArguments[] = {{"value", QmpType::kInt, false}};
+constexpr QmpMember kBalloonArguments[] = {{"value", kQmpInt}};
 Value SetBalloon(Vm& vm, const json::object& arguments) {
   VirtioBalloon* balloon = TRY(vm.FindBalloon());
   int64_t value = arguments.at("value").as_int64();
@@ -220,8 +195,8 @@ Value QueryBalloon(Vm& vm, const json::object&) {
   return json::object{{"actual", balloon->GuestBytes()}};
 }
 
-constexpr QmpArgument kHmpArguments[] = {{"command-line", QmpType::kString, false},
-                                         {"cpu-index", QmpType::kInt, true}};
+constexpr QmpMember kHmpArguments[] = {{"command-line", kQmpString},
+                                       {"cpu-index", kQmpInt, kOptional}};
 Value HumanMonitorCommand(Vm& vm, const json::object& arguments) {
   const json::value* cpu = arguments.if_contains("cpu-index");
   if (cpu && (cpu->as_int64() < 0 || cpu->as_int64() >= vm.board().vcpu_count())) {
@@ -237,8 +212,9 @@ Value QueryJit(Vm& vm, const json::object&) {
 
 Value QueryCommands(Vm&, const json::object&) {
   json::array names{json::object{{"name", "qmp_capabilities"}}};
-  for (const QmpCommand& command : QmpCommands())
-    names.push_back(json::object{{"name", command.name}});
+  for (std::span<const QmpCommand> table : QmpCommandTables()) {
+    for (const QmpCommand& command : table) names.push_back(json::object{{"name", command.name}});
+  }
   return names;
 }
 
@@ -246,10 +222,9 @@ constexpr QmpCommand kCommands[] = {
     {"balloon", kBalloonArguments, SetBalloon},
     {"chardev-send-break", kBreakArguments, SendBreak},
     {"cont", kNone, Cont},
-    {"human-monitor-command", kHmpArguments, HumanMonitorCommand},
+    {"human-monitor-command", kHmpArguments, HumanMonitorCommand, QmpCommand::Where::kFiber},
     {"inject-nmi", kNone, InjectNmi},
     {"query-balloon", kNone, QueryBalloon},
-    {"query-block", kNone, QueryBlock},
     {"query-chardev", kNone, QueryChardev},
     {"query-commands", kNone, QueryCommands},
     {"query-cpus-fast", kNone, QueryCpusFast},
@@ -271,53 +246,27 @@ constexpr QmpCommand kCommands[] = {
     {"x-query-jit", kNone, QueryJit},
 };
 
-bool HasType(const json::value& value, QmpType type) {
-  switch (type) {
-    case QmpType::kString:
-      return value.is_string();
-    case QmpType::kInt:
-      return value.is_int64();
-    case QmpType::kBool:
-      return value.is_bool();
-  }
-  return false;
-}
-
-const char* TypeName(QmpType type) {
-  return type == QmpType::kString ? "a string" : type == QmpType::kInt ? "an integer" : "a boolean";
-}
-
 }  // namespace
 
-std::span<const QmpCommand> QmpCommands() { return kCommands; }
-
-const QmpCommand* FindQmpCommand(std::string_view name) {
-  for (const QmpCommand& command : kCommands) {
-    if (name == command.name) return &command;
-  }
-  return nullptr;
+std::span<const std::span<const QmpCommand>> QmpCommandTables() {
+  static const std::span<const QmpCommand> tables[] = {kCommands,
+                                                       BlockNodeCommands(),
+                                                       BlockJobCommands(),
+                                                       JobControlCommands(),
+                                                       BlockBitmapCommands(),
+                                                       BlockExportCommands(),
+                                                       BlockQueryCommands(),
+                                                       TransactionCommands()};
+  return tables;
 }
 
-Result<> CheckQmpArguments(const QmpCommand& command, const json::object& arguments) {
-  for (const QmpArgument& expected : command.arguments) {
-    const json::value* value = arguments.if_contains(expected.name);
-    if (!value && !expected.optional) {
-      return Fail(ErrorCode::kInvalid, fmt::format("argument '{}' is missing", expected.name));
-    }
-    if (value && !HasType(*value, expected.type)) {
-      return Fail(ErrorCode::kInvalid,
-                  fmt::format("argument '{}' must be {}", expected.name, TypeName(expected.type)));
+const QmpCommand* FindQmpCommand(std::string_view name) {
+  for (std::span<const QmpCommand> table : QmpCommandTables()) {
+    for (const QmpCommand& command : table) {
+      if (name == command.name) return &command;
     }
   }
-  for (const auto& field : arguments) {
-    bool known = false;
-    for (const QmpArgument& expected : command.arguments) known |= field.key() == expected.name;
-    if (!known) {
-      return Fail(ErrorCode::kInvalid,
-                  fmt::format("argument '{}' is unexpected", std::string_view(field.key())));
-    }
-  }
-  return {};
+  return nullptr;
 }
 
 json::object QmpVersion() {

@@ -6,33 +6,29 @@
 #include <string_view>
 
 #include "base/result.h"
+#include "vmm/qmp/qmp_schema.h"
 
 namespace kvartz::vmm {
 
 class Vm;
 
-enum class QmpType { kString, kInt, kBool };
-
-struct QmpArgument {
-  const char* name;
-  QmpType type;
-  bool optional;
-};
-
 struct QmpCommand {
   const char* name;
-  std::span<const QmpArgument> arguments;
+  std::span<const QmpMember> arguments;
   // What it returns; {} where there is nothing to say. `arguments` has been checked against the
   // row.
   Result<boost::json::value> (*run)(Vm& vm, const boost::json::object& arguments);
+  // kFiber: it runs in a fiber, may wait, and others of the same monitor come after it. kLoop: it
+  // runs at once.
+  enum class Where { kLoop, kFiber } where = Where::kLoop;
+  // The class of its kNotFound errors, where clients tell those from others.
+  const char* not_found_class = "GenericError";
 };
 
-std::span<const QmpCommand> QmpCommands();
+// All of them, table by table.
+std::span<const std::span<const QmpCommand>> QmpCommandTables();
 // Null: there is no such command.
 const QmpCommand* FindQmpCommand(std::string_view name);
-// Checks arguments against the row. Errors name the argument that is missing, unexpected or of
-// another type.
-Result<> CheckQmpArguments(const QmpCommand& command, const boost::json::object& arguments);
 
 // {"qemu": {"major": ...}, "package": ...}: the protocol's level in that field's terms, and what we
 // are.

@@ -70,22 +70,22 @@ class TestMachine : private MsiSink, private IrqSink, private MachineControl, pu
   std::string error;
   std::vector<std::pair<uint64_t, uint32_t>> messages;  // MSIs
   bool intx = false;
-  std::function<block::Node*(const std::string&)> find_drive;
+  // The disk of any drive=; null: there is none.
+  DiskPort disk_port;
   host::NetBackend* netdev = nullptr;
   host::Chardev* chardev = nullptr;
-  EventLoop* iothread = nullptr;
 
  private:
   void SendMsi(uint64_t address, uint32_t data) override { messages.emplace_back(address, data); }
   void SetIrq(unsigned, bool level) override { intx = level; }
   void Ask(Request, const std::string&) override {}
   void ExitProcess(int) override {}
-  block::Node* FindDrive(const std::string& id) override {
-    return find_drive ? find_drive(id) : nullptr;
+  Result<DiskPort*> ConnectDisk(const DiskWish& wish) override {
+    if (disk_port.disk && wish.drive == "d0") return &disk_port;
+    return Fail(ErrorCode::kNotFound, "drive=" + wish.drive + ": there is no such disk");
   }
   host::NetBackend* FindNetdev(const std::string&) override { return netdev; }
   host::Chardev* FindChardev(const std::string&) override { return chardev; }
-  EventLoop* FindIoThread(const std::string&) override { return iothread; }
 
   std::unique_ptr<EventLoop> loop_;
   VmClock clock_;

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <filesystem>
 
-#include "block/node.h"
+#include "block/disk.h"
 #include "device/virtio/test_machine.h"
 
 namespace kvartz::test {
@@ -32,6 +32,7 @@ class VirtioBlkTest : public testing::TestWithParam<uint64_t> {
   }
   void TearDown() override {
     machine_.Unplug();
+    disk_.reset();
     node_.reset();
     close(fd_);
     std::filesystem::remove(path_);
@@ -44,13 +45,16 @@ class VirtioBlkTest : public testing::TestWithParam<uint64_t> {
     auto node = block::OpenImage(machine_.loop(), options);
     ASSERT_TRUE(node) << node.error().what;
     node_ = *node;
-    machine_.find_drive = [this](const std::string& id) {
-      return id == "d0" ? node_.get() : nullptr;
-    };
+    MakeDisk(machine_.loop());
     properties.Set("drive", "d0");
     properties.Set("packed", "on");
     ASSERT_NE(machine_.Plug("virtio-blk-pci", properties), nullptr) << machine_.error;
     driver_ = std::make_unique<ModernDriver>(machine_);
+  }
+  void MakeDisk(EventLoop& loop) {
+    disk_ = std::make_unique<block::Disk>(loop, "d0");
+    disk_->ReplaceNode(node_);
+    machine_.disk_port.disk = disk_.get();
   }
   void Start(uint64_t features = kFlush | kConfigWce | kDiscard | kWriteZeroes) {
     ASSERT_TRUE(driver_->Negotiate(features | GetParam()));
@@ -82,6 +86,7 @@ class VirtioBlkTest : public testing::TestWithParam<uint64_t> {
   int fd_ = -1;
   std::string path_;
   std::shared_ptr<block::Node> node_;
+  std::unique_ptr<block::Disk> disk_;
   std::unique_ptr<ModernDriver> driver_;
   uint8_t *header_ = nullptr, *data_ = nullptr, *status_ = nullptr;
   uint64_t header_gpa_ = 0, data_gpa_ = 0, status_gpa_ = 0;
@@ -268,8 +273,7 @@ TEST_P(VirtioBlkTest, OnAnIoThread) {
   options.path = path_;
   options.format = "raw";
   node_ = block::OpenImage(*thread_loop, options).value();
-  machine_.find_drive = [this](const std::string&) { return node_.get(); };
-  machine_.iothread = thread_loop.get();
+  MakeDisk(*thread_loop);
   Thread thread("io", [&] { thread_loop->Run(); });
   ASSERT_NE(
       machine_.Plug("virtio-blk-pci",
@@ -282,6 +286,7 @@ TEST_P(VirtioBlkTest, OnAnIoThread) {
   machine_.Unplug();
   thread_loop->Stop();
   thread.Join();
+  disk_.reset();
   node_.reset();
 }
 
@@ -289,10 +294,9 @@ TEST_P(VirtioBlkTest, WrongOptionsAreRefused) {
   Open();
   const std::pair<Properties, const char*> bad[] = {
       {{}, "drive= is missing: name a -drive or -blockdev by its id"},
-      {{{"drive", "nix"}}, "drive=nix: there is no such -drive or -blockdev"},
+      {{{"drive", "nix"}}, "drive=nix: there is no such disk"},
       {{{"drive", "d0"}, {"queue-size", "100"}}, "queue-size: a power of two from 4 to 1024"},
       {{{"drive", "d0"}, {"num-queues", "0"}}, "num-queues: from 1 to 256"},
-      {{{"drive", "d0"}, {"iothread", "x"}}, "iothread=x: there is no such -object iothread"},
       {{{"drive", "d0"}, {"logical_block_size", "1000"}},
        "logical_block_size and physical_block_size: powers of two from 512 to 32768"},
   };

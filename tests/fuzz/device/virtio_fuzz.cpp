@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "block/node.h"
+#include "block/disk.h"
 #include "device/virtio/test_machine.cpp"
 #include "host/chardev/chardev.h"
 #include "host/net/net_backend.h"
@@ -43,8 +43,8 @@ struct World {
     options.path = "/proc/self/fd/" + std::to_string(fd);
     options.format = "raw";
     options.locking = block::ImageOptions::Locking::kOff;
-    disk = block::OpenImage(machine.loop(), options).value();
-    machine.find_drive = [this](const std::string&) { return disk.get(); };
+    disk.ReplaceNode(block::OpenImage(machine.loop(), options).value());
+    machine.disk_port.disk = &disk;
     host::ChardevConfig config;
     config.kind = host::ChardevConfig::Kind::kRingbuf;
     chardev = host::Chardev::Create(config, machine.loop()).value();
@@ -53,7 +53,7 @@ struct World {
   }
   Cable cable;
   TestMachine machine;
-  std::shared_ptr<block::Node> disk;
+  block::Disk disk{machine.loop(), "d0"};
   std::unique_ptr<host::Chardev> chardev;
 };
 

@@ -24,6 +24,15 @@ std::string Firmware() {
   return path;
 }
 
+// An empty disk.
+std::string Image() {
+  char path[] = "/tmp/kvartz-qmp-fuzz-disk-XXXXXX";
+  int fd = mkstemp(path);
+  if (fd < 0 || ftruncate(fd, 1 << 20) != 0) abort();
+  close(fd);
+  return path;
+}
+
 std::unique_ptr<vmm::Vm> MakeVm() {
   vmm::VmConfig config;
   config.accels = {"kvartz"};
@@ -32,6 +41,15 @@ std::unique_ptr<vmm::Vm> MakeVm() {
   static const std::string firmware = Firmware();
   config.machine.boot.firmware = firmware;
   config.start_paused = true;
+  static const std::string image = Image();
+  block::Options disk;
+  disk.Set("driver", "raw");
+  disk.Set("node-name", "d");
+  disk.Set("file.driver", "file");
+  disk.Set("file.filename", image);
+  disk.Set("file.locking", "off");
+  config.nodes.push_back({"-blockdev d", std::move(disk)});
+  config.machine.devices.push_back({"virtio-blk-pci", "vd", {{"drive", "d"}}});
   host::ChardevConfig chardev;
   chardev.id = "qmp";
   chardev.kind = host::ChardevConfig::Kind::kRingbuf;

@@ -359,6 +359,7 @@ TEST(BackupJobTest, IncrementalOnesAddUp) {
     settings.target = target;
     settings.sync = i == 0 ? Sync::kFull : Sync::kIncremental;
     settings.bitmap = "bm";
+    if (i == 2) settings.speed = 1;
     rig.Run([&] {
       Registry::Quiesced quiet(rig.registry);
       then = rig.model;
@@ -368,6 +369,7 @@ TEST(BackupJobTest, IncrementalOnesAddUp) {
     rig.Turn(20, guest);
     if (i == 2) {  // a failed one loses nothing
       rig.Run([&] { rig.jobs.CancelAll(); });
+      ASSERT_TRUE(rig.AwaitEnd(name).cancelled);
       target.reset();
       rig.Remove(name);
       NodePtr again = rig.Add(name, "backing_file=inc1,backing_fmt=qcow2");

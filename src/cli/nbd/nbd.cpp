@@ -277,7 +277,7 @@ class NbdProgram {
     block::nbd::ClientTls tls = {TRY(TakeTls(session, TlsSpec::Endpoint::kClient)),
                                  arguments_.Get("tls-hostname", address.host)};
     using Offered = std::vector<block::nbd::OfferedExport>;
-    auto offered = TRY(block::RunInFiber(*loop, [&]() -> Result<Offered> {
+    auto ask = [&]() -> Result<Offered> {
       int64_t deadline_ns = loop->clock().NowNs() + kPatienceNs;
       block::nbd::Connector connector(*loop);
       UniqueFd socket = TRY(connector.Connect(address, deadline_ns));
@@ -285,7 +285,8 @@ class NbdProgram {
       Timer deadline(*loop, [&] { client.Break(); });
       deadline.Arm(deadline_ns);
       return client.List();
-    }));
+    };
+    Offered offered = TRY(block::RunInFiber(*loop, ask));
     fmt::print("exports available: {}\n", offered.size());
     for (const auto& one : offered) Print(one);
     return 0;

@@ -36,10 +36,10 @@ struct DriveConfig {
   bool share_write = false;
   bool snapshot = false;  // writes go to an image that nobody keeps
   bool copy_on_read = false;
-  std::string throttle_group;  // empty: one of its own, if there are limits
-  block::ThrottleLimits limits;
+  std::string throttle_group = {};  // empty: one of its own, if there are limits
+  block::ThrottleLimits limits = {};
   std::string rerror = "auto", werror = "auto";
-  std::string iothread;  // of the device that uses it; empty: the main loop
+  std::string iothread = {};  // of the device that uses it; empty: the main loop
 };
 
 // -object secret, throttle-group.

@@ -360,8 +360,11 @@ TEST_F(VmTest, DamagedStateIsRefused) {
 
 TEST_F(VmTest, SetupErrorsNameTheOption) {
   VmConfig config = Config(kAlphabet);
-  config.drives.push_back(
-      {"-drive file=/nope.img", "d", {.path = "/nope.img", .format = "raw"}, ""});
+  block::Options options;
+  options.Set("driver", "raw");
+  options.Set("file.driver", "file");
+  options.Set("file.filename", "/nope.img");
+  config.drives.push_back({.option = "-drive file=/nope.img", .id = "d", .options = options});
   auto vm = Vm::Create(std::move(config));
   ASSERT_FALSE(vm);
   EXPECT_TRUE(vm.error().what.starts_with("-drive file=/nope.img: ")) << vm.error().what;

@@ -130,10 +130,11 @@ Result<json::object> DescribeImage(Storage& storage, const NodePtr& node, Chain 
   json::object below;
   for (auto it = nodes.rbegin(); it != nodes.rend(); ++it) {
     const NodePtr& one = *it;
-    json::object image = TRY(registry.On(*one, [&]() -> Result<json::object> {
+    auto describe = [&]() -> Result<json::object> {
       block::ImageInfo info = TRY(one->Info());
       return ImageFields(*one, info, TRY(one->AllocatedBytes()));
-    }));
+    };
+    json::object image = TRY(registry.On(*one, describe));
     if (!below.empty()) image["backing-image"] = std::move(below);
     below = std::move(image);
   }

@@ -5,7 +5,7 @@
 
 The userland is the same root file system (tests/proof/build.sh), as the guest's disk or as a chroot, so root is needed.
 A line a suite: lines that were compared, seconds in the guest and natively. Exits with 1 if a suite failed in the guest or
-printed something else; build/proof/suites.json has what each printed."""
+printed something else; build/proof/suites.json has what each printed, build/proof/suites-guest.log and -native.log all that came, as it came."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ import sys
 import proof
 
 SUITES = ("cxx", "python", "openssl", "openssl_tests", "sqlite", "node", "luajit")
-SILENCE_S = 1800  # a suite prints when it has ended
+SILENCE_S = 1800
 GUEST_MIB = 3072
 
 
@@ -45,7 +45,13 @@ class Record:
 
 def run(command, what):
     record = Record()
-    ended = proof.follow(command, record.line, SILENCE_S)
+    with open(proof.built(f"suites-{what}.log"), "w", encoding="utf-8", buffering=1) as log:
+
+        def take(line):
+            print(line, file=log)
+            record.line(line)
+
+        ended = proof.follow(command, take, SILENCE_S)
     if not record.done:
         print(f"{what}: {ended}; the last lines:", *record.last, sep="\n  ", file=sys.stderr)
     return record
@@ -83,6 +89,7 @@ def main():
     parser.add_argument("--vmm", required=True)
     parser.add_argument("--only", default=",".join(SUITES), help="suites, with commas between them")
     parser.add_argument("--cpus", type=int, default=1)
+    parser.add_argument("--python", help="modules of Python's tests, with commas between them, instead of all")
     parser.add_argument("options", nargs="*", help="more options of the VMM")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
@@ -91,6 +98,7 @@ def main():
         sys.exit(f"guest-suites: no suite '{unknown[0]}'; there are: {' '.join(SUITES)}")
     proof.build()
     words = ["PROOF=suites.sh", f"PROOF_SUITES={','.join(names)}"]
+    words += [f"PROOF_PYTHON={arguments.python}"] if arguments.python else []
     native = run(proof.native_command(words), "native")
     command = proof.guest_command(arguments.vmm, words, cpus=arguments.cpus, memory_mib=GUEST_MIB)
     guest = run(command + arguments.options, "guest")

@@ -5,11 +5,10 @@ for name in $PROOF_SUITES; do
   unset IFS
   echo "@go $name"
   before=$(date +%s.%N)
-  sh "/proof/suites/$name.sh" > /tmp/out 2> /tmp/err
-  status=$?
+  { sh "/proof/suites/$name.sh" 2> /tmp/err; echo $? > /tmp/status; } | sed -u "s/^/@out $name /"
+  read -r status < /tmp/status
   after=$(date +%s.%N)
-  sed "s/^/@out $name /" /tmp/out
-  tail -n 12 /tmp/err | sed "s/^/@err $name /"
+  tail -n 60 /tmp/err | sed "s/^/@err $name /"
   echo "@end $name $status $(echo "$before $after" | awk '{print $2 - $1}')"
   rm -rf /tmp/*
 done

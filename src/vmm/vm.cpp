@@ -79,6 +79,12 @@ bool CausedByGuest(Cause cause) {
 
 Vm::Vm(VmConfig config) : config_(std::move(config)), self_(std::make_shared<Vm*>(this)) {}
 
+void Vm::Later(std::function<void(Vm& vm)> action) {
+  loop_->Post([self = self_, action = std::move(action)] {
+    if (*self != nullptr) action(**self);
+  });
+}
+
 Vm::~Vm() {
   *self_ = nullptr;
   if (vcpus_) vcpus_->PauseAll();

@@ -76,6 +76,9 @@ class Vm final : public MachineControl, private HostBackends, private StorageOwn
   // The machine's memory balloon. Errors: it has none.
   Result<VirtioBalloon*> FindBalloon();
 
+  // When the loop's present turn is over, unless the machine is gone by then.
+  void Later(std::function<void(Vm& vm)> action);
+
   void AddObserver(VmObserver* observer) { observers_.push_back(observer); }
   void RemoveObserver(VmObserver* observer) { std::erase(observers_, observer); }
 

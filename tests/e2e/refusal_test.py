@@ -80,7 +80,7 @@ def unknown_words_are_refused_with_the_nearest(context):
     expect_refusal(context, ["-netdev", "usr,id=n"], r"usr.*user")
     expect_refusal(context, ["-device", "virtio-net-pci,netdev=none"], r"none")
     expect_refusal(context, ["-accel", "hvx"], r"hvx")
-    expect_our_refusal(context, ["-d", "int,exec"], r"'exec'")
+    expect_our_refusal(context, ["-d", "int,trace"], r"'trace'")
     expect_our_refusal(context, ["-perfmap", "-accel", "kvartz,jit=off"], r"-perfmap.*jit=off")
     expect_our_refusal(context, ["-accel", "kvartz,tb-sise=64"], r"tb-sise.*tb-size")
     expect_our_refusal(context, ["-accel", "kvartz,thread=single"], r"thread=single")

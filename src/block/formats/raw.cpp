@@ -12,7 +12,7 @@
 namespace kvartz::block {
 namespace {
 
-constexpr uint32_t kProbed = 512;  // bytes by which formats are told apart
+constexpr uint64_t kProbed = 512;  // bytes by which formats are told apart
 
 // Loop-owned. Requests go on to the file with their offset moved; nothing is kept about them.
 class RawNode final : public Node {
@@ -26,8 +26,11 @@ class RawNode final : public Node {
     size_bytes_ = size;
     read_only_ = options.read_only || file_->read_only();
     limits_ = file_->limits();
-    if (probed_ && !read_only_)
-      limits_.request_alignment = std::max(limits_.request_alignment, kProbed);
+  }
+  // Fiber: of a node that is probed: what it begins with.
+  Result<> ReadHead() {
+    if (!probed_) return {};
+    return ReadExactly(*file_, offset_, std::span(head_).first(std::min(size_bytes_, kProbed)));
   }
   const char* driver() const override { return "raw"; }
   Node* file() const override { return file_.get(); }
@@ -57,20 +60,30 @@ class RawNode final : public Node {
 
  private:
   void Submit(Request* request) override {
-    if (probed_ && request->kind == Request::Kind::kWrite && request->offset < kProbed &&
-        request->length > 0 && Disguises(*request)) {
+    if (probed_ && request->offset < kProbed && request->length > 0 && Disguises(*request))
       return FinishLater(request, -EPERM);
-    }
     request->offset += offset_;
     file_->Start(request);
   }
   // A guest that writes another format's header would have its disk opened as that next time, with
   // whatever files it names.
-  bool Disguises(const Request& request) const {
+  bool Disguises(const Request& request) {
+    using Kind = Request::Kind;
+    if (request.kind == Kind::kRead || request.kind == Kind::kFlush) return false;
     uint8_t head[kProbed];
-    IovCursor(request.iov, request.iov_count).CopyOut(head);
+    std::copy_n(head_, kProbed, head);
+    const std::span changed = std::span(head).subspan(
+        request.offset, std::min(request.length, kProbed - request.offset));
+    if (request.kind == Kind::kWrite) {
+      IovCursor(request.iov, request.iov_count).CopyOut(changed);
+    } else {
+      std::fill(changed.begin(), changed.end(), uint8_t{0});
+    }
     Result<const Driver*> driver = ProbeFormat(head, name());
-    if (driver && (*driver)->name == "raw") return false;
+    if (driver && (*driver)->name == "raw") {
+      std::copy_n(head, kProbed, head_);
+      return false;
+    }
     KLOG(
         kWarn,
         "'{}': a write of its first sector is refused, for it would look like format {} then; give "
@@ -82,6 +95,7 @@ class RawNode final : public Node {
   const uint64_t offset_;
   const bool whole_;
   const bool probed_;
+  uint8_t head_[kProbed] = {};  // of a node that is probed: as the last request to it leaves it
 };
 
 Result<NodePtr> OpenRaw(const OpenEnv& env, const NodeOptions& node, Options& options) {
@@ -106,7 +120,9 @@ Result<NodePtr> OpenRaw(const OpenEnv& env, const NodeOptions& node, Options& op
                 fmt::format("offset and size of disk image '{}' must be multiples of {}",
                             file->name(), unit));
   }
-  return std::make_shared<RawNode>(std::move(file), offset, size, node, whole);
+  auto raw = std::make_shared<RawNode>(std::move(file), offset, size, node, whole);
+  TRY(raw->ReadHead());
+  return raw;
 }
 
 Result<> CreateRaw(const OpenEnv& env, const std::string& filename, Options& options) {

@@ -24,7 +24,7 @@ Value Done() { return json::object(); }
 // After the answer, as clients expect: what follows may end the connection.
 template <typename Action>
 Value Later(Vm& vm, Action action) {
-  vm.loop().Post([&vm, action] { action(vm); });
+  vm.Later(action);
   return Done();
 }
 

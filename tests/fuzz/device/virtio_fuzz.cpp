@@ -185,7 +185,7 @@ void Run(Input input) {
   const std::string driver = kDrivers[choice % std::size(kDrivers)];
   world.cable.vnet_header = choice & 0x80;
   Properties properties{{"packed", "on"}};
-  if (driver == "virtio-blk-pci") properties.Set("drive", "d");
+  if (driver == "virtio-blk-pci") properties.Set("drive", "d0");
   if (driver == "virtio-net-pci") properties.Set("netdev", "n");
   if (driver == "virtio-balloon-pci") properties.Set("free-page-reporting", "on");
   if (!machine.Plug(driver, properties)) abort();

@@ -70,7 +70,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return mkdtemp(directory) && chdir(directory) == 0;
   }();
   if (!elsewhere) abort();
-  static std::unique_ptr<vmm::Vm> vm = MakeVm();
+  // Not destroyed at the end: the fibers that it closes its disk in are gone by then.
+  static auto& vm = *new std::unique_ptr<vmm::Vm>(MakeVm());
   host::Chardev& chardev = *vm->chardevs()[0];
   chardev.RingbufWrite("\n{\"execute\": \"qmp_capabilities\"}\n");
   chardev.RingbufWrite({reinterpret_cast<const char*>(data), size});

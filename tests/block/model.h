@@ -144,17 +144,14 @@ class ModelRun {
     CompareWhole();
   }
 
-  void CompareByPeer() {
-    CompareByPeer("", " driver=" + format_ + ",file.filename=" + path_);
-  }
+  void CompareByPeer() { CompareByPeer("", " driver=" + format_ + ",file.filename=" + path_); }
   // `objects`: --object ... of what `options` name.
   void CompareByPeer(const std::string& objects, const std::string& options) {
     if (model_.empty()) return;
     std::string raw = dir_.path() + "/model.raw";
     WriteFile(raw, model_);
-    CommandResult compare =
-        RunCommand("qemu-img compare --image-opts" + objects + options +
-                   " driver=raw,file.filename=" + raw);
+    CommandResult compare = RunCommand("qemu-img compare --image-opts" + objects + options +
+                                       " driver=raw,file.filename=" + raw);
     EXPECT_EQ(compare.status, 0) << compare.output;
   }
 

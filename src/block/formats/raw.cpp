@@ -72,8 +72,8 @@ class RawNode final : public Node {
     if (request.kind == Kind::kRead || request.kind == Kind::kFlush) return false;
     uint8_t head[kProbed];
     std::copy_n(head_, kProbed, head);
-    const std::span changed = std::span(head).subspan(
-        request.offset, std::min(request.length, kProbed - request.offset));
+    const std::span changed =
+        std::span(head).subspan(request.offset, std::min(request.length, kProbed - request.offset));
     if (request.kind == Kind::kWrite) {
       IovCursor(request.iov, request.iov_count).CopyOut(changed);
     } else {

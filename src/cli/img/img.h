@@ -132,14 +132,14 @@ class Progress {
 void ListenForProgressSignal();  // before that, SIGUSR1 ends the process
 Progress::Show ShowProgress(const Arguments& arguments);
 
-#define KVARTZ_IMG_VERBS(X)                                                                       \
-  X(Amend)                                                                                        \
-  X(Bench)                                                                                        \
-  X(Bitmap)                                                                                       \
-  X(Check)                                                                                        \
-  X(Commit)                                                                                       \
-  X(Compare) X(Convert) X(Create) X(Dd) X(Info) X(Map) X(Measure) X(Snapshot) X(Rebase) X(Resize) \
-      X(Verify)
+#define KVARTZ_IMG_VERBS(X) \
+  X(Amend)                  \
+  X(Bench)                  \
+  X(Bitmap)                 \
+  X(Check)                  \
+  X(Commit)                 \
+  X(Compare)                \
+  X(Convert) X(Create) X(Dd) X(Info) X(Map) X(Measure) X(Snapshot) X(Rebase) X(Resize) X(Verify)
 #define KVARTZ_DECLARE_VERB(name) extern const Verb k##name;
 KVARTZ_IMG_VERBS(KVARTZ_DECLARE_VERB)
 #undef KVARTZ_DECLARE_VERB

@@ -78,8 +78,7 @@ constexpr size_t kStateBytes = (sizeof(jit::State) + 2 * kHugePage - 1) / kHugeP
 jit::State* NewState() {
   constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   void* map = mmap(nullptr, kStateBytes, PROT_READ | PROT_WRITE, kFlags | MAP_32BIT, -1, 0);
-  if (map == MAP_FAILED)
-    map = mmap(nullptr, kStateBytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+  if (map == MAP_FAILED) map = mmap(nullptr, kStateBytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
   VERIFY(map != MAP_FAILED);
   auto* at = static_cast<uint8_t*>(map);
   const size_t front = -reinterpret_cast<uintptr_t>(at) % kHugePage;

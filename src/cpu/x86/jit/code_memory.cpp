@@ -38,8 +38,8 @@ Result<> CodeMemory::Map(size_t bytes) {
     return Fail(ErrnoError(errno, "cannot map memory for translated code"));
   // An old size of 0 maps the same pages once more (mremap(2)).
   void* at = Reserve(bytes);
-  void* run = at == nullptr ? MAP_FAILED
-                            : mremap(write_, 0, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, at);
+  void* run =
+      at == nullptr ? MAP_FAILED : mremap(write_, 0, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, at);
   if (run == MAP_FAILED) return Fail(ErrnoError(errno, "cannot map translated code a second time"));
   run_ = static_cast<uint8_t*>(run);
   if (mprotect(run, bytes, PROT_READ | PROT_EXEC) != 0) {

@@ -289,8 +289,8 @@ uint64_t Engine::ResumeSingle(const Site& site) {
   if (block == nullptr) return Go(stubs_.exit);
   GiveFlags();
   const uint64_t body = Go(block->entries.body);
-  if (counters_.evictions == evictions && counters_.steps == steps &&
-      block->next_page == nullptr && !LogsExecution())
+  if (counters_.evictions == evictions && counters_.steps == steps && block->next_page == nullptr &&
+      !LogsExecution())
     state_.singles[(at >> kSingleShift) % kSingles] = {at, body};
   return body;
 }
@@ -372,9 +372,9 @@ uint64_t Engine::Interpret(const Site& site) {
   return Dispatch();
 }
 
-// The common check of a group failed: its accesses lie on two pages, or didn't follow (behind a null
-// pointer that the program tests itself, mostly), or don't fit into their segment together. If that
-// goes on and on they are checked one by one, each where it is made.
+// The common check of a group failed: its accesses lie on two pages, or didn't follow (behind a
+// null pointer that the program tests itself, mostly), or don't fit into their segment together. If
+// that goes on and on they are checked one by one, each where it is made.
 Engine::Failure Engine::NoteFailure(const uint8_t* unit, unsigned group) {
   constexpr unsigned kFew = 4, kMost = 32;
   constexpr uint64_t kTicksAFailure = 30000;  // rarer ones cost less than more checks would

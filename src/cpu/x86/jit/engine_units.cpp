@@ -110,7 +110,9 @@ Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next
   };
   const auto found = adapted_.empty() ? adapted_.end() : adapted_.find(Key(host, mode));
   Adaptation* adaptation = found == adapted_.end() ? nullptr : &found->second;
-  build((mode & mode::kSingle) != 0 ? ~LoneAccesses() : adaptation ? adaptation->lone : LoneAccesses());
+  build((mode & mode::kSingle) != 0 ? ~LoneAccesses()
+        : adaptation != nullptr     ? adaptation->lone
+                                    : LoneAccesses());
   if (*built != Unit::Built::kOk) return nullptr;
   if (adaptation != nullptr && adaptation->failing.any()) {
     LoneAccesses lone = adaptation->lone;

@@ -94,9 +94,8 @@ void Translator::Check(unsigned number, unsigned at) {
   held_ = {};
   const auto span = static_cast<unsigned>(group.high - group.low);
   const bool early = group.shared || at != group.first;
-  const Site site = {.flags = static_cast<uint8_t>(
-                         Loaded() | (group.write ? Site::kWrite : 0) |
-                         (!group.alone && early ? Site::kShared : 0)),
+  const Site site = {.flags = static_cast<uint8_t>(Loaded() | (group.write ? Site::kWrite : 0) |
+                                                   (!group.alone && early ? Site::kShared : 0)),
                      .count = static_cast<uint8_t>(group.last - at + 1),
                      .group = static_cast<uint8_t>(number),
                      .offset = unit_[at].offset,

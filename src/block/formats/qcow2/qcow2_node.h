@@ -106,6 +106,7 @@ class Qcow2Node final : public Node {
   // True: waited, look again.
   bool WaitForBusy(uint64_t first, uint64_t end);
   int FreeSlice(uint64_t first, uint64_t end, Slice** slice);
+  int NextSlice(uint64_t* first, uint64_t end, uint64_t* stop, Slice** slice);
   int AllocateAndWrite(uint64_t offset, uint64_t length, IovCursor& from, uint64_t* done);
   int FindEdges(AllocatedRun& run);
   void PlanRun(const Slice& slice, uint64_t offset, uint64_t length, AllocatedRun& run);

@@ -174,14 +174,9 @@ Result<> Qcow2Node::Shrink(uint64_t size) {
 int Qcow2Node::DropClusters(uint64_t first, uint64_t end) {
   const Geometry& geo = meta_->geometry();
   while (first < end) {
-    uint64_t guest = first << geo.cluster_bits;
-    uint64_t stop = std::min(end, (guest / meta_->slice_covers() + 1) * meta_->slice_entries());
-    if ((meta_->l1()[guest / geo.l2_covers] & kOffsetMask) == 0) {
-      first = std::min(end, (guest / geo.l2_covers + 1) * geo.l2_entries);
-      continue;
-    }
+    uint64_t stop = 0;
     Slice* slice = nullptr;
-    if (int rc = FreeSlice(first, stop, &slice)) return rc;
+    if (int rc = NextSlice(&first, end, &stop, &slice)) return rc;
     if (slice == nullptr) continue;
     for (; first < stop; first++) {
       uint64_t index = meta_->IndexInSlice(first << geo.cluster_bits);

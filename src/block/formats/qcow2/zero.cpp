@@ -159,20 +159,28 @@ int Qcow2Node::DiscardRange(uint64_t offset, uint64_t length) {
   return DiscardClusters(first, stop);
 }
 
+// The slice of L2 entries that has cluster `*first`, and where it ends. Null: look again, perhaps
+// further on, where there was no table.
+int Qcow2Node::NextSlice(uint64_t* first, uint64_t end, uint64_t* stop, Slice** slice) {
+  const Geometry& geo = meta_->geometry();
+  const uint64_t guest = *first << geo.cluster_bits;
+  if ((meta_->l1()[guest / geo.l2_covers] & kOffsetMask) == 0) {
+    *first = std::min(end, (guest / geo.l2_covers + 1) * geo.l2_entries);
+    return 0;
+  }
+  *stop = std::min(end, (guest / meta_->slice_covers() + 1) * meta_->slice_entries());
+  return FreeSlice(*first, *stop, slice);
+}
+
 int Qcow2Node::DiscardClusters(uint64_t first, uint64_t end) {
   const Geometry& geo = meta_->geometry();
   while (first < end) {
-    uint64_t guest = first << geo.cluster_bits;
-    uint64_t stop = std::min(end, (guest / meta_->slice_covers() + 1) * meta_->slice_entries());
-    if ((meta_->l1()[guest / geo.l2_covers] & kOffsetMask) == 0) {
-      first = std::min(end, (guest / geo.l2_covers + 1) * geo.l2_entries);
-      continue;
-    }
+    uint64_t stop = 0;
     Slice* slice = nullptr;
-    if (int rc = FreeSlice(first, stop, &slice)) return rc;
+    if (int rc = NextSlice(&first, end, &stop, &slice)) return rc;
     if (slice == nullptr) continue;
     for (; first < stop; first++) {
-      guest = first << geo.cluster_bits;
+      uint64_t guest = first << geo.cluster_bits;
       uint64_t old = meta_->Entry(*slice, meta_->IndexInSlice(guest));
       if (!(old & kPacked) && (old & kOffsetMask) == 0) continue;
       // Old data mustn't show again from below; version 2 can't say so.

@@ -4,6 +4,7 @@
 #include <linux/memfd.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -143,7 +144,16 @@ Result<std::shared_ptr<RamBlock>> RamBlock::Create(const std::string& name, uint
       return Fail(NoMemory(name, size_bytes, options, error));
     }
   }
+  block->taken_.assign((size_bytes + kTakenBytes - 1) / kTakenBytes,
+                       options.prealloc || IsHugetlb(options) ? 1 : 0);
   return block;
+}
+
+// An error is none of ours: the host's, which then gives pages one by one, or an older kernel's.
+void RamBlock::Take(uint64_t chunk) {
+  __atomic_store_n(&taken_[chunk], uint8_t{1}, __ATOMIC_RELAXED);
+  const uint64_t begin = chunk * kTakenBytes;
+  madvise(host_ + begin, std::min(kTakenBytes, size_ - begin), MADV_POPULATE_WRITE);
 }
 
 RamBlock::~RamBlock() {

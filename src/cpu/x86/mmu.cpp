@@ -62,6 +62,7 @@ bool IsWatched(const FlatRange& range, uint64_t physical) {
 bool PrepareWrite(Cpu& cpu, const FlatRange& range, uint64_t physical) {
   DirtyBitmap& dirty = range.region->ram->dirty();
   uint64_t offset = RamOffset(range, physical);
+  range.region->ram->ExpectWrites(offset);
   uint32_t* word = dirty.Watch().word(offset);
   uint32_t before = __atomic_load_n(word, __ATOMIC_SEQ_CST);
   bool keep = true;

@@ -42,7 +42,7 @@ struct CodePage {
   const uint8_t* host = nullptr;
   CodeWatch watch{};
   const uint32_t* word = nullptr;  // as it was when the page came to be
-  unsigned rechecks = 0;           // since a unit of it was looked up
+  bool stale = false;              // written since: its units are to be looked at
   unsigned slot = 0;               // of State::code_pages
   std::vector<Block*> blocks;
 };

@@ -110,7 +110,6 @@ Block* Engine::Locate(Grouping grouping) {
         const unsigned cls = c.tlb->data_class();
         SwitchTo(mode, cls);
         state_.page = c.rip - (linear & 0xfff);
-        block->page->rechecks = 0;
         EnterPage(*block->page, state_.page, linear & kPageMask);
         if (block->next_page != nullptr)
           EnterPage(*block->next_page, state_.page + kPageSize, (linear & kPageMask) + kPageSize);

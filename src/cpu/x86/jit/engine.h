@@ -59,7 +59,7 @@ class Engine final : private Tlb::Follower {
   void Run();
   // Code on the page of a watch was written. Any thread; CheckPages follows.
   void NoteWritten(const uint32_t* word);
-  // Units whose code changed are dropped.
+  // Of a page that was written, no unit is entered before those whose code changed are dropped.
   void CheckPages();
   // Drops everything (the memory map changed).
   void Flush();
@@ -115,6 +115,7 @@ class Engine final : private Tlb::Follower {
   void Entered(uint16_t mode);
   // As it is wanted at Cpu::rip.
   Block* Obtain(const uint8_t* host, uint16_t mode);
+  Block* Find(const uint8_t* host, uint16_t mode);
   // `next`: the page that follows, if that is known. Null: `built` says why.
   Block* Translate(const uint8_t* host, uint16_t mode, const uint8_t* next, Unit::Built* built);
   Block* Emit(CodePage* page, CodePage* next_page, uint16_t mode, const Unit::Pages& bytes,
@@ -133,6 +134,7 @@ class Engine final : private Tlb::Follower {
   void Evict();
   CodePage* Recheck(CodePage* page);
   void Drop(CodePage* page);
+  void DropStale();
   CodePage* CurrentPage(const uint8_t* host, uint16_t mode);
   void ClearSlots(unsigned cls);
   void ClearLowerSlots();
@@ -178,6 +180,14 @@ class Engine final : private Tlb::Follower {
     std::vector<Failures> failures;  // by group
   };
   std::unordered_map<uint64_t, Adaptation> adapted_;  // by key
+  // Places where units were dropped because their code changed, by hash of the key; and how the
+  // code there was last time, but for its immediates (Unit::Shape).
+  struct Changed {
+    uint64_t key = 0, shape = 0;
+  };
+  static constexpr unsigned kChanged = 1024;
+  Changed changed_[kChanged];
+  Changed& ChangedAt(uint64_t key) { return changed_[(key * 0x9e3779b97f4a7c15) >> 54]; }
   uint64_t since_[kClassCount * kSlots] = {};         // time stamp of a slot's last 256th miss
   std::vector<unsigned> free_code_slots_;
   uint16_t jump_modes_[kClassCount] = {};

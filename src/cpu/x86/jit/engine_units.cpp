@@ -1,5 +1,6 @@
 // Units: found, made, dropped when their code changes, and emptied out of code memory.
 #include <algorithm>
+#include <utility>
 
 #include "cpu/x86/jit/engine.h"
 
@@ -10,7 +11,6 @@ constexpr uint64_t kPageMask = ~0xfffull;
 // A unit's code at most: 48 instructions of some 150 bytes with their cold paths and thunks.
 constexpr size_t kUnitRoom = 32 << 10;
 constexpr size_t kMostInsnBytes = 15;
-constexpr unsigned kIdleRechecks = 8;
 
 }  // namespace
 
@@ -24,15 +24,25 @@ uint64_t Engine::Digest(const Block& block, const uint8_t* page, const uint8_t* 
     for (unsigned done = 0; done < range->size; done += 8) {
       uint64_t word = 0;
       std::memcpy(&word, code + done, std::min(8u, range->size - done));
-      digest = (digest ^ word) * 0x9e3779b97f4a7c15;
-      digest ^= digest >> 29;
+      digest = Digested(digest, word);
     }
   }
   return digest;
 }
 
+Block* Engine::Find(const uint8_t* host, uint16_t mode) {
+  for (;;) {
+    Block* block = store_.Find(Key(host, mode));
+    if (block == nullptr) return nullptr;
+    CodePage* page = block->page;
+    if (!page->stale) page = block->next_page;
+    if (page == nullptr || !page->stale) return block;
+    Recheck(page);
+  }
+}
+
 Block* Engine::Obtain(const uint8_t* host, uint16_t mode) {
-  Block* block = store_.Find(Key(host, mode));
+  Block* block = Find(host, mode);
   if (block != nullptr && block->next_page == nullptr) return block;
   Unit::Built built = Unit::Built::kNeedsNext;
   if (block == nullptr) block = Translate(host, mode, nullptr, &built);
@@ -85,12 +95,13 @@ CodePage* Engine::PageOf(const uint8_t* host, uint16_t mode) {
 // The watch may have been taken by somebody else's write since.
 CodePage* Engine::CurrentPage(const uint8_t* host, uint16_t mode) {
   CodePage* page = PageOf(host, mode);
-  if (__atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) == page->watch.value) return page;
+  if (!page->stale && __atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) == page->watch.value) return page;
   return Recheck(page) != nullptr ? page : PageOf(host, mode);
 }
 
 Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next,
                          Unit::Built* built) {
+  if (free_code_slots_.size() < 2) DropStale();
   if (free_code_slots_.size() < 2) Flush();
   if (!store_.HasRoom()) Evict();
   const auto offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(host) & 0xfff);
@@ -105,17 +116,27 @@ Block* Engine::Translate(const uint8_t* host, uint16_t mode, const uint8_t* next
     if (next != nullptr)
       bytes.next = static_cast<uint8_t*>(std::memcpy(next_bytes, next, sizeof(next_bytes)));
   }
+  auto immediates = Unit::Immediates::kFixed;
   const auto build = [&](const LoneAccesses& lone) {
-    *built = unit_.Build(DecodeContextOf(mode, features_), UnitModeOf(mode), bytes, offset, lone);
+    *built = unit_.Build(DecodeContextOf(mode, features_), UnitModeOf(mode), bytes, offset, lone,
+                         immediates);
   };
   const auto found = adapted_.empty() ? adapted_.end() : adapted_.find(Key(host, mode));
   Adaptation* adaptation = found == adapted_.end() ? nullptr : &found->second;
-  build((mode & mode::kSingle) != 0 ? ~LoneAccesses()
-        : adaptation != nullptr     ? adaptation->lone
-                                    : LoneAccesses());
+  LoneAccesses lone = (mode & mode::kSingle) != 0 ? ~LoneAccesses()
+                      : adaptation != nullptr     ? adaptation->lone
+                                                  : LoneAccesses();
+  build(lone);
   if (*built != Unit::Built::kOk) return nullptr;
+  Changed& changed = ChangedAt(Key(host, mode));
+  if (changed.key == Key(host, mode)) {
+    const uint64_t before = std::exchange(changed.shape, unit_.Shape());
+    if (before == changed.shape) {
+      immediates = Unit::Immediates::kLoaded;
+      build(lone);
+    }
+  }
   if (adaptation != nullptr && adaptation->failing.any()) {
-    LoneAccesses lone = adaptation->lone;
     for (unsigned group = 0; group < unit_.group_count(); ++group) {
       if (adaptation->failing[group]) lone |= unit_.Members(group);
     }
@@ -231,15 +252,20 @@ void Engine::Evict() {
 }
 
 // After a write to a page of code: units that are as they were stay, and the page is watched anew.
-// Null: it holds code no more, or is written again and again while nothing of it runs.
+// Null: it holds code no more.
 CodePage* Engine::Recheck(CodePage* page) {
-  const bool idle = ++page->rechecks > kIdleRechecks;
-  if (!idle) page->watch = WatchCode(cpu(), page->host);
+  page->stale = false;
+  page->watch = WatchCode(cpu(), page->host);
+  state_.code_hosts[page->slot] = page->host;
   std::vector<Block*> changed;
   for (Block* block : page->blocks) {
-    if (idle || Digest(*block) != block->digest) changed.push_back(block);
+    if (Digest(*block) != block->digest) changed.push_back(block);
   }
-  for (Block* block : changed) Kill(block);
+  for (Block* block : changed) {
+    Changed& place = ChangedAt(block->key);
+    if (place.key != block->key) place = {.key = block->key};
+    Kill(block);
+  }
   if (!page->blocks.empty()) return page;
   Drop(page);
   return nullptr;
@@ -259,11 +285,25 @@ void Engine::Drop(CodePage* page) {
   pages_.erase(page->key);
 }
 
+// Pages that were written and not entered since.
+void Engine::DropStale() {
+  std::vector<CodePage*> stale;
+  for (const auto& [key, page] : pages_) {
+    if (page->stale) stale.push_back(page.get());
+  }
+  for (CodePage* page : stale) {
+    while (!page->blocks.empty()) Kill(page->blocks.back());
+    Drop(page);
+  }
+}
+
 void Engine::NoteWritten(const uint32_t* word) {
   auto written = written_.Lock();
   if (written->empty() || written->back() != word) written->push_back(word);
 }
 
+// No unit is running: each is looked up when it is entered next, by Find. Until then the page may be
+// written freely.
 // Where other CPUs run, each waits here until all are between two instructions. So one that writes
 // code goes on when nobody runs the old code any more; and one that was told of a write, which is
 // before it happens, sees what was written.
@@ -280,9 +320,12 @@ void Engine::CheckPages() {
   std::sort(pages.begin(), pages.end());
   pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
   for (CodePage* page : pages) {
-    if (world != nullptr ||
-        __atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) != page->watch.value)
-      Recheck(page);
+    if (world == nullptr &&
+        __atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) == page->watch.value)
+      continue;
+    page->stale = true;
+    state_.code_pages[page->slot] = kNoPage;
+    state_.code_hosts[page->slot] = nullptr;
   }
   if (world != nullptr) world->Resume(cpu());
 }

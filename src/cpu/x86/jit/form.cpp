@@ -30,6 +30,12 @@ constexpr std::string_view kPureWrites[] = {"MOV",  "MOVZX",  "MOVSX",  "MOVSXD"
                                             "MULX", "PDEP",   "PEXT",   "RORX",   "SARX",  "SHLX",
                                             "SHRX", "POPCNT", "TZCNT",  "LZCNT"};
 constexpr std::string_view kReadOnly[] = {"CMP", "TEST", "BT", "MUL", "DIV", "IDIV", "FLDCW"};
+// With an immediate; the opcode of each that takes r/m instead.
+constexpr struct {
+  std::string_view name;
+  uint8_t opcode;
+} kTakeSources[] = {{"ADD", 0x03}, {"OR", 0x0b},  {"ADC", 0x13}, {"SBB", 0x1b}, {"AND", 0x23},
+                    {"SUB", 0x2b}, {"XOR", 0x33}, {"CMP", 0x3b}, {"MOV", 0x8b}};
 // Beside operands, or instead of them.
 constexpr std::string_view kAxDx[] = {"MUL", "IMUL",    "DIV",       "IDIV", "CBW",
                                       "CWD", "CMPXCHG", "CMPXCHG8B", "LAHF", "CMPXCHG16B"};
@@ -73,6 +79,14 @@ Form FormOf(const Row& row) {
   return In(kCopied, name) ? Form::kCopy : Form::kInterpret;
 }
 
+uint8_t SourceOpcodeOf(const Row& row) {
+  if (row.operand_count != 2 || row.operands[1].kind != OperandKind::kImm) return 0;
+  for (const auto& [name, opcode] : kTakeSources) {
+    if (row.mnemonic == name) return opcode;
+  }
+  return 0;
+}
+
 Arithmetic ArithmeticOf(const Row& row) {
   const std::string_view name = row.mnemonic;
   if (name == "INC") return Arithmetic::kIncrement;
@@ -90,6 +104,7 @@ Arithmetic ArithmeticOf(const Row& row) {
 
 RowForm::RowForm(const Row& row) : form(FormOf(row)), arithmetic(ArithmeticOf(row)) {
   const std::string_view name = row.mnemonic;
+  takes_source = SourceOpcodeOf(row);
   results_in_ax_dx = In(kAxDx, name);
   zeroes_vectors = name.starts_with("VZERO");
   bit_of_string =

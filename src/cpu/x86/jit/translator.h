@@ -152,6 +152,8 @@ class Translator {
   void Interpret(const UnitInsn& u);
   void CallInterpreter(const UnitInsn& u, uint8_t loaded);
   void Copy(const UnitInsn& u);
+  void CopyLoaded(const UnitInsn& u);
+  void CopyOperands(const UnitInsn& u);
   void CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg, HostReg rm, HostReg vvvv);
   void Lea(const UnitInsn& u);
   void MoveFromSegment(const UnitInsn& u);

@@ -16,6 +16,36 @@ void Translator::Copy(const UnitInsn& u) {
   const uint16_t kept = KeepsFlags(u) ? status : static_cast<uint16_t>(~written);
   if ((effects.tested & status) != 0 || (written != 0 && (u.live_after & kept) != 0)) NeedFlags();
 
+  if (u.loaded != 0) {
+    CopyLoaded(u);
+  } else {
+    CopyOperands(u);
+  }
+  if (written != 0) {
+    host_flags_ = true;
+    saved_flags_ = false;
+  }
+}
+
+// With the immediate as it is in the guest's memory then.
+void Translator::CopyLoaded(const UnitInsn& u) {
+  const Insn& insn = u.insn;
+  const HostReg to = HostOf(TargetOf(insn));
+  const unsigned opcode = u.form->takes_source;
+  const Assembler::Width width = insn.operand_size == 8 ? Assembler::k64 : Assembler::k32;
+  const HostMem immediate{.base = kS0};
+  held_ = {};
+  as_.MovImm64(kS0, reinterpret_cast<uint64_t>(context_.pages.first + u.offset + insn.length -
+                                               u.loaded));
+  if (u.loaded == insn.operand_size) return as_.RegMem(width, opcode, to, immediate);
+  constexpr uint32_t kMovsx = 0xbe0f, kMovsxd = 0x63;
+  as_.RegMem(Assembler::k64, u.loaded == 1 ? kMovsx : kMovsxd, kS0, immediate);
+  as_.RegReg(width, opcode, to, kS0);
+}
+
+void Translator::CopyOperands(const UnitInsn& u) {
+  const Insn& insn = u.insn;
+  const RowForm& form = *u.form;
   const bool memory = insn.has_memory();
   if (memory || form.may_trap) Mark(u);
   HostMem mem;
@@ -80,10 +110,6 @@ void Translator::Copy(const UnitInsn& u) {
     if (temps[t].written) as_.Store(GprAt(temps[t].guest), temps[t].host);
   }
   if (form.x87_pointers) KeepX87Pointers(u);
-  if (written != 0) {
-    host_flags_ = true;
-    saved_flags_ = false;
-  }
 }
 
 void Translator::CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg, HostReg rm,

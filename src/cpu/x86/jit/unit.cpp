@@ -95,7 +95,32 @@ const RowForm* FormFor(const Insn& insn, UnitMode mode) {
   return __builtin_popcount(used) <= (memory ? 1 : 2) ? &form : &kInterpreted;
 }
 
+// Bytes of its immediate, if that can be read when the instruction runs.
+unsigned Loadable(const UnitInsn& u) {
+  const Insn& insn = u.insn;
+  if (u.form->form != Form::kCopy || u.form->takes_source == 0 || insn.has_memory() ||
+      insn.operand_size < 4 || InMemory(TargetOf(insn)) || u.offset + insn.length > 4096)
+    return 0;
+  switch (insn.row->imm[0]) {
+    case ImmKind::kIb:
+      return 1;
+    case ImmKind::kIz:
+      return 4;
+    case ImmKind::kIv:
+      return insn.operand_size;
+    default:
+      return 0;
+  }
+}
+
 }  // namespace
+
+unsigned TargetOf(const Insn& insn) {
+  const Operand& target = insn.row->operands[0];
+  return target.kind == OperandKind::kReg        ? insn.reg
+         : target.kind == OperandKind::kFixedReg ? target.fixed
+                                                 : insn.rm;
+}
 
 bool KeepsFlags(const UnitInsn& u) {
   if (!u.form->keeps_flags_sometimes) return false;
@@ -121,13 +146,14 @@ DecodeStatus Unit::DecodeAt(unsigned offset, const uint8_t* next, Insn* insn) co
 }
 
 Unit::Built Unit::Build(const DecodeContext& context, UnitMode mode, Pages pages, unsigned offset,
-                        const LoneAccesses& lone) {
+                        const LoneAccesses& lone, Immediates immediates) {
   context_ = context;
   mode_ = mode;
   page_ = pages.first;
   lone_ = lone;
+  immediates_ = immediates;
   count_ = 0;
-  ranges_.assign(1, {.offset = static_cast<uint16_t>(offset), .size = 0});
+  ranges_.clear();
   while (count_ < kMaxUnitInsns && offset < 4096) {
     UnitInsn& u = insns_[count_];
     u = UnitInsn{};
@@ -141,19 +167,43 @@ Unit::Built Unit::Build(const DecodeContext& context, UnitMode mode, Pages pages
       u.form = &Interpreted();
     u.tested = Tested(u);
     u.killed = Killed(u);
+    if (immediates == Immediates::kLoaded) u.loaded = static_cast<uint8_t>(Loadable(u));
+    Cover(offset, u.insn.length - u.loaded);
     offset += u.insn.length;
     ++count_;
     if (Ends(u)) break;
   }
   end_ = offset;
   if (count_ == 0) return Built::kUntranslated;
-  ranges_[0].size = static_cast<uint16_t>(std::min(offset, 4096u) - ranges_[0].offset);
-  if (crosses()) ranges_.push_back({.offset = 4096, .size = static_cast<uint16_t>(end_ - 4096)});
+  if (crosses()) {
+    ranges_[0].size = static_cast<uint16_t>(4096 - ranges_[0].offset);
+    ranges_.push_back({.offset = 4096, .size = static_cast<uint16_t>(end_ - 4096)});
+  }
   FindLabels();
   Liveness();
   Accesses();
   PlaceChecks();
   return Built::kOk;
+}
+
+void Unit::Cover(unsigned offset, unsigned size) {
+  if (!ranges_.empty() && ranges_.back().offset + ranges_.back().size == offset) {
+    ranges_.back().size = static_cast<uint16_t>(ranges_.back().size + size);
+  } else {
+    ranges_.push_back({.offset = static_cast<uint16_t>(offset), .size = static_cast<uint16_t>(size)});
+  }
+}
+
+uint64_t Unit::Shape() const {
+  uint64_t shape = 1;
+  for (unsigned i = 0; i < count_; ++i) {
+    const UnitInsn& u = insns_[i];
+    const unsigned loadable = Loadable(u);
+    uint64_t words[2] = {};
+    std::memcpy(words, u.insn.bytes, u.insn.length - loadable);
+    shape = Digested(Digested(shape, words[0]), words[1] << 8 | loadable);
+  }
+  return shape;
 }
 
 void Unit::FindLabels() {
@@ -176,12 +226,12 @@ void Unit::FindLabels() {
 // Looks a few instructions ahead; what it can't see counts as live.
 uint16_t Unit::LiveAt(unsigned offset) {
   uint16_t live = 0, open = kAllFlags;
-  ranges_.push_back({.offset = static_cast<uint16_t>(offset), .size = 0});
   UnitInsn u;
   for (unsigned n = 0; n < kPeekInsns && offset < 4096; ++n) {
     if (DecodeAt(offset, nullptr, &u.insn) != DecodeStatus::kOk) break;
     u.form = FormFor(u.insn, mode_);
-    ranges_.back().size = static_cast<uint16_t>(ranges_.back().size + u.insn.length);
+    u.offset = static_cast<uint16_t>(offset);
+    Cover(offset, u.insn.length - (immediates_ == Immediates::kLoaded ? Loadable(u) : 0));
     live |= static_cast<uint16_t>(open & Tested(u));
     open &= static_cast<uint16_t>(~Killed(u));
     if (open == 0 || live == kAllFlags) return live;
@@ -353,6 +403,7 @@ void Unit::Update(const UnitInsn& u) {
       return;
   }
   const Row& row = *insn.row;
+  if (u.loaded != 0) return Fresh(TargetOf(insn));
   const bool wide = insn.operand_size == full && !insn.has_memory();
   if (wide) {
     switch (form.arithmetic) {

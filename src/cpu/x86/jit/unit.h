@@ -66,6 +66,7 @@ struct UnitInsn {
   uint16_t tested = 0, killed = 0;  // status flags
   uint16_t live_before = 0;         // status flags that are read before they are written
   uint16_t live_after = 0;
+  uint8_t loaded = 0;   // bytes of its immediate that are read from the guest's memory when it runs
   int8_t jump_to = -1;  // a branch to an instruction of the unit: which
   bool label = false;   // ... and the target of one
   bool loop = false;    // ... from further down
@@ -76,8 +77,17 @@ struct UnitInsn {
 DecodeStatus DecodeForUnit(const DecodeContext& context, std::span<const uint8_t> bytes,
                            Insn* insn);
 
+// Number of the register that is the first operand, for which a row with an immediate has a name.
+unsigned TargetOf(const Insn& insn);
+
 // Its count is or may be 0: then the flags stay.
 bool KeepsFlags(const UnitInsn& insn);
+
+// A step of a digest of bytes.
+inline uint64_t Digested(uint64_t digest, uint64_t word) {
+  digest = (digest ^ word) * 0x9e3779b97f4a7c15;
+  return digest ^ digest >> 29;
+}
 
 // Bytes that the unit depends on: of its page, or from 4096 on of the one that follows.
 struct CodeRange {
@@ -118,9 +128,13 @@ class Unit {
     kNeedsNext,     // the first instruction ends in the next page, which wasn't given
     kUntranslated,  // ... is undefined
   };
+  enum class Immediates : uint8_t {
+    kFixed,
+    kLoaded,  // where that can be: the unit doesn't depend on those bytes
+  };
   // Decodes from `offset` of the first page.
   Built Build(const DecodeContext& context, UnitMode mode, Pages pages, unsigned offset,
-              const LoneAccesses& lone);
+              const LoneAccesses& lone, Immediates immediates = Immediates::kFixed);
 
   unsigned count() const { return count_; }
   UnitInsn& operator[](unsigned i) { return insns_[i]; }
@@ -133,6 +147,8 @@ class Unit {
   const AccessGroup& group(unsigned i) const { return groups_[i]; }
   // Registers before instruction `i`.
   const std::array<Symbol, 16>& symbols(unsigned i) const { return symbols_[i]; }
+  // Changes with the code, but not with the immediates that can be loaded.
+  uint64_t Shape() const;
   // Its own bytes, and what was looked at behind its exits.
   const std::vector<CodeRange>& ranges() const { return ranges_; }
   // Same page: the target's offset; else -1.
@@ -143,6 +159,7 @@ class Unit {
 
  private:
   DecodeStatus DecodeAt(unsigned offset, const uint8_t* next, Insn* insn) const;
+  void Cover(unsigned offset, unsigned size);
   // Live flags at the target of a direct branch to `offset` of the same page.
   uint16_t LiveAt(unsigned offset);
   void FindLabels();
@@ -164,6 +181,7 @@ class Unit {
   UnitMode mode_;
   const uint8_t* page_ = nullptr;
   LoneAccesses lone_;
+  Immediates immediates_ = Immediates::kFixed;
   unsigned count_ = 0, end_ = 0, group_count_ = 0, first_open_ = 0;
   std::vector<CodeRange> ranges_;
   uint32_t next_symbol_ = 1;

@@ -129,6 +129,7 @@ void LogUnit(const Cpu& cpu, uint64_t page, const Unit& unit, uint16_t mode, uns
     const UnitInsn& insn = unit[i];
     std::string text = fmt::format("{:#x}: {} {}: {}", page + insn.offset, insn.insn.row->mnemonic,
                                    insn.insn.row->operand_text, NameOf(insn.form->form));
+    if (insn.loaded != 0) text += ", immediate loaded";
     if (insn.jump_to >= 0)
       text += fmt::format(" to {:#x} of the unit",
                           page + unit[static_cast<unsigned>(insn.jump_to)].offset);

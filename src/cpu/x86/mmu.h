@@ -52,7 +52,7 @@ class Tlb {
 
  public:
   static constexpr int kDataOffset = offsetof(Present, data), kAsidOffset = offsetof(Present, asid);
-  static constexpr unsigned kIndexBits = 11, kEntries = 1 << kIndexBits;
+  static constexpr unsigned kIndexBits = 13, kEntries = 1 << kIndexBits;
   // kNoSmap: supervisor with AC set. kNever stays empty: every access takes the slow path
   // (alignment checks).
   enum Class : uint8_t { kUser, kSupervisor, kNoSmap, kNever, kClassCount };

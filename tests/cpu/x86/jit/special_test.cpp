@@ -2,6 +2,8 @@
 // while they run. With translation and without.
 #include <gtest/gtest.h>
 
+#include <string_view>
+
 #include "cpu/x86/guest_case.h"
 #include "cpu/x86/jit/engine.h"
 
@@ -91,6 +93,71 @@ TEST_P(SpecialProgramTest, CodeIsWrittenAheadAndBehind) {
     expected += static_cast<uint64_t>(static_cast<int64_t>(static_cast<int8_t>(behind)));
   }
   EXPECT_EQ(end.state.gpr[kRax], expected);
+}
+
+// Of every form that can be read from memory when it runs.
+GUEST_CODE(special_immediates, R"(
+1: imul $0x9e3779b1, %ecx, %ebp
+  mov %ebp, 11f-4(%rip)
+  bswap %ebp
+  mov %ebp, 12f-8(%rip)
+  not %ebp
+  mov %ebp, 12f-4(%rip)
+  mov %ebp, 13f-4(%rip)
+  rol $7, %ebp
+  mov %ebp, 14f-4(%rip)
+  mov %ebp, 15f-4(%rip)
+  rol $7, %ebp
+  mov %ebp, 16f-4(%rip)
+  mov %ebp, 17f-4(%rip)
+  mov %bpl, 18f-1(%rip)
+  rol $7, %ebp
+  mov %ebp, 19f-4(%rip)
+  mov %ebp, 20f-4(%rip)
+  mov %bpl, 21f-1(%rip)
+  mov %ebp, 22f-4(%rip)
+  mov %bpl, 23f-1(%rip)
+  call 2f
+  dec %ecx
+  jnz 1b
+  out %al, $0xf4
+2: mov $0x11111111, %eax
+11: movabs $0x1111111111111111, %rdx
+12: mov $0x11111111, %rbx
+13: add $0x11111111, %rax
+14: adc $0x11111111, %edx
+15: sub $0x11111111, %rsi
+16: sbb $0x11111111, %edi
+17: adc $0x11, %r8
+18: and $0x11111111, %rbx
+19: or $0x11111111, %r9
+20: xor $0x11, %r12
+21: lea (%rsi,%rbx), %r13
+  add %rax, %r14
+  cmp $0x11111111, %r13
+22: adc $0, %r14
+  cmp $0x11, %edi
+23: adc %rdx, %r14
+  ret)")
+
+TEST(LoadedImmediatesTest, FollowWhatIsWritten) {
+  Outcome ends[2];
+  for (const bool jit : {false, true}) {
+    GuestCase guest(Mode::kLong64, 0, "max", 1, SoftOptions{.jit = jit});
+    guest.initial.gpr[kRcx] = kRounds;
+    guest.Load(CODE_OF(special_immediates));
+    ends[jit] = guest.Run();
+    EXPECT_EQ(ends[jit].vector, -1);
+    if (!jit) continue;
+    const auto rows = guest.board.vcpu().JitStatistics();
+    ASSERT_TRUE(rows);
+    for (const EngineStatistic& row : *rows) {
+      if (std::string_view(row.name) != "units translated") continue;
+      EXPECT_LT(row.value, 100);
+    }
+  }
+  for (unsigned reg = 0; reg < 16; ++reg)
+    EXPECT_EQ(ends[true].state.gpr[reg], ends[false].state.gpr[reg]) << reg;
 }
 
 // The local APIC's timer interrupts a loop of carries at random places.

@@ -100,7 +100,10 @@ void Fill(Cpu& cpu, Tlb::Class cls, uint64_t linear, const Mapping& mapping, con
   bool breakpoint = (cpu.dr[7] & 0xff) && HasDataBreakpoint(cpu, page);
   if (access == Access::kExecute) entry.execute = tag;
   if (access == Access::kRead && !breakpoint) entry.read = tag;
-  if (access == Access::kWrite && write_ok && !breakpoint) entry.read = entry.write = tag;
+  if (access == Access::kWrite && write_ok && !breakpoint) {
+    entry.read = entry.write = tag;
+    tlb.NoteWritable(reinterpret_cast<const uint8_t*>(page + addend), linear);
+  }
   if (linear >> 63 && !mapping.global) tlb.NoteUpperLocal(page);
   tlb.NoteLargePage(linear, mapping.page_shift);
 }

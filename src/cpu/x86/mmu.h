@@ -39,8 +39,8 @@ struct TlbEntry {
 // Three classes of mode have tables of their own, so that CPL and AC changes flush nothing. Address
 // spaces (PCIDs) share the tables and are told apart by the id in the tags: a CR3 load is a new id,
 // not a flush. The upper half of the address space has an id of its own, which a CR3 load leaves
-// alone: most of what a kernel has there is global, and the few pages that aren't are dropped one by
-// one. Large pages fill 4 KiB entries.
+// alone: most of what a kernel has there is global, and the few pages that aren't are dropped one
+// by one. Large pages fill 4 KiB entries.
 class Tlb {
   // The tables of the present mode, and the id in their tags. Comes first: translated code reads
   // it.
@@ -100,6 +100,10 @@ class Tlb {
   void FlushPcid(unsigned pcid);
   void FlushPage(uint64_t linear);  // in every address space, large pages as a whole
   void DropWritable(const uint8_t* host_page);
+  // There is an entry by which it may be written.
+  void NoteWritable(const uint8_t* host_page, uint64_t linear) {
+    WritableGroups(host_page) |= uint64_t{1} << (linear >> 12) % kEntries / kGroup;
+  }
   void DropAllWritable();
 
   // The newest view. If it changed, everything is flushed.
@@ -133,6 +137,10 @@ class Tlb {
   unsigned bus_locks = 0;  // depth of BusLock
 
  private:
+  static constexpr unsigned kGroup = kEntries / 64;
+  uint64_t& WritableGroups(const uint8_t* host_page) {
+    return writable_[reinterpret_cast<uintptr_t>(host_page) / 4096 % std::size(writable_)];
+  }
   uint16_t NewAsid();
   void ForgetTables();
   struct Pcid {
@@ -165,6 +173,9 @@ class Tlb {
   // Which 2 MiB and 1 GiB regions may have entries that belong to a large page (hashed, may err on
   // the safe side).
   uint64_t large_2m_[64] = {}, large_1g_[16] = {};
+  // By which of 64 groups of entries a page may be written (by its host address, hashed; may err on
+  // the safe side).
+  uint64_t writable_[4096] = {};
 };
 
 namespace mmu {

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <bit>
+#include <span>
 
 #include "cpu/x86/mmu.h"
 
@@ -22,6 +24,7 @@ uint16_t Tlb::NewAsid() {
     std::memset(static_cast<void*>(tables_), 0, kClassCount * kEntries * sizeof(TlbEntry));
     std::memset(large_2m_, 0, sizeof(large_2m_));
     std::memset(large_1g_, 0, sizeof(large_1g_));
+    std::memset(writable_, 0, sizeof(writable_));
     ForgetTables();
     epoch_++;
     next_asid_ = 1;
@@ -99,20 +102,35 @@ void Tlb::FlushPage(uint64_t linear) {
     return;
   }
   Tell(linear >> 63 ? &Follower::DropAll : &Follower::DropLowerHalf);
-  for (unsigned i = 0; i < kNever * kEntries; i++) {
-    TlbEntry& e = tables_[i];
-    uint64_t tag = e.read | e.write | e.execute;  // the same page in all that are not 0
-    if ((tag ^ linear) >> shift == 0) e = {};
+  const uint64_t pages = std::min<uint64_t>(1ull << (shift - 12), kEntries);
+  const uint64_t first = (linear >> 12 & ~(pages - 1)) % kEntries;
+  for (unsigned cls = 0; cls < kNever; cls++) {
+    for (TlbEntry& e : std::span(tables_ + cls * kEntries + first, pages)) {
+      uint64_t tag = e.read | e.write | e.execute;  // the same page in all that are not 0
+      if ((tag ^ linear) >> shift == 0) e = {};
+    }
   }
 }
 
 void Tlb::DropWritable(const uint8_t* host_page) {
   changes_++;
   if (follower) follower->DropWrites(host_page);
-  for (unsigned i = 0; i < kNever * kEntries; i++) {
-    TlbEntry& e = tables_[i];
-    if (e.write && (e.write & ~0xfffull) + e.addend == reinterpret_cast<uintptr_t>(host_page))
-      e.write = 0;
+  uint64_t& groups = WritableGroups(host_page);
+  for (uint64_t left = groups; left != 0; left &= left - 1) {
+    const auto group = static_cast<unsigned>(std::countr_zero(left));
+    bool others = false;  // that share the groups' place
+    for (unsigned cls = 0; cls < kNever; cls++) {
+      for (TlbEntry& e : std::span(tables_ + cls * kEntries + group * kGroup, kGroup)) {
+        if (e.write == 0) continue;
+        const auto* page = reinterpret_cast<const uint8_t*>((e.write & ~0xfffull) + e.addend);
+        if (page == host_page) {
+          e.write = 0;
+        } else {
+          others |= &WritableGroups(page) == &groups;
+        }
+      }
+    }
+    if (!others) groups &= ~(uint64_t{1} << group);
   }
 }
 

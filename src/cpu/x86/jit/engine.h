@@ -188,7 +188,7 @@ class Engine final : private Tlb::Follower {
   static constexpr unsigned kChanged = 1024;
   Changed changed_[kChanged];
   Changed& ChangedAt(uint64_t key) { return changed_[(key * 0x9e3779b97f4a7c15) >> 54]; }
-  uint64_t since_[kClassCount * kSlots] = {};         // time stamp of a slot's last 256th miss
+  uint64_t since_[kClassCount * kSlots] = {};  // time stamp of a slot's last 256th miss
   std::vector<unsigned> free_code_slots_;
   uint16_t jump_modes_[kClassCount] = {};
   CodeSegment jump_segments_[kClassCount];

@@ -95,7 +95,8 @@ CodePage* Engine::PageOf(const uint8_t* host, uint16_t mode) {
 // The watch may have been taken by somebody else's write since.
 CodePage* Engine::CurrentPage(const uint8_t* host, uint16_t mode) {
   CodePage* page = PageOf(host, mode);
-  if (!page->stale && __atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) == page->watch.value) return page;
+  if (!page->stale && __atomic_load_n(page->watch.word, __ATOMIC_SEQ_CST) == page->watch.value)
+    return page;
   return Recheck(page) != nullptr ? page : PageOf(host, mode);
 }
 
@@ -302,11 +303,10 @@ void Engine::NoteWritten(const uint32_t* word) {
   if (written->empty() || written->back() != word) written->push_back(word);
 }
 
-// No unit is running: each is looked up when it is entered next, by Find. Until then the page may be
-// written freely.
-// Where other CPUs run, each waits here until all are between two instructions. So one that writes
-// code goes on when nobody runs the old code any more; and one that was told of a write, which is
-// before it happens, sees what was written.
+// No unit is running: each is looked up when it is entered next, by Find. Until then the page may
+// be written freely. Where other CPUs run, each waits here until all are between two instructions.
+// So one that writes code goes on when nobody runs the old code any more; and one that was told of
+// a write, which is before it happens, sees what was written.
 void Engine::CheckPages() {
   std::vector<const uint32_t*> words;
   std::swap(words, *written_.Lock());

@@ -35,8 +35,8 @@ void Translator::CopyLoaded(const UnitInsn& u) {
   const Assembler::Width width = insn.operand_size == 8 ? Assembler::k64 : Assembler::k32;
   const HostMem immediate{.base = kS0};
   held_ = {};
-  as_.MovImm64(kS0, reinterpret_cast<uint64_t>(context_.pages.first + u.offset + insn.length -
-                                               u.loaded));
+  as_.MovImm64(
+      kS0, reinterpret_cast<uint64_t>(context_.pages.first + u.offset + insn.length - u.loaded));
   if (u.loaded == insn.operand_size) return as_.RegMem(width, opcode, to, immediate);
   constexpr uint32_t kMovsx = 0xbe0f, kMovsxd = 0x63;
   as_.RegMem(Assembler::k64, u.loaded == 1 ? kMovsx : kMovsxd, kS0, immediate);

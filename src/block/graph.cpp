@@ -268,9 +268,10 @@ Result<Extent> StatusOf(Node& node, uint64_t offset, uint64_t length, Holes hole
   return extent;
 }
 
-Result<ChainExtent> StatusAbove(Node& top, Node* base, uint64_t offset, uint64_t length) {
+namespace {
+
+Result<ChainExtent> LookAbove(Node& top, Node* base, uint64_t offset, uint64_t length) {
   ChainExtent found;
-  base = SkipFilters(base);
   for (Node* node = SkipFilters(&top); node && node != base;
        node = BackingOf(node), found.depth++) {
     if (offset >= node->size_bytes()) {  // a short layer: zeros, which are its own
@@ -290,6 +291,24 @@ Result<ChainExtent> StatusAbove(Node& top, Node* base, uint64_t offset, uint64_t
   }
   found.extent.length = length;
   return found;
+}
+
+}  // namespace
+
+Result<ChainExtent> StatusAbove(Node& top, Node* base, uint64_t offset, uint64_t length) {
+  base = SkipFilters(base);
+  for (;;) {
+    ChainExtent found = TRY(LookAbove(top, base, offset, length));
+    bool stands = true;
+    for (Node* node = SkipFilters(&top); node && node != base && node != found.node;
+         node = BackingOf(node)) {
+      if (!node->fleecing()) continue;
+      Extent now = TRY(node->Status(offset, found.extent.length));
+      stands &= !now.allocated;
+      found.extent.length = std::min(found.extent.length, now.length);
+    }
+    if (stands) return found;
+  }
 }
 
 }  // namespace kvartz::block

@@ -123,6 +123,10 @@ class Node : public std::enable_shared_from_this<Node> {
   const NodeOptions& opened_with() const { return opened_with_; }
   void set_opened_with(const NodeOptions& options);
   DetectZeroes detect_zeroes() const { return opened_with_.detect_zeroes; }
+  // What changes in backing() is copied here first, for this node goes on showing what was there
+  // (fleecing): what came from below counts only if it still isn't here afterwards.
+  bool fleecing() const { return fleecing_; }
+  void set_fleecing(bool fleecing) { fleecing_ = fleecing; }
   // Writes beyond the end make it larger (and reads there give zeros): files below formats.
   bool grows() const { return grows_; }
   // A node that was opened by itself is put below a format: lets it grow if it can.
@@ -198,6 +202,7 @@ class Node : public std::enable_shared_from_this<Node> {
   EventLoop* loop_;
   std::string name_, node_name_;
   NodeOptions opened_with_;
+  bool fleecing_ = false;
   bool tracked_ = false;  // bitmaps or detect-zeroes: Start looks closer
   std::shared_ptr<LateList> late_;
   std::vector<std::shared_ptr<DirtyBitmap>> attached_;

@@ -6,7 +6,6 @@
 
 #include "block/dirty_bitmap.h"
 #include "block/filters/filter_node.h"
-#include "block/range_locks.h"
 
 namespace kvartz::block {
 
@@ -19,9 +18,6 @@ class CopyBeforeWriteNode final : public FilterNode {
   struct Arms {
     const DirtyBitmap* todo = nullptr;
     Node* target = nullptr;
-    // The target stands on this disk, and shows it as it was by what it has itself: what is being
-    // read for it must not be overwritten meanwhile.
-    bool target_reads = false;
     std::function<void(uint64_t offset, uint64_t length)> copy = {};
   };
   void Arm(Arms arms) { arms_ = std::move(arms); }
@@ -35,7 +31,6 @@ class CopyBeforeWriteNode final : public FilterNode {
     if (arms_.target) arms_.target->Drain();
   }
   Arms arms_;
-  RangeLocks locks_;  // of reads and writes, with target_reads
   bool draining_ = false;
 };
 

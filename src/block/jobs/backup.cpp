@@ -77,10 +77,11 @@ Result<> BackupJob::Prepare() {
       since_ = std::make_shared<DirtyBitmap>("", bitmap_->size_bytes(), bitmap_->granularity());
       if (bitmap_->enabled()) settings_.source->Attach(since_);
     }
+    Node& target = *SkipFilters(settings_.target.get());
+    target.set_fleecing(StandsOn(target, *settings_.source));
     filter_->Arm(
         {.todo = todo_.get(),
          .target = settings_.target.get(),
-         .target_reads = StandsOn(*settings_.target, *settings_.source),
          .copy = [this](uint64_t offset, uint64_t length) { BeforeWrite(offset, length); }});
   });
   return {};
@@ -161,6 +162,7 @@ void BackupJob::DoClean(const Result<>& result) {
       Registry::Quiesced quiet(registry_, filter_.get());
       registry_.On(*settings_.source, [&] {
         filter_->Disarm();
+        SkipFilters(settings_.target.get())->set_fleecing(false);
         UpdateBitmap(result.has_value());
       });
       Release();

@@ -87,6 +87,10 @@ class Qcow2Node final : public Node {
     FiberQueue waiting;
   };
   class BusyGuard;
+  struct FromBelow {
+    uint64_t offset = 0, length = 0;
+    IovCursor to;
+  };
   struct AllocatedRun;
 
   void Submit(Request* request) override;
@@ -98,6 +102,7 @@ class Qcow2Node final : public Node {
   int WriteCompressedCluster(uint64_t offset, std::span<const uint8_t> cluster, bool* stored);
   int ReadCompressed(const Mapping& mapping, uint64_t offset, uint64_t length, IovCursor to);
   int ReadOldEncryption(uint64_t host, uint64_t offset, uint64_t length, IovCursor to);
+  int ReadWhatCame(FromBelow& piece);
   bool old_encryption() const { return encryption_ && encryption_->method == Crypt::kAes; }
 
   bool InBacking(uint64_t offset) const;

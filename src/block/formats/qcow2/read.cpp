@@ -60,7 +60,7 @@ bool Qcow2Node::TryRead(Request* request) {
     FinishLater(request, 0);
     return true;
   }
-  if (request->offset + request->length > backing_->size_bytes()) return false;
+  if (fleecing() || request->offset + request->length > backing_->size_bytes()) return false;
   backing_->Start(request);
   return true;
 }
@@ -151,6 +151,7 @@ int Qcow2Node::Process(Request& request) {
 
 int Qcow2Node::ReadRange(uint64_t offset, uint64_t length, IovCursor to) {
   IoBatch batch;
+  std::vector<FromBelow> from_below;
   int rc = 0;
   while (length > 0) {
     Mapping mapping;
@@ -171,6 +172,7 @@ int Qcow2Node::ReadRange(uint64_t offset, uint64_t length, IovCursor to) {
       item.request.kind = Request::Kind::kRead;
       item.request.offset = data ? mapping.host : offset;
       item.request.length = bytes;
+      if (!data && fleecing()) from_below.push_back({offset, bytes, to});
       to.Take(bytes, item.iov);
       batch.Start(data ? meta_->data_node() : *backing_, item);
     }
@@ -178,7 +180,24 @@ int Qcow2Node::ReadRange(uint64_t offset, uint64_t length, IovCursor to) {
     length -= bytes;
   }
   int io = batch.Wait();
-  return rc != 0 ? rc : io;
+  if (rc == 0) rc = io;
+  for (size_t i = 0; rc == 0 && i < from_below.size(); i++) rc = ReadWhatCame(from_below[i]);
+  return rc;
+}
+
+// Of what was read from below: what is here by now.
+int Qcow2Node::ReadWhatCame(FromBelow& piece) {
+  while (piece.length > 0) {
+    Mapping mapping;
+    if (int rc = meta_->Map(piece.offset, piece.length, &mapping)) return rc;
+    if (mapping.kind != Mapping::Kind::kUnallocated) {
+      if (int rc = ReadRange(piece.offset, mapping.length, piece.to)) return rc;
+    }
+    piece.to.Skip(mapping.length);
+    piece.offset += mapping.length;
+    piece.length -= mapping.length;
+  }
+  return 0;
 }
 
 int Qcow2Node::ReadCompressed(const Mapping& mapping, uint64_t offset, uint64_t length,

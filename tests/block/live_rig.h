@@ -215,6 +215,12 @@ class LiveRig : public JobObserver {
   void DetachDisk() {
     Run([&] { EXPECT_EQ(Text(registry.Detach(disk)), ""); });
   }
+  void CloseAndVerify(const std::string& name) {
+    Verify();
+    DetachDisk();
+    Run([&] { EXPECT_EQ(Text(registry.CloseAll()), ""); });
+    VerifyFile(name, model);
+  }
   void Remove(const std::string& name) {
     Run([&] { EXPECT_EQ(Text(registry.Remove(name)), ""); });
   }

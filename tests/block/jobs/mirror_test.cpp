@@ -1,0 +1,193 @@
+// Mirrors of a disk that a guest writes to all the time.
+#include "block/live_rig.h"
+
+namespace kvartz::block {
+namespace {
+
+class MirrorTest : public testing::TestWithParam<MirrorSettings::CopyMode> {};
+
+TEST_P(MirrorTest, PivotsToAnEqualCopy) {
+  LiveRig rig;
+  rig.AttachDisk(rig.Add("a"));
+  NodePtr target = rig.Add("b");
+  rig.Fill(1);
+  Guest guest(rig.disk, rig.model, 2);
+  guest.Start();
+  MirrorSettings settings;
+  settings.job_id = "m";
+  settings.source = rig.disk.node();
+  settings.target = target;
+  settings.copy_mode = GetParam();
+  rig.Run([&] { ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), ""); });
+  settings.source.reset();
+  EXPECT_STREQ(rig.disk.node()->driver(), "mirror_top");
+  rig.Turn(300, guest);
+  rig.Await("m", JobStatus::kReady);
+  EXPECT_EQ(rig.ready, std::vector<std::string>{"m"});
+  rig.Turn(300, guest);
+  rig.Run([&] { ASSERT_EQ(rig.Text(rig.jobs.Complete("m")), ""); });
+  JobInfo end = rig.AwaitEnd("m");
+  EXPECT_EQ(end.error, "");
+  EXPECT_EQ(rig.disk.node(), target);
+  rig.Turn(200, guest);
+  guest.Stop(*rig.loop);
+  settings = {};
+  rig.Verify("after");
+  rig.Remove("a");
+  rig.DetachDisk();
+  target.reset();
+  rig.Remove("b");
+  rig.VerifyFile("b", rig.model);
+}
+
+TEST_P(MirrorTest, CancelledAtAnyMomentLeavesTheSource) {
+  for (uint64_t seed = 1; seed <= 8 && !testing::Test::HasFailure(); seed++) {
+    LiveRig rig(4 * kMiB);
+    rig.AttachDisk(rig.Add("a"));
+    NodePtr target = rig.Add("b");
+    rig.Fill(seed, 50);
+    Guest guest(rig.disk, rig.model, seed);
+    guest.Start();
+    MirrorSettings settings;
+    settings.job_id = "m";
+    settings.source = rig.disk.node();
+    settings.target = target;
+    settings.copy_mode = GetParam();
+    rig.Run([&] { ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), ""); });
+    rig.Turn(seed * seed * 5, guest);
+    rig.Run([&] { rig.jobs.CancelAll(); });
+    EXPECT_TRUE(rig.AwaitEnd("m").cancelled);
+    EXPECT_EQ(rig.disk.node(), settings.source);
+    settings = {};
+    rig.Turn(50, guest);
+    guest.Stop(*rig.loop);
+    rig.Verify();
+    target.reset();
+    rig.Remove("b");
+    rig.DetachDisk();
+    rig.Remove("a");
+    rig.VerifyFile("a", rig.model);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(CopyModes, MirrorTest,
+                         testing::Values(MirrorSettings::CopyMode::kBackground,
+                                         MirrorSettings::CopyMode::kWriteBlocking),
+                         [](const auto& test) {
+                           return test.param == MirrorSettings::CopyMode::kBackground
+                                      ? "Background"
+                                      : "WriteBlocking";
+                         });
+
+// A ready mirror that is cancelled without force is a consistent copy.
+TEST(MirrorJobTest, SoftCancelLeavesAConsistentTarget) {
+  LiveRig rig(4 * kMiB);
+  rig.AttachDisk(rig.Add("a"));
+  NodePtr target = rig.Add("b");
+  rig.Fill(1);
+  MirrorSettings settings;
+  settings.job_id = "m";
+  settings.source = rig.disk.node();
+  settings.target = target;
+  rig.Run([&] { ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), ""); });
+  rig.Await("m", JobStatus::kReady);
+  rig.Fill(2);
+  rig.Run([&] { ASSERT_EQ(rig.Text(rig.jobs.Cancel("m", false)), ""); });
+  JobInfo end = rig.AwaitEnd("m");
+  EXPECT_FALSE(end.cancelled);
+  EXPECT_EQ(end.error, "");
+  EXPECT_EQ(rig.disk.node(), settings.source);
+  rig.VerifyNode(*target, rig.model);
+}
+
+TEST(MirrorJobTest, OfTheTopLayerOntoTheSameBase) {
+  LiveRig rig(4 * kMiB);
+  rig.AttachDisk(rig.Add("base"));
+  rig.Fill(1);
+  rig.DetachDisk();
+  rig.Remove("base");
+  std::string overlay = "backing_file=base,backing_fmt=qcow2";
+  rig.AttachDisk(rig.Add("a", overlay));
+  rig.Fill(2, 30);
+  NodePtr target = rig.Add("b", overlay);
+  MirrorSettings settings;
+  settings.job_id = "m";
+  settings.source = rig.disk.node();
+  settings.target = target;
+  settings.sync = Sync::kTop;
+  rig.Run([&] { ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), ""); });
+  Guest guest(rig.disk, rig.model, 3);
+  guest.Start();
+  rig.Turn(50, guest);
+  guest.Stop(*rig.loop);
+  rig.Await("m", JobStatus::kReady);
+  rig.Run([&] { ASSERT_EQ(rig.Text(rig.jobs.Complete("m")), ""); });
+  EXPECT_EQ(rig.AwaitEnd("m").error, "");
+  EXPECT_EQ(rig.disk.node(), target);
+  rig.Verify();
+}
+
+TEST(MirrorJobTest, StatesAreThePeers) {
+  LiveRig rig(1 * kMiB);
+  rig.AttachDisk(rig.Add("a"));
+  NodePtr target = rig.Add("b");
+  MirrorSettings settings;
+  settings.job_id = "m";
+  settings.job = {.auto_finalize = false, .auto_dismiss = false};
+  settings.source = rig.disk.node();
+  settings.target = target;
+  rig.Run([&] {
+    ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), "");
+    EXPECT_EQ(rig.Text(rig.jobs.Complete("m")),
+              "Job 'm' in state 'created' cannot accept command verb 'complete'");
+    EXPECT_EQ(rig.Text(rig.jobs.Complete("x")), "Job not found");
+    EXPECT_EQ(rig.Text(StartMirror(rig.live(), settings)), "Job ID 'm' already in use");
+  });
+  rig.Await("m", JobStatus::kReady);
+  rig.Run([&] { EXPECT_EQ(rig.Text(rig.jobs.Pause("m")), ""); });
+  rig.Await("m", JobStatus::kStandby);
+  rig.Run([&] {
+    EXPECT_EQ(rig.Text(rig.jobs.Resume("m")), "");
+    EXPECT_EQ(rig.Text(rig.jobs.Resume("m")), "Can't resume a job that was not paused");
+  });
+  while (rig.statuses.back() != "m ready") rig.loop->RunOnce(-1);
+  rig.Run([&] { EXPECT_EQ(rig.Text(rig.jobs.Complete("m")), ""); });
+  rig.Await("m", JobStatus::kPending);
+  EXPECT_NE(rig.disk.node(), target);
+  rig.Run([&] { EXPECT_EQ(rig.Text(rig.jobs.Finalize("m")), ""); });
+  rig.Await("m", JobStatus::kConcluded);
+  EXPECT_EQ(rig.disk.node(), target);
+  rig.Run([&] { EXPECT_EQ(rig.Text(rig.jobs.Dismiss("m")), ""); });
+  rig.Await("m", JobStatus::kNull);
+  std::vector<std::string> expected = {"m created", "m running",   "m ready",
+                                       "m standby", "m ready",     "m waiting",
+                                       "m pending", "m concluded", "m null"};
+  EXPECT_EQ(rig.statuses, expected);
+}
+
+TEST(MirrorJobTest, RefusesWhatIsInUse) {
+  LiveRig rig(1 * kMiB);
+  rig.AttachDisk(rig.Add("a"));
+  NodePtr target = rig.Add("b");
+  Disk other(*rig.loop, "vdb");
+  MirrorSettings settings;
+  settings.job_id = "m";
+  settings.source = rig.disk.node();
+  settings.target = target;
+  rig.Run([&] {
+    ASSERT_EQ(rig.Text(rig.registry.Attach(other, target, *rig.loop)), "");
+    EXPECT_EQ(rig.Text(StartMirror(rig.live(), settings)),
+              "Node 'b' is busy: it is in use by device 'vdb'");
+    ASSERT_EQ(rig.Text(rig.registry.Detach(other)), "");
+    ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), "");
+    EXPECT_EQ(rig.Text(rig.registry.Remove("b")), "Block device b is in use by job 'm'");
+    EXPECT_EQ(rig.Text(rig.registry.Resize(settings.source, 2 * kMiB)),
+              "Node 'a' is busy: it is in use by job 'm'");
+    settings.job_id = "n";
+    EXPECT_EQ(rig.Text(StartMirror(rig.live(), settings)),
+              "Node 'a' is busy: it is in use by job 'm'");
+  });
+}
+
+}  // namespace
+}  // namespace kvartz::block

@@ -1,0 +1,95 @@
+// Names, users and changes of nodes in use.
+#include "block/live_rig.h"
+
+namespace kvartz::block {
+namespace {
+
+std::string NamesOf(const LiveRig& rig) {
+  std::string names;
+  for (const NodePtr& node : rig.registry.nodes()) {
+    if (rig.registry.IsNamed(*node)) names += node->node_name() + " ";
+  }
+  return names;
+}
+
+TEST(RegistryTest, NamesUsersAndReferences) {
+  LiveRig rig(1 * kMiB);
+  NodePtr a = rig.Add("a");
+  rig.AttachDisk(a);
+  EXPECT_EQ(NamesOf(rig), "a ");
+  EXPECT_EQ(rig.registry.nodes().size(), 2u);
+  EXPECT_TRUE(a->file()->node_name().starts_with("#block"));
+  Disk other(*rig.loop, "vdb");
+  rig.Run([&] {
+    EXPECT_EQ(rig.Text(rig.registry.Remove("a")), "Block device a is in use by device 'vda'");
+    EXPECT_EQ(rig.Text(rig.registry.Remove("x")), "Failed to find node with node-name='x'");
+    EXPECT_EQ(rig.Text(rig.registry.Remove(a->file()->node_name())),
+              "Node '" + a->file()->node_name() + "' is not owned by the monitor");
+    EXPECT_EQ(rig.Text(rig.registry.Attach(other, a, *rig.loop)),
+              "node 'a' can't be written to: it is in use by device 'vda'");
+    Options twice;
+    twice.Set("driver", "file");
+    twice.Set("filename", rig.Path("a"));
+    twice.Set("node-name", "a");
+    EXPECT_EQ(rig.Text(rig.registry.Add(twice, Registry::Owner::kNamed)),
+              "Duplicate nodes with node-name='a'");
+  });
+}
+
+TEST(RegistryTest, ResizesUnderTheGuest) {
+  LiveRig rig(2 * kMiB);
+  rig.AttachDisk(rig.Add("a"));
+  Guest guest(rig.disk, rig.model, 5);
+  guest.Start();
+  rig.Turn(50, guest);
+  rig.Run([&] { ASSERT_EQ(rig.Text(rig.registry.Resize(rig.disk.node(), 4 * kMiB)), ""); });
+  EXPECT_EQ(rig.disk.size_bytes(), 4 * kMiB);
+  rig.model.resize(4 * kMiB, '\0');
+  rig.Turn(50, guest);
+  guest.Stop(*rig.loop);
+  rig.CloseAndVerify("a");
+}
+
+TEST(RegistryTest, ReopensWhatMayChange) {
+  LiveRig rig(kMiB);
+  NodePtr a = rig.Add("a");
+  NodePtr b = rig.Add("b", "", true);
+  auto reopen = [&](const char* options) {
+    return rig.Run(
+        [&] { return rig.Text(rig.registry.Reopen("b", Options::Parse(options).value())); });
+  };
+  EXPECT_EQ(reopen("driver=qcow2,node-name=b,backing=a,read-only=on"), "");
+  EXPECT_EQ(b->backing(), a.get());
+  EXPECT_TRUE(b->read_only());
+  EXPECT_EQ(reopen("driver=qcow2,read-only=on,backing="), "");
+  EXPECT_EQ(b->backing(), nullptr);
+  EXPECT_EQ(reopen("driver=qcow2"), "");
+  EXPECT_FALSE(b->read_only());
+  EXPECT_EQ(reopen("driver=raw"), "Cannot change the option 'driver' of 'b'");
+  EXPECT_EQ(reopen("driver=qcow2,cluster-size=1"), "blockdev-reopen has no option 'cluster-size'");
+  EXPECT_EQ(reopen("driver=qcow2,backing=x"), "Cannot find device='' nor node-name='x'");
+  rig.AttachDisk(b);
+  EXPECT_EQ(reopen("driver=qcow2,read-only=on"), "device 'vda' writes to 'b'");
+}
+
+TEST(RegistryTest, UndoesASnapshot) {
+  LiveRig rig(2 * kMiB);
+  NodePtr a = rig.Add("a");
+  rig.AttachDisk(a);
+  rig.Fill(1, 30);
+  NodePtr b = rig.Add("b", "", true);
+  rig.Run([&] {
+    ASSERT_EQ(rig.Text(rig.registry.Snapshot(a, b)), "");
+    EXPECT_EQ(rig.Text(rig.registry.Snapshot(a, b)), "The overlay already has a backing image");
+    ASSERT_EQ(rig.Text(rig.registry.UndoSnapshot(a, b)), "");
+  });
+  EXPECT_EQ(rig.disk.node(), a);
+  b.reset();
+  rig.Remove("b");
+  rig.Fill(2, 30);
+  a.reset();
+  rig.CloseAndVerify("a");
+}
+
+}  // namespace
+}  // namespace kvartz::block

@@ -11,6 +11,7 @@ constexpr uint64_t kPageMask = ~0xfffull;
 // A unit's code at most: 48 instructions of some 150 bytes with their cold paths and thunks.
 constexpr size_t kUnitRoom = 32 << 10;
 constexpr size_t kMostInsnBytes = 15;
+constexpr size_t kMostAdapted = 32768;  // places; more are forgotten with the next region
 
 }  // namespace
 
@@ -239,6 +240,7 @@ void Engine::ForgetTargets() {
 // will be returned to.
 void Engine::Evict() {
   ++counters_.evictions;
+  if (adapted_.size() > kMostAdapted) adapted_.clear();
   for (Block& block : store_.oldest().blocks) {
     CodePage* pages[] = {block.page, block.next_page};
     if (block.page == nullptr) continue;
@@ -265,6 +267,7 @@ CodePage* Engine::Recheck(CodePage* page) {
   for (Block* block : changed) {
     Changed& place = ChangedAt(block->key);
     if (place.key != block->key) place = {.key = block->key};
+    adapted_.erase(block->key);
     Kill(block);
   }
   if (!page->blocks.empty()) return page;

@@ -11,7 +11,7 @@ constexpr uint64_t kPageMask = ~0xfffull;
 // A unit's code at most: 48 instructions of some 150 bytes with their cold paths and thunks.
 constexpr size_t kUnitRoom = 32 << 10;
 constexpr size_t kMostInsnBytes = 15;
-constexpr size_t kMostAdapted = 32768;  // places; more are forgotten with the next region
+constexpr size_t kMostAdapted = 16384;  // places; more are forgotten with the next region
 
 }  // namespace
 

@@ -8,7 +8,7 @@ void CopyBeforeWriteNode::Submit(Request* request) {
   bool dirty = arms_.todo && request->kind != Request::Kind::kRead &&
                arms_.todo->NextDirty(request->offset, request->offset + request->length);
   if (!dirty && (!arms_.target_reads || request->kind == Request::Kind::kFlush))
-    return file_->Start(request);
+    return Pass(request);
   Handle(request);
 }
 

@@ -26,11 +26,7 @@ Result<NodeOptions> TakeNodeOptions(Options& options, NodeOptions node) {
   if (node.force_share && !node.read_only) {
     return Fail(ErrorCode::kInvalid, "force-share=on can only be used with read-only=on");
   }
-  std::string discard = options.Take("discard", node.discard_unmap ? "unmap" : "ignore");
-  if (discard != "unmap" && discard != "on" && discard != "ignore" && discard != "off") {
-    return Fail(ErrorCode::kInvalid, fmt::format("discard={}: it is ignore or unmap", discard));
-  }
-  node.discard_unmap = discard == "unmap" || discard == "on";
+  node.discard_unmap = TRY(TakeDiscard(options, node.discard_unmap));
   node.detect_zeroes = TRY(ParseDetectZeroes(options.Take("detect-zeroes", "off")));
   if (node.detect_zeroes == DetectZeroes::kUnmap && !node.discard_unmap)
     return Fail(ErrorCode::kInvalid, "detect-zeroes=unmap needs discard=unmap");
@@ -69,11 +65,17 @@ Result<NodePtr> OpenProtocol(const OpenEnv& env, std::string filename, Options o
 
 Result<NodePtr> OpenOne(const OpenEnv& env, Options options, const NodeOptions& inherited);
 
+// What a file below a format inherits. Whether space is given back is for the format to say.
+NodeOptions BelowOf(const NodeOptions& node) {
+  NodeOptions below = node;
+  below.grows = below.discard_unmap = true;
+  return below;
+}
+
 // The file below a format that has only a name.
 Result<NodePtr> OpenFileOf(const OpenEnv& env, const std::string& filename, Options& options,
                            const NodeOptions& node) {
-  NodeOptions below = node;
-  below.grows = true;
+  NodeOptions below = BelowOf(node);
   Options file = options.TakeBelow("file");
   file.Set("filename", filename);
   return OpenOne(env, std::move(file), below);
@@ -84,9 +86,7 @@ Result<NodePtr> OpenProbed(const OpenEnv& env, const std::string& filename, Opti
   NodePtr file;
   if (options.HasBelow("file")) {
     if (!filename.empty()) return Fail(ErrorCode::kInvalid, "both 'file' and 'filename' are given");
-    NodeOptions below = node;
-    below.grows = true;
-    file = TRY(OpenChild(env, options, "file", below));
+    file = TRY(OpenChild(env, options, "file", BelowOf(node)));
   } else if (filename.empty()) {
     return Fail(ErrorCode::kInvalid, "a node needs 'driver' or 'filename'");
   } else {
@@ -143,11 +143,19 @@ std::string Identity(const Node& node) {
 
 }  // namespace
 
+Result<bool> TakeDiscard(Options& options, bool unmap) {
+  std::string discard = options.Take("discard", unmap ? "unmap" : "ignore");
+  if (discard != "unmap" && discard != "on" && discard != "ignore" && discard != "off") {
+    return Fail(ErrorCode::kInvalid, fmt::format("discard={}: it is ignore or unmap", discard));
+  }
+  return discard == "unmap" || discard == "on";
+}
+
 Result<NodePtr> OpenNode(const OpenEnv& env, Options options, const NodeOptions& inherited) {
   NodePtr top = TRY(OpenOne(env, std::move(options), inherited));
   std::vector<std::string> chain;
   NodeOptions below = inherited;
-  below.read_only = true;
+  below.read_only = below.discard_unmap = true;
   below.auto_read_only = below.for_check = below.grows = false;
   Node* node = top.get();
   while (std::optional<BackingWish> wish = node->TakeBackingWish()) {
@@ -192,7 +200,9 @@ Result<NodePtr> OpenChild(const OpenEnv& env, Options& options, const std::strin
   }
   Options below = options.TakeBelow(key);
   if (below.empty()) return nullptr;
-  Result<NodePtr> node = OpenNode(env, std::move(below), inherited);
+  NodeOptions child = inherited;
+  child.discard_unmap = true;
+  Result<NodePtr> node = OpenNode(env, std::move(below), child);
   if (!node) return Fail(std::move(node).error().In(key));
   return node;
 }
@@ -239,6 +249,13 @@ Node* SkipFilters(Node* node) {
 Node* BackingOf(Node* node) {
   node = SkipFilters(node);
   return node ? SkipFilters(node->backing()) : nullptr;
+}
+
+Result<> CheckCommits(const Node& image) {
+  if (image.driver() != std::string_view("vmdk")) return {};
+  return Fail(ErrorCode::kUnsupported,
+              fmt::format("not supported yet: committing '{}': a VMDK's parent may not change",
+                          image.name()));
 }
 
 Result<Extent> StatusOf(Node& node, uint64_t offset, uint64_t length, Holes holes) {

@@ -16,6 +16,9 @@ Result<NodePtr> OpenNode(const OpenEnv& env, Options options, const NodeOptions&
 Result<NodePtr> OpenFilename(const OpenEnv& env, const std::string& filename,
                              const std::string& format, const NodeOptions& inherited = {});
 
+// Key "discard", as NodeOptions::discard_unmap; `unmap`: without it.
+Result<bool> TakeDiscard(Options& options, bool unmap);
+
 // The child at `key` of a driver's options ("file", "backing"): a node there already, a node's
 // name, or options below "key.". Null if nothing is given for it.
 Result<NodePtr> OpenChild(const OpenEnv& env, Options& options, const std::string& key,
@@ -38,6 +41,9 @@ std::string ResolveRelative(const std::string& of, const std::string& filename);
 Node* SkipFilters(Node* node);
 // The next image below `node`'s own, filters skipped; null: none.
 Node* BackingOf(Node* node);
+
+// An image may be committed into what it stands on. Errors: it records that as it was (VMDK).
+Result<> CheckCommits(const Node& image);
 
 // As Node::Status, with what the layers below add: ranges beyond a short backing node and holes of
 // the file read as zeros.

@@ -60,13 +60,33 @@ bool Node::FinishLateOnes() {
 
 void Node::Start(Request* request) {
   if (int error = Check(*request)) return FinishLater(request, error);
+  if (request->kind == Request::Kind::kWrite || request->kind == Request::Kind::kWriteZeroes)
+    highest_write_ = std::max(highest_write_, request->offset + request->length);
   if (tracked_) return SubmitTracked(request);
   Submit(request);
 }
 
 void Node::set_opened_with(const NodeOptions& options) {
   opened_with_ = options;
-  tracked_ = !attached_.empty() || detect_zeroes() != DetectZeroes::kOff;
+  ignores_discard_ = !options.discard_unmap;
+  UpdateTracked();
+}
+
+void Node::UpdateTracked() {
+  tracked_ =
+      !attached_.empty() || threshold_ || ignores_discard_ || detect_zeroes() != DetectZeroes::kOff;
+}
+
+void Node::SetWriteThreshold(uint64_t bytes, Exceeded exceeded) {
+  threshold_ = bytes == 0 ? nullptr : std::make_unique<Threshold>(bytes, std::move(exceeded));
+  UpdateTracked();
+}
+
+void Node::CheckThreshold(uint64_t end) {
+  if (end <= threshold_->bytes) return;
+  Threshold passed = std::move(*threshold_);
+  SetWriteThreshold(0, nullptr);
+  passed.exceeded(end - passed.bytes);
 }
 
 void Node::DetectZero(Request* request) const {
@@ -82,6 +102,11 @@ void Node::DetectZero(Request* request) const {
 void Node::SubmitTracked(Request* request) {
   if (request->kind == Request::Kind::kRead || request->kind == Request::Kind::kFlush)
     return Submit(request);
+  if (threshold_) CheckThreshold(request->offset + request->length);
+  if (ignores_discard_) {
+    if (request->kind == Request::Kind::kDiscard) return FinishLater(request, 0);
+    request->unmap = false;
+  }
   if (detect_zeroes() != DetectZeroes::kOff) DetectZero(request);
   if (attached_.empty()) return Submit(request);
   auto* tracked = new Tracked{*request, request, this};
@@ -99,12 +124,12 @@ void Node::SubmitTracked(Request* request) {
 
 void Node::Attach(std::shared_ptr<DirtyBitmap> bitmap) {
   attached_.push_back(std::move(bitmap));
-  tracked_ = true;
+  UpdateTracked();
 }
 
 void Node::Detach(const DirtyBitmap& bitmap) {
   std::erase_if(attached_, [&](const auto& other) { return other.get() == &bitmap; });
-  tracked_ = !attached_.empty() || detect_zeroes() != DetectZeroes::kOff;
+  UpdateTracked();
 }
 
 int Node::Check(const Request& request) const {

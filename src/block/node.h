@@ -10,6 +10,7 @@
 #include <sys/uio.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -17,6 +18,7 @@
 
 #include "base/event_loop.h"
 #include "base/result.h"
+#include "block/debug_event.h"
 #include "block/image_info.h"
 #include "block/node_options.h"
 
@@ -119,7 +121,8 @@ class Node : public std::enable_shared_from_this<Node> {
   // As query-named-block-nodes says it; the registry gives names to those that have none.
   const std::string& node_name() const { return node_name_; }
   void set_node_name(std::string name) { node_name_ = std::move(name); }
-  // What it was opened with; set once by whoever opened it.
+  // What it was opened with; set by whoever opened it, and when it is reopened. Without
+  // discard_unmap it ignores discards and frees nothing for zeros.
   const NodeOptions& opened_with() const { return opened_with_; }
   void set_opened_with(const NodeOptions& options);
   DetectZeroes detect_zeroes() const { return opened_with_.detect_zeroes; }
@@ -150,6 +153,8 @@ class Node : public std::enable_shared_from_this<Node> {
   // Once, after it was opened: what OpenNode (graph.h) still has to open and SetBacking.
   virtual std::optional<BackingWish> TakeBackingWish() { return std::nullopt; }
 
+  // Without waiting: this node is known to have all of the range itself, and not its backing node.
+  virtual bool HasItself(uint64_t /*offset*/, uint64_t /*length*/) { return !backing(); }
   // Fiber: what [offset, offset + length) is made of; the answer covers at least one byte and may
   // be shorter than the range. `length` > 0, within size_bytes().
   virtual Result<Extent> Status(uint64_t offset, uint64_t length);
@@ -175,7 +180,21 @@ class Node : public std::enable_shared_from_this<Node> {
   void Detach(const DirtyBitmap& bitmap);
   const std::vector<std::shared_ptr<DirtyBitmap>>& attached_bitmaps() const { return attached_; }
 
+  // The end of what was ever written to here; 0: nothing was.
+  uint64_t highest_write() const { return highest_write_; }
+  // The first write that reaches beyond `bytes` is told of, on the node's loop, with how far it
+  // does, and then there is no threshold any more. 0: none from now on.
+  using Exceeded = std::function<void(uint64_t exceeded_bytes)>;
+  void SetWriteThreshold(uint64_t bytes, Exceeded exceeded);
+  uint64_t write_threshold() const { return threshold_ ? threshold_->bytes : 0; }
+  // What a format says of what it does to its file: the filter blkdebug listens.
+  void Debug(DebugEvent event) {
+    if (debugged_) OnDebug(event);
+  }
+  bool debugged() const { return debugged_; }
+
  protected:
+  virtual void OnDebug(DebugEvent /*event*/) {}
   // Of a request that passed the checks: calls its `done` later, or hands it to another node's
   // Start.
   virtual void Submit(Request* request) = 0;
@@ -191,9 +210,15 @@ class Node : public std::enable_shared_from_this<Node> {
   uint64_t size_bytes_ = 0;
   bool read_only_ = false;
   bool grows_ = false;
+  bool debugged_ = false;
   Limits limits_;
 
  private:
+  struct Threshold {
+    uint64_t bytes = 0;
+    Exceeded exceeded = {};
+  };
+  void CheckThreshold(uint64_t end);
   struct LateList;
   struct Tracked;
   int Check(const Request& request) const;  // 0 or -errno
@@ -202,8 +227,13 @@ class Node : public std::enable_shared_from_this<Node> {
   EventLoop* loop_;
   std::string name_, node_name_;
   NodeOptions opened_with_;
+  void UpdateTracked();
   bool fleecing_ = false;
-  bool tracked_ = false;  // bitmaps or detect-zeroes: Start looks closer
+  // What is written needs a look: bitmaps, a threshold, detect-zeroes, discard=ignore.
+  bool tracked_ = false;
+  bool ignores_discard_ = false;
+  uint64_t highest_write_ = 0;
+  std::unique_ptr<Threshold> threshold_;
   std::shared_ptr<LateList> late_;
   std::vector<std::shared_ptr<DirtyBitmap>> attached_;
 };

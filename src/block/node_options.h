@@ -21,7 +21,7 @@ struct NodeOptions {
   bool cache_direct = false;    // *
   bool cache_no_flush = false;  // *
   bool writethrough = false;    // * each write is on stable storage when done
-  bool discard_unmap = false;   // * to the file; discards of a backing node don't occur
+  bool discard_unmap = false;   // children: true unless they say otherwise
   bool force_share = false;     // *
   bool share_write = false;     // *
   bool locking = true;          // *

@@ -49,6 +49,13 @@ std::string NameForImage(const Node& overlay, const Node& backing) {
   return path.substr(0, end) == directory ? path.substr(end + 1) : path;
 }
 
+// What isn't given when a node is reopened is as if it had been opened without.
+Result<> KeepsCache(Options& options, const char* key, bool before) {
+  if (TRY(options.TakeBool(key, false)) == before) return {};
+  return Fail(ErrorCode::kUnsupported,
+              fmt::format("not supported yet: changing {} (it is {})", key, before ? "on" : "off"));
+}
+
 }  // namespace
 
 Result<> Registry::CheckReplace(const Node& from, const Node& to, Except except) const {
@@ -236,14 +243,19 @@ Result<> Registry::Reopen(const std::string& node_name, Options options) {
                   fmt::format("not supported yet: another 'file' of '{}'", node_name));
     }
   }
-  NodeOptions wished = node->opened_with();
+  const NodeOptions& before = node->opened_with();
+  NodeOptions wished = before;
   wished.read_only = TRY(options.TakeBool("read-only", false));
+  wished.auto_read_only = TRY(options.TakeBool("auto-read-only", false));
+  wished.discard_unmap = TRY(TakeDiscard(options, !IsNamed(*node)));
   wished.detect_zeroes = TRY(ParseDetectZeroes(options.Take("detect-zeroes", "off")));
+  if (wished.detect_zeroes == DetectZeroes::kUnmap && !wished.discard_unmap)
+    return Fail(ErrorCode::kInvalid, "detect-zeroes=unmap needs discard=unmap");
+  TRY(KeepsCache(options, "cache.direct", before.cache_direct));
+  TRY(KeepsCache(options, "cache.no-flush", before.cache_no_flush));
   std::optional<std::string> backing = options.Take("backing");
   NodePtr below;
   if (backing && !backing->empty()) below = TRY(Require(*backing));
-  for (const char* same : {"discard", "cache.direct", "cache.no-flush", "auto-read-only"})
-    options.Take(same);
   TRY(options.RefuseRest("blockdev-reopen"));
   if (wished.read_only) {
     for (const NodeUser* user : users_) {

@@ -91,6 +91,8 @@ void ThrottleGroup::SetLimits(const ThrottleLimits& limits) {
   limits_ = limits;
   for (Level& level : levels_) level = {};
   leaked_ns_ = clock_.NowNs();
+  limited_ = limits.any();
+  if (!limits.any()) return LetAllGo();
   WakeFirst(Direction::kRead);
   WakeFirst(Direction::kWrite);
 }
@@ -145,6 +147,17 @@ void ThrottleGroup::WakeFirst(Direction direction) {
   });
 }
 
+void ThrottleGroup::LetAllGo() {
+  for (auto& line : waiting_) {
+    for (const Waiter& waiter : line) {
+      waiter->loop.Post([waiter] {
+        if (waiter->ready) waiter->ready();
+      });
+    }
+    line.clear();
+  }
+}
+
 ThrottleGroup::Member::Member(std::shared_ptr<ThrottleGroup> group, EventLoop& loop,
                               std::function<void()> ready)
     : group_(std::move(group)),
@@ -166,6 +179,7 @@ void ThrottleGroup::Member::Withdraw() {
 }
 
 bool ThrottleGroup::Member::Admit(Direction direction, uint64_t bytes) {
+  if (!group_->limited_.load(std::memory_order_relaxed)) return true;
   LockGuard guard(group_->mutex_);
   auto& line = group_->waiting_[DirectionIndex(direction)];
   bool first = line.empty() || line.front() == shared_;

@@ -2,6 +2,7 @@
 // block_set_io_throttle, -object throttle-group).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -82,9 +83,11 @@ class ThrottleGroup {
   void Leak() REQUIRES(mutex_);
   void Account(Direction direction, uint64_t bytes) REQUIRES(mutex_);
   void WakeFirst(Direction direction) REQUIRES(mutex_);
+  void LetAllGo() REQUIRES(mutex_);
 
   const std::string name_;
   const Clock& clock_;
+  std::atomic<bool> limited_ = false;  // requests needn't look further
   mutable Mutex mutex_;
   ThrottleLimits limits_ GUARDED_BY(mutex_);
   Level levels_[ThrottleLimits::kBuckets] GUARDED_BY(mutex_);

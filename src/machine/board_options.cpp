@@ -93,6 +93,14 @@ Result<int> ParsePciAddress(const std::string& id, const Properties& properties)
   return slot << 3 | function;
 }
 
+Result<bool> ParseMultifunction(const std::string& id, const Properties& properties) {
+  const std::string* text = properties.Find("multifunction");
+  if (!text || *text == "off" || *text == "false" || *text == "no") return false;
+  if (*text == "on" || *text == "true" || *text == "yes") return true;
+  return Fail(ErrorCode::kInvalid,
+              "device '" + id + "': multifunction=" + *text + " is neither on nor off");
+}
+
 Result<std::optional<uint32_t>> ParseBootIndex(const std::string& id,
                                                const Properties& properties) {
   const std::string* text = properties.Find("bootindex");

@@ -52,6 +52,8 @@ Properties MachineOptions(const MachineConfig& config);
 Result<cpu::IrqchipMode> ChooseIrqchip(const std::string& kernel_irqchip, const std::string& accel);
 // Bytes, with an optional suffix K, M or G. Errors: malformed; `what` names the option.
 Result<uint64_t> ParseSize(const std::string& what, const std::string& text);
+// multifunction=on of a PCI device. Errors: no switch.
+Result<bool> ParseMultifunction(const std::string& id, const Properties& properties);
 // addr=SLOT[.FUNCTION] (hexadecimal) of a device on the only bus, as devfn; -1: not given. Errors:
 // malformed, another bus.
 Result<int> ParsePciAddress(const std::string& id, const Properties& properties);

@@ -124,6 +124,11 @@ Result<> MicrovmBoard::AttachPci(PciDevice& device, const Properties&) {
 }
 
 Result<Board::MmioSlot> MicrovmBoard::TakeMmioSlot(const DeviceSpec& spec) {
+  for (const char* of_pci : {"addr", "multifunction"}) {
+    if (!spec.properties.Find(of_pci)) continue;
+    return Fail(ErrorCode::kInvalid,
+                "device '" + spec.driver + "': " + of_pci + "= is for PCI devices");
+  }
   if (slots_.size() == kMmioSlots) {
     return Fail(ErrorCode::kNoSpace,
                 "no virtio-mmio slot is free for '" + spec.driver + "': there are 8");

@@ -230,6 +230,7 @@ void PcBoard::FillCmos() {
 Result<> PcBoard::AttachPci(PciDevice& device, const Properties& properties) {
   int wanted = TRY(ParsePciAddress(device.id(), properties));
   std::optional<uint32_t> boot_index = TRY(ParseBootIndex(device.id(), properties));
+  if (TRY(ParseMultifunction(device.id(), properties))) device.SetMultifunction();
   uint8_t devfn = TRY(pci_->Plug(device, wanted));
   if (boot_index) boot_devices_.push_back({*boot_index, devfn});
   return {};

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "block/tls_object.h"
 #include "vmm/command_line.h"
 #include "vmm/keyval.h"
 
@@ -98,7 +99,9 @@ Result<> AddObject(CommandLine& line, std::string_view argument) {
   std::string type = Take(&properties, "qom-type"), id = Take(&properties, "id");
   if (type == "help" || type == "?") {
     line.information =
-        "Objects:\niothread\nmemory-backend-memfd\nmemory-backend-ram\nsecret\nthrottle-group\n";
+        "Objects:\niothread\nmemory-backend-memfd\nmemory-backend-ram\nsecret\nthrottle-group\ntls-"
+        "creds-psk\n"
+        "tls-creds-x509\n";
     return {};
   }
   if (id.empty()) return Fail(ErrorCode::kInvalid, "id= is missing");
@@ -117,7 +120,7 @@ Result<> AddObject(CommandLine& line, std::string_view argument) {
         {fmt::format("-object {}", argument), id, std::move(properties)});
     return {};
   }
-  if (type == "secret" || type == "throttle-group") {
+  if (type == "secret" || type == "throttle-group" || block::IsTlsObject(type)) {
     // Not with the option's text: that may be the secret.
     return AddStorageObject(line, type, id, properties, fmt::format("-object {},id={}", type, id));
   }

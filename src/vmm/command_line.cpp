@@ -144,7 +144,9 @@ constexpr OptionRow kRows[] = {
     {"blockdev", "driver=DRIVER,node-name=ID,...", "the host's side of a disk", AddBlockdev},
     {"device", "DRIVER[,property=value...]", "a device; 'help' lists the drivers", Device},
     {"object", "TYPE,id=ID[,property=value...]",
-     "iothread, memory-backend-ram, memory-backend-memfd, secret, throttle-group", AddObject},
+     "iothread, memory-backend-ram, memory-backend-memfd, secret, throttle-group, tls-creds-psk, "
+     "tls-creds-x509",
+     AddObject},
     {"netdev", "TYPE,id=ID[,option=value...]", "the host's side of a network card: user, tap",
      AddNetdev},
     {"nic", "TYPE[,model=DRIVER][,mac=MAC]...",

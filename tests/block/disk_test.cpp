@@ -170,6 +170,30 @@ TEST(DiskTest, LimitsOfAGroup) {
   EXPECT_NEAR(first.admitted + second.admitted - before, 1100, 10);
 }
 
+TEST(DiskTest, WithoutLimitsNobodyWaitsAnyMore) {
+  ManualClock clock;
+  auto loop = EventLoop::Create(EventLoop::Backend::kAuto, clock).value();
+  auto group = std::make_shared<ThrottleGroup>("g", clock);
+  ThrottleLimits limits;
+  limits.buckets[ThrottleLimits::kIopsTotal].average = 1;
+  group->SetLimits(limits);
+  constexpr int kMembers = 3;
+  int left[kMembers];
+  std::unique_ptr<ThrottleGroup::Member> members[kMembers];
+  auto ask = [&](int i) {
+    while (left[i] > 0 && members[i]->Admit(ThrottleGroup::Direction::kWrite, 512)) left[i]--;
+  };
+  for (int i = 0; i < kMembers; i++) {
+    left[i] = 5;
+    members[i] = std::make_unique<ThrottleGroup::Member>(group, *loop, [&, i] { ask(i); });
+    ask(i);
+  }
+  EXPECT_GE(left[0] + left[1] + left[2], 13);
+  group->SetLimits({});
+  for (int turn = 0; turn < 5; turn++) loop->RunOnce(0);
+  EXPECT_EQ(left[0] + left[1] + left[2], 0);
+}
+
 TEST(DiskTest, BurstsLastAsLongAsTheyMay) {
   ManualClock clock;
   auto loop = EventLoop::Create(EventLoop::Backend::kAuto, clock).value();

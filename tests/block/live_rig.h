@@ -194,6 +194,37 @@ class LiveRig : public JobObserver {
     return it == ended.end() ? JobInfo{} : *it;
   }
 
+  // What a job of the disk as it is takes: to a target, or within its chain.
+  template <typename Settings>
+  Settings JobTo(const std::string& id, const NodePtr& target) {
+    Settings settings;
+    settings.job_id = id;
+    settings.source = disk.node();
+    settings.target = target;
+    return settings;
+  }
+  template <typename Settings>
+  Settings JobOfTop(const std::string& id) {
+    Settings settings;
+    settings.job_id = id;
+    settings.top = disk.node();
+    return settings;
+  }
+  // Starts it between two of the guest's requests; answers what the disk held then.
+  template <typename Settings>
+  std::string Start(Settings settings) {
+    std::string then;
+    Run([&] {
+      Registry::Quiesced quiet(registry);
+      then = model;
+      EXPECT_EQ(Text(Begin(std::move(settings))), "");
+    });
+    return then;
+  }
+  void Complete(const std::string& id) {
+    Run([&] { EXPECT_EQ(Text(jobs.Complete(id)), ""); });
+  }
+
   // What the disk shows is the model.
   void Verify(const char* when = "") { VerifyNode(*disk.node(), model, when); }
   void VerifyNode(Node& node, const std::string& expected, const char* when = "") {
@@ -244,6 +275,12 @@ class LiveRig : public JobObserver {
   std::vector<std::string> statuses, ready, pending, failures;
   std::vector<JobInfo> ended;
   LiveJobs live() { return {registry, jobs}; }
+
+ private:
+  Result<> Begin(MirrorSettings settings) { return StartMirror(live(), std::move(settings)); }
+  Result<> Begin(BackupSettings settings) { return StartBackup(live(), std::move(settings)); }
+  Result<> Begin(StreamSettings settings) { return StartStream(live(), std::move(settings)); }
+  Result<> Begin(CommitSettings settings) { return StartCommit(live(), std::move(settings)); }
 };
 
 }  // namespace kvartz::block

@@ -160,6 +160,105 @@ class VhdxLogTest(ImageTest):
             self.assertIn(done.returncode, (0, 1))
 
 
+class VmdkParentsTest(ImageTest):
+    """Chains of VMDK: each image has a part of its own, the lowest is flat or sparse."""
+
+    def chain(self, maker, subformat="monolithicSparse", options=()):
+        self.write_raw("base.raw", 4 * MIB, seed=1)
+        self.peers("convert", "-f", "raw", "-O", "vmdk", "-o", f"subformat={subformat}", "base.raw", "base.vmdk")
+        maker("create", "-q", "-f", "vmdk", *options, "-b", "base.vmdk", "-F", "vmdk", "middle.vmdk")
+        self.peer_io("middle.vmdk", "write -P 2 1M 100k", "write -P 3 3000k 7k", fmt="vmdk")
+        # What stands on an image names it as it is now.
+        maker("create", "-q", "-f", "vmdk", *options, "-b", "middle.vmdk", "-F", "vmdk", "top.vmdk")
+
+    def test_both_ways(self):
+        for maker in (self.peers, self.ours):
+            for subformat in ("monolithicSparse", "monolithicFlat"):
+                for options in ((), ("-o", "zeroed_grain=on")):
+                    self.chain(maker, subformat, options)
+                    self.ours("compare", "top.vmdk", "middle.vmdk")
+                    # Parts of grains, whole ones, zeros, at the end.
+                    io = self.path(".bin", "qemu-io")
+                    self.run_tool(io, "-f", "vmdk", "-c", "write -P 4 1M 512", "-c", "write -P 5 1100k 200k", "-c",
+                                  "write -z 2M 70k", "-c", "write -P 6 4095k 1k", "-c", "write -z 3000k 1k", "top.vmdk")
+                    self.peers("convert", "-f", "vmdk", "-O", "raw", "top.vmdk", "peer.raw")
+                    self.ours("convert", "-f", "vmdk", "-O", "raw", "top.vmdk", "ours.raw")
+                    self.identical("peer.raw", "ours.raw", "-f", "raw", "-F", "raw")
+                    self.peer_io("top.vmdk", "read -P 4 1M 512", "read -P 2 1049088 75k", "read -P 5 1100k 200k",
+                                 "read -P 0 2M 70k", "read -P 6 4095k 1k", "read -P 0 3000k 1k", "read -P 3 3001k 6k",
+                                 fmt="vmdk")
+                    self.peers("check", "-f", "vmdk", "top.vmdk")
+                    self.same("map", "-f", "vmdk", "--output=json", "top.vmdk")
+                    self.same("info", "-f", "vmdk", "--output=json", "top.vmdk")
+
+    def test_what_changed_is_refused(self):
+        self.chain(self.peers)
+        self.peer_io("middle.vmdk", "write -P 9 0 64k", fmt="vmdk")
+        self.assertIn("'middle.vmdk' was changed since 'top.vmdk' was made on it",
+                      self.ours("info", "--backing-chain", "top.vmdk", code=None).stderr +
+                      self.ours("convert", "-O", "raw", "top.vmdk", "out.raw", code=1).stderr)
+        self.assertIn("may not change", self.ours("commit", "-f", "vmdk", "middle.vmdk", code=1).stderr)
+
+    def test_untrusted_ones_are_not_followed(self):
+        self.chain(self.peers)
+        done = self.ours("convert", "--untrusted", "-O", "raw", "top.vmdk", "out.raw", code=1)
+        self.assertIn("has the backing file 'middle.vmdk', which isn't followed", done.stderr)
+
+    def test_parents_must_be_there_and_vmdk(self):
+        self.chain(self.peers)
+        self.run_tool("rm", "middle.vmdk")
+        self.assertIn("middle.vmdk", self.ours("convert", "-O", "raw", "top.vmdk", "out.raw", code=1).stderr)
+        self.run_tool("cp", "base.raw", "middle.vmdk")
+        self.ours("convert", "-O", "raw", "top.vmdk", "out.raw", code=1)
+        self.run_tool("cp", "top.vmdk", "middle.vmdk")  # on itself
+        self.assertIn("loop", self.ours("convert", "-O", "raw", "middle.vmdk", "out.raw", code=1).stderr)
+        self.assertIn("is a VMDK", self.ours("create", "-f", "vmdk", "-b", "base.raw", "-F", "raw", "x.vmdk", code=1).stderr)
+
+
+class DifferencingTest(ImageTest):
+    def test_vhd_names_its_parent(self):
+        self.peers("create", "-q", "-f", "vpc", "a.vhd", "8M")
+        with open(self.path("a.vhd"), "r+b") as file:
+            data = bytearray(file.read())
+
+            def seal(at, size, sum_at):
+                data[at + sum_at:at + sum_at + 4] = bytes(4)
+                data[at + sum_at:at + sum_at + 4] = (~sum(data[at:at + size]) & 0xffffffff).to_bytes(4, "big")
+
+            for at in (0, len(data) - 512):
+                data[at + 60:at + 64] = (4).to_bytes(4, "big")
+                seal(at, 512, 64)
+            name = "parent.vhd".encode("utf-16-be")
+            data[512 + 64:512 + 64 + len(name)] = name
+            seal(512, 1024, 36)
+            file.seek(0)
+            file.write(data)
+        self.assertIn("differencing VHD (its parent is 'parent.vhd')", self.ours("info", "a.vhd", code=1).stderr)
+
+    def test_vhdx_names_its_parent(self):
+        self.peers("create", "-q", "-f", "vhdx", "a.vhdx", "8M")
+        with open(self.path("a.vhdx"), "r+b") as file:
+            data = bytearray(file.read())
+            metadata = 2 * MIB if data[2 * MIB:2 * MIB + 8] == b"metadata" else data.find(b"metadata")
+            count = int.from_bytes(data[metadata + 10:metadata + 12], "little")
+            entry = metadata + 32
+            parameters = metadata + int.from_bytes(data[entry + 16:entry + 20], "little")
+            data[parameters + 4] |= 2  # has a parent
+            key, value = "relative_path".encode("utf-16-le"), "..\\parent.vhdx".encode("utf-16-le")
+            place = 96 << 10
+            locator = bytes(16) + bytes(2) + (1).to_bytes(2, "little")
+            locator += (32).to_bytes(4, "little") + (32 + len(key)).to_bytes(4, "little")
+            locator += len(key).to_bytes(2, "little") + len(value).to_bytes(2, "little") + key + value
+            data[metadata + place:metadata + place + len(locator)] = locator
+            guid = bytes.fromhex("2d5fd3a80bb34d45abf7d3d84834ab0c")
+            row = guid + place.to_bytes(4, "little") + len(locator).to_bytes(4, "little") + (4).to_bytes(4, "little") + bytes(4)
+            data[entry + 32 * count:entry + 32 * count + 32] = row
+            data[metadata + 10:metadata + 12] = (count + 1).to_bytes(2, "little")
+            file.seek(0)
+            file.write(data)
+        self.assertIn("differencing VHDX (its parent is '..\\parent.vhdx')", self.ours("info", "a.vhdx", code=1).stderr)
+
+
 class HostileVmdkTest(ImageTest):
     def descriptor(self, extent):
         with open(self.path("evil.vmdk"), "w", encoding="ascii") as file:

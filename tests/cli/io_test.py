@@ -1,5 +1,6 @@
 """kvartz io beside qemu-io: the same words for the same commands."""
 
+import json
 import re
 import signal
 import subprocess
@@ -55,6 +56,33 @@ class IoTest(ImageTest):
         self.assertIn("cluster size: 64 KiB", says)
         self.commands("info", "length", "write 5 1000", "map", image="t.raw", fmt="raw")
         self.commands("write 0 1M", "map", "alloc 0 2M", image="t.vdi", fmt="vdi")
+
+    def test_faults(self):
+        """The same commands fail by the same rules of blkdebug."""
+        rules = [
+            {"inject-error": [{"event": "write_aio", "once": True}]},
+            {"inject-error": [{"event": "read_aio", "errno": 28, "iotype": "read"}]},
+            {"inject-error": [{"event": "none", "sector": 6144, "once": True, "iotype": "write"}]},
+            {"inject-error": [{"event": "write_aio", "state": 2, "once": True, "immediately": True}],
+             "set-state": [{"event": "write_aio", "state": 1, "new_state": 2}]},
+            {"inject-error": [{"event": "read_aio", "state": 3}, {"event": "write_aio", "state": 5, "once": True}],
+             "set-state": [{"event": "write_aio", "new_state": 3}, {"event": "read_aio", "state": 3, "new_state": 5}]},
+            {"inject-error": [{"event": "flush_to_disk", "iotype": "flush", "once": True}]},
+        ]
+        commands = ["write 3M 64k", "write 1M 64k", "flush", "read 1M 64k", "write 3M 512", "read 3M 512", "write 1M 512", "flush"]
+        words = [word for command in commands for word in ("-c", command)]
+        for rule in rules:
+            for fmt in ("raw", "qcow2"):
+                failed = []
+                for program in (["qemu-io"], [self.path(".bin", "qemu-io")]):
+                    self.peers("create", "-q", "-f", fmt, "a.img", "8M")
+                    # Clusters that are there already: what an allocation does is each one's own business.
+                    self.peer_io("a.img", "write 0 8M", fmt=fmt)
+                    image = {"driver": fmt, "file": {"driver": "blkdebug", "image": {"driver": "file", "filename": "a.img"}, **rule}}
+                    done = self.run_tool(*program, *words, "json:" + json.dumps(image), code=None)
+                    lines = [line for line in (done.stdout + done.stderr).splitlines() if "failed" in line or "ops;" not in line]
+                    failed.append([line.strip() for line in lines])
+                self.assertEqual(failed[0], failed[1], f"{fmt}: {rule}")
 
     def test_mistakes(self):
         self.commands(

@@ -6,7 +6,7 @@ void CopyBeforeWriteNode::Submit(Request* request) {
   if (!arms_.todo || request->kind == Request::Kind::kRead ||
       request->kind == Request::Kind::kFlush ||
       !arms_.todo->NextDirty(request->offset, request->offset + request->length)) {
-    return file_->Start(request);
+    return Pass(request);
   }
   Handle(request);
 }

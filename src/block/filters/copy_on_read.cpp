@@ -25,8 +25,12 @@ void CopyOnReadNode::Submit(Request* request) {
   bool reads = request->kind == Request::Kind::kRead;
   if (request->kind == Request::Kind::kFlush || request->length == 0 ||
       (reads && (copies_ == Copies::kNothing || read_only()))) {
-    return file_->Start(request);
+    return Pass(request);
   }
+  // Nothing is copied to where the image has something, but for a copy that began when it hadn't.
+  bool in_place = reads || (request->kind == Request::Kind::kWrite &&
+                            !locks_.Busy(request->offset, request->length));
+  if (in_place && file_->HasItself(request->offset, request->length)) return Pass(request);
   Handle(request);
 }
 

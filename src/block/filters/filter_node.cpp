@@ -1,5 +1,6 @@
 #include "block/filters/filter_node.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "base/fiber.h"
@@ -13,6 +14,13 @@ FilterNode::FilterNode(NodePtr file, const char* driver)
   read_only_ = file_->read_only();
   grows_ = file_->grows();
   limits_ = file_->limits();
+  debugged_ = file_->debugged();
+}
+
+// As the file does when it is written to beyond its end.
+void FilterNode::Grow(const Request& request) {
+  if (request.kind == Request::Kind::kWrite || request.kind == Request::Kind::kWriteZeroes)
+    size_bytes_ = std::max(size_bytes_, request.offset + request.length);
 }
 
 void FilterNode::Drain() {
@@ -28,6 +36,7 @@ Result<> FilterNode::SetFile(NodePtr file) {
     FileResized();
     limits_ = file_->limits();
     read_only_ = file_->read_only();
+    debugged_ = file_->debugged();
   }
   return {};
 }
@@ -68,6 +77,7 @@ void FilterNode::Handle(Request* request) {
 }
 
 int FilterNode::Process(Request& request) {
+  if (grows_) Grow(request);
   Request copy = request;
   return Await(*file_, copy);
 }

@@ -6,7 +6,7 @@
 
 namespace kvartz::block {
 
-// Loop-owned. Requests that a filter hands on as they are aren't its own any more; those that it
+// Loop-owned. Requests that a filter Passes on as they are aren't its own any more; those that it
 // Handles run in a fiber each.
 class FilterNode : public Node {
  public:
@@ -22,13 +22,20 @@ class FilterNode : public Node {
   void Drain() override;
   Result<> SetFile(NodePtr file) override;
   void FileResized() override;
+  bool HasItself(uint64_t offset, uint64_t length) override {
+    return file_->HasItself(offset, length);
+  }
   Result<Extent> Status(uint64_t offset, uint64_t length) override;
   Result<> Resize(const ResizeOptions& options) override;
   Result<> SetReadOnly(bool read_only) override;
   Result<ImageInfo> Info() override { return file_->Info(); }
 
  protected:
-  void Submit(Request* request) override { file_->Start(request); }
+  void Submit(Request* request) override { Pass(request); }
+  void Pass(Request* request) {
+    if (grows_) Grow(*request);
+    file_->Start(request);
+  }
   void Handle(Request* request);
   // Fiber: 0 or -errno.
   virtual int Process(Request& request);
@@ -37,6 +44,8 @@ class FilterNode : public Node {
   NodePtr file_;
 
  private:
+  void OnDebug(DebugEvent event) override { file_->Debug(event); }
+  void Grow(const Request& request);
   const char* const driver_;
   uint64_t under_way_ = 0;
 };

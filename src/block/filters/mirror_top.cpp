@@ -7,7 +7,7 @@ namespace kvartz::block {
 void MirrorTopNode::Submit(Request* request) {
   if (!blocking_.target || request->kind == Request::Kind::kRead ||
       request->kind == Request::Kind::kFlush || request->length == 0) {
-    return file_->Start(request);
+    return Pass(request);
   }
   Handle(request);
 }

@@ -41,10 +41,9 @@ class ThrottleNode final : public FilterNode {
   }
 
   void Submit(Request* request) override {
-    if (!Limited(request->kind)) return file_->Start(request);
+    if (!Limited(request->kind)) return Pass(request);
     Line& line = lines_[static_cast<size_t>(DirectionOf(*request))];
-    if (!line.head && member_->Admit(DirectionOf(*request), request->length))
-      return file_->Start(request);
+    if (!line.head && member_->Admit(DirectionOf(*request), request->length)) return Pass(request);
     request->next = nullptr;
     (line.tail ? line.tail->next : line.head) = request;
     line.tail = request;
@@ -58,7 +57,7 @@ class ThrottleNode final : public FilterNode {
   void StartWaiting() {
     for (Line& line : lines_) {
       while (line.head && member_->Admit(DirectionOf(*line.head), line.head->length))
-        file_->Start(TakeFirst(line));
+        Pass(TakeFirst(line));
     }
   }
   // While the machine stops there are no limits.
@@ -67,7 +66,7 @@ class ThrottleNode final : public FilterNode {
       while (line.head) {
         Request* request = TakeFirst(line);
         member_->Count(DirectionOf(*request), request->length);
-        file_->Start(request);
+        Pass(request);
       }
     }
     member_->Withdraw();

@@ -26,12 +26,12 @@ MappedNode::MappedNode(NodePtr file, bool read_only, uint64_t size_bytes, uint64
 }
 
 Result<NodePtr> MappedNode::OpenFile(const OpenEnv& env, const NodeOptions& node, Options& options,
-                                     const char* format) {
+                                     const char* format, Others others) {
   NodeOptions below = node;
   below.grows = true;
   NodePtr file = TRY(OpenChild(env, options, "file", below));
   if (!file) return Fail(ErrorCode::kInvalid, fmt::format("{} needs 'file'", format));
-  TRY(options.RefuseRest(format, {"file"}));
+  if (others == Others::kRefuse) TRY(options.RefuseRest(format, {"file"}));
   if (file->limits().request_alignment <= kSector) return file;
   return Fail(ErrorCode::kUnsupported,
               fmt::format("'{}': not supported yet: format {} past the page cache on a disk of "
@@ -43,8 +43,19 @@ int MappedNode::MarkZero(uint64_t) { return -ENOTSUP; }
 int MappedNode::ReadCompressed(const Place&, uint64_t, std::span<uint8_t>) { return -EIO; }
 int MappedNode::WriteCompressed(uint64_t, std::span<const uint8_t>) { return -ENOTSUP; }
 
+Result<> MappedNode::SetBacking(NodePtr backing) {
+  if (!HasParents()) return Node::SetBacking(std::move(backing));
+  backing_ = std::move(backing);
+  if (backing_) {
+    limits_.request_alignment =
+        std::max(limits_.request_alignment, backing_->limits().request_alignment);
+  }
+  return {};
+}
+
 void MappedNode::Drain() {
   do {
+    if (backing_) backing_->Drain();
     file_->Drain();
   } while (FinishLateOnes() || under_way_ > 0);
 }
@@ -109,6 +120,7 @@ int MappedNode::FileIo(Request::Kind kind, uint64_t offset, uint64_t length, Iov
 int MappedNode::ReadPiece(const Place& place, uint64_t offset, uint64_t length, IovCursor& cursor) {
   if (place.kind == Place::Kind::kStored)
     return FileIo(Request::Kind::kRead, place.offset, length, cursor);
+  if (ShowsBacking(place, offset)) return ReadBacking(offset, length, cursor);
   if (place.kind != Place::Kind::kCompressed) {
     cursor.Fill(length, 0);
     return 0;
@@ -117,6 +129,40 @@ int MappedNode::ReadPiece(const Place& place, uint64_t offset, uint64_t length, 
   if (int rc = ReadCompressed(place, offset / block_bytes_, {block.get(), block_bytes_})) return rc;
   cursor.CopyIn({block.get() + offset % block_bytes_, length});
   return 0;
+}
+
+int MappedNode::ReadBacking(uint64_t offset, uint64_t length, IovCursor& cursor) {
+  uint64_t held = std::min(length, backing_->size_bytes() - offset);
+  std::vector<iovec> iov;
+  cursor.Take(held, iov);
+  Request request = {.kind = Request::Kind::kRead, .offset = offset, .length = held};
+  request.iov = iov.data();
+  request.iov_count = static_cast<unsigned>(iov.size());
+  int rc = Await(*backing_, request);
+  cursor.Fill(length - held, 0);
+  return rc;
+}
+
+// With what the backing node has of the block around it.
+int MappedNode::WriteNewBlock(uint64_t offset, uint64_t length, IovCursor& cursor,
+                              const Place& place) {
+  const uint64_t index = offset / block_bytes_, start = index * block_bytes_;
+  uint64_t at = 0;
+  if (!ShowsBacking(place, start)) {
+    if (int rc = NewPlace(index, at)) return rc;
+    if (int rc = FileIo(Request::Kind::kWrite, at + offset - start, length, cursor)) return rc;
+    return Publish(index, at);
+  }
+  auto block = std::make_unique<uint8_t[]>(block_bytes_);
+  iovec whole = {block.get(), std::min(block_bytes_, size_bytes_ - start)};
+  if (length < whole.iov_len) {
+    IovCursor to(&whole, 1);
+    if (int rc = ReadBacking(start, whole.iov_len, to)) return rc;
+  }
+  cursor.CopyOut({block.get() + (offset - start), length});
+  if (int rc = NewPlace(index, at)) return rc;
+  if (int rc = WriteAt(*file_, at, {block.get(), whole.iov_len})) return rc;
+  return Publish(index, at);
 }
 
 int MappedNode::WritePiece(Place place, uint64_t offset, uint64_t length, IovCursor& cursor) {
@@ -128,20 +174,26 @@ int MappedNode::WritePiece(Place place, uint64_t offset, uint64_t length, IovCur
   if (place.kind == Place::Kind::kStored)
     return FileIo(Request::Kind::kWrite, place.offset, length, cursor);
   if (place.kind == Place::Kind::kCompressed) return -ENOTSUP;
-  uint64_t index = offset / block_bytes_, at = 0;
-  if (int rc = NewPlace(index, at)) return rc;
-  if (int rc = FileIo(Request::Kind::kWrite, at + offset % block_bytes_, length, cursor)) return rc;
-  return Publish(index, at);
+  return WriteNewBlock(offset, length, cursor, place);
 }
 
 int MappedNode::ZeroPiece(const Request& request, Place place, uint64_t offset, uint64_t length) {
-  if (place.kind == Place::Kind::kNowhere || place.kind == Place::Kind::kZero) return 0;
+  const bool shows_backing = ShowsBacking(place, offset);
+  if (place.kind == Place::Kind::kNowhere && !shows_backing) return 0;
+  if (place.kind == Place::Kind::kZero) return 0;
   bool whole =
       offset % block_bytes_ == 0 && (length == block_bytes_ || offset + length == size_bytes_);
-  if (whole && request.unmap) {
+  if (whole && (request.unmap || shows_backing)) {
     FiberLock lock(allocation_);
     int rc = MarkZero(offset / block_bytes_);
     if (rc != -ENOTSUP) return rc;
+  }
+  if (shows_backing) {
+    if (request.no_fallback) return -ENOTSUP;
+    std::vector<uint8_t> zeros(length);
+    iovec iov = {zeros.data(), zeros.size()};
+    IovCursor from(&iov, 1);
+    return WritePiece(place, offset, length, from);
   }
   if (place.kind == Place::Kind::kCompressed) return -ENOTSUP;
   return WriteZeroesAt(*file_, place.offset, length, false, request.no_fallback);
@@ -175,8 +227,8 @@ Result<Extent> MappedNode::Status(uint64_t offset, uint64_t length) {
   extent.length = at - offset;
   extent.data = first.kind == Place::Kind::kStored || first.kind == Place::Kind::kCompressed;
   extent.compressed = first.kind == Place::Kind::kCompressed;
-  extent.zero = !extent.data;
   extent.allocated = first.kind != Place::Kind::kNowhere || !HasParents();
+  extent.zero = !extent.data && (extent.allocated || !backing_);
   if (first.kind == Place::Kind::kStored) {
     extent.has_offset = true;
     extent.offset = first.offset;
@@ -189,7 +241,7 @@ Result<> MappedNode::Close() {
   Result<> ended;
   if (wrote_ && !read_only_) ended = EndWriting();
   wrote_ = false;
-  Result<> closed = file_->Close();
+  Result<> closed = Node::Close();
   return ended ? std::move(closed) : std::move(ended);
 }
 

@@ -1,5 +1,6 @@
 // What the older formats have in common: the disk is in blocks of one size, and tables say where in
-// the file each block is, or that it is nowhere yet and reads as zeros. New blocks go to the end of
+// the file each block is, or that it is nowhere yet and reads as what is below, or zeros. New
+// blocks go to the end of
 // the file: first their data, then the table that leads to them, so that whatever ends us leaves at
 // most an unused block behind.
 #pragma once
@@ -14,12 +15,15 @@ namespace kvartz::block {
 // Loop-owned. Requests run in fibers.
 class MappedNode : public Node {
  public:
-  // Takes and opens the child "file"; refuses other options. Errors: direct I/O that needs more
-  // than sectors.
+  // Takes and opens the child "file"; other options are refused, or the caller's. Errors: direct
+  // I/O that needs more than sectors.
+  enum class Others : uint8_t { kRefuse, kLeave };
   static Result<NodePtr> OpenFile(const OpenEnv& env, const NodeOptions& node, Options& options,
-                                  const char* format);
+                                  const char* format, Others others = Others::kRefuse);
 
   Node* file() const override { return file_.get(); }
+  Node* backing() const override { return backing_.get(); }
+  Result<> SetBacking(NodePtr backing) override;
   void Drain() override;
   Result<Extent> Status(uint64_t offset, uint64_t length) override;
   Result<> Close() override;
@@ -60,11 +64,18 @@ class MappedNode : public Node {
   uint64_t block_bytes() const { return block_bytes_; }
   bool wrote() const { return wrote_; }
   NodePtr file_;
+  NodePtr backing_;
 
  private:
   void Submit(Request* request) override;
   int Handle(Request& request);
   int HandlePiece(Request& request, uint64_t offset, uint64_t length, IovCursor& cursor);
+  // A block that is nowhere isn't zeros here.
+  bool ShowsBacking(const Place& place, uint64_t offset) const {
+    return place.kind == Place::Kind::kNowhere && backing_ && offset < backing_->size_bytes();
+  }
+  int ReadBacking(uint64_t offset, uint64_t length, IovCursor& cursor);
+  int WriteNewBlock(uint64_t offset, uint64_t length, IovCursor& cursor, const Place& place);
   int ReadPiece(const Place& place, uint64_t offset, uint64_t length, IovCursor& cursor);
   int WritePiece(Place place, uint64_t offset, uint64_t length, IovCursor& cursor);
   int ZeroPiece(const Request& request, Place place, uint64_t offset, uint64_t length);

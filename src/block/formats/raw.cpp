@@ -62,8 +62,14 @@ class RawNode final : public Node {
   void Submit(Request* request) override {
     if (probed_ && request->offset < kProbed && request->length > 0 && Disguises(*request))
       return FinishLater(request, -EPERM);
+    if (file_->debugged()) Tell(request->kind);
     request->offset += offset_;
     file_->Start(request);
+  }
+  void Tell(Request::Kind kind) {
+    if (kind == Request::Kind::kRead) file_->Debug(DebugEvent::kReadAio);
+    if (kind == Request::Kind::kWrite) file_->Debug(DebugEvent::kWriteAio);
+    if (kind == Request::Kind::kFlush) file_->Debug(DebugEvent::kFlushToDisk);
   }
   // A guest that writes another format's header would have its disk opened as that next time, with
   // whatever files it names.

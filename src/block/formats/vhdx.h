@@ -36,6 +36,7 @@ constexpr Guid kBatRegion = ParseGuid("2DC27766-F623-4200-9D64-115E9BFD4A08");
 constexpr Guid kMetadataRegion = ParseGuid("8B7CA206-4790-4B9A-B8FE-575F050F886E");
 constexpr Guid kFileParameters = ParseGuid("CAA16737-FA36-4D43-B3B6-33F0AA44E76B");
 constexpr Guid kVirtualDiskSize = ParseGuid("2FA54224-CD1B-4876-B211-5DBED83BF4B8");
+constexpr Guid kParentLocator = ParseGuid("A8D35F2D-B30B-454D-ABF7-D3D84834AB0C");
 constexpr Guid kPage83Data = ParseGuid("BECA12AB-B2E6-4523-93EF-C309E000C746");
 constexpr Guid kLogicalSectorSize = ParseGuid("8141BF1D-A96F-4709-BA47-F233A8FAAB5F");
 constexpr Guid kPhysicalSectorSize = ParseGuid("CDA348C7-445D-4471-9CC9-E9885251C556");
@@ -87,6 +88,18 @@ struct MetadataEntry {
   Le32 reserved;
 };
 static_assert(sizeof(MetadataEntry) == 32);
+// 2.6.2.6: where the parent is, by keys and values in UTF-16.
+struct LocatorHeader {
+  Guid type;
+  Le16 reserved;
+  Le16 count;
+};
+static_assert(sizeof(LocatorHeader) == 20);
+struct LocatorEntry {
+  Le32 key_offset, value_offset;  // within the item
+  Le16 key_length, value_length;  // bytes
+};
+static_assert(sizeof(LocatorEntry) == 12);
 constexpr uint32_t kIsVirtualDisk = 2, kIsRequired = 4;
 
 // 2.5.1.1: a block's state, in the low bits of its entry; the rest is its place.

@@ -1,7 +1,9 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -82,6 +84,38 @@ Result<Regions> ParseRegionTable(std::span<const uint8_t> bytes) {
   return regions;
 }
 
+namespace {
+
+// For messages: characters other than ASCII's are question marks; empty where it is impossible.
+std::string TextAt(std::span<const uint8_t> item, uint64_t offset, uint64_t length) {
+  std::string text;
+  if (offset > item.size() || length > item.size() - offset) return text;
+  for (uint64_t i = 0; i + 1 < length; i += 2) {
+    unsigned unit = item[offset + i] | item[offset + i + 1] << 8;
+    text += unit >= ' ' && unit < 0x7f ? static_cast<char>(unit) : '?';
+  }
+  return text;
+}
+
+std::string ParentOf(std::span<const uint8_t> item) {
+  constexpr uint32_t kMostKeys = 16;
+  std::string parent;
+  if (item.size() < sizeof(LocatorHeader)) return parent;
+  uint32_t count = std::min<uint32_t>(At<LocatorHeader>(item, 0).count, kMostKeys);
+  for (uint32_t i = 0; i < count; i++) {
+    size_t at = sizeof(LocatorHeader) + i * sizeof(LocatorEntry);
+    if (at + sizeof(LocatorEntry) > item.size()) break;
+    auto entry = At<LocatorEntry>(item, at);
+    std::string key = TextAt(item, entry.key_offset, entry.key_length);
+    if (key != "relative_path" && key != "absolute_win32_path") continue;
+    parent = TextAt(item, entry.value_offset, entry.value_length);
+    if (key == "relative_path") break;
+  }
+  return parent;
+}
+
+}  // namespace
+
 Result<Disk> ParseMetadata(std::span<const uint8_t> region) {
   if (region.size() < kMetadataTableBytes)
     return Bad("the metadata are beyond the end of the file");
@@ -92,17 +126,23 @@ Result<Disk> ParseMetadata(std::span<const uint8_t> region) {
     return Bad(fmt::format("{} metadata items", uint16_t{header.entry_count}));
   Disk disk;
   uint32_t flags = 0;
+  std::string parent;
   for (uint32_t i = 0; i < header.entry_count; i++) {
     auto entry = At<MetadataEntry>(region, sizeof header + i * sizeof(MetadataEntry));
     size_t wanted = entry.item_id == kFileParameters || entry.item_id == kVirtualDiskSize ? 8 : 4;
     bool known = entry.item_id == kFileParameters || entry.item_id == kVirtualDiskSize ||
                  entry.item_id == kLogicalSectorSize;
+    if (entry.item_id == kParentLocator) {
+      if (entry.offset <= region.size())
+        parent = ParentOf(region.subspan(
+            entry.offset, std::min<size_t>(entry.length, region.size() - entry.offset)));
+      continue;
+    }
     if (!known) {
       bool ours = entry.item_id == kPage83Data || entry.item_id == kPhysicalSectorSize;
       if ((entry.flags & kIsRequired) && !ours)
         return Fail(ErrorCode::kUnsupported,
-                    "not supported yet: VHDX with an unknown metadata item that is required (it "
-                    "may have a parent)");
+                    "not supported yet: VHDX with an unknown metadata item that is required");
       continue;
     }
     if (entry.offset < kMetadataTableBytes || entry.length < wanted ||
@@ -117,7 +157,10 @@ Result<Disk> ParseMetadata(std::span<const uint8_t> region) {
       disk.logical_sector = At<Le32>(region, entry.offset);
     }
   }
-  if (flags & 2) return Fail(ErrorCode::kUnsupported, "not supported yet: VHDX with a parent");
+  if (flags & 2) {
+    return Fail(ErrorCode::kUnsupported,
+                fmt::format("not supported yet: differencing VHDX (its parent is '{}')", parent));
+  }
   if (disk.logical_sector != 512 && disk.logical_sector != 4096)
     return Bad(fmt::format("sectors of {} bytes", disk.logical_sector));
   if (!std::has_single_bit(disk.block_size) || disk.block_size < kMiB ||

@@ -126,6 +126,11 @@ Result<NodePtr> OpenDynamic(NodePtr file, const NodeOptions& node, const Footer&
       std::min<uint64_t>(sizeof(DynamicHeader), file->size_bytes() - footer.data_offset));
   TRY(ReadExactly(*file, footer.data_offset, bytes));
   DynamicHeader header = TRY(ParseDynamicHeader(bytes));
+  if (footer.disk_type == kDifferencing) {
+    return Fail(ErrorCode::kUnsupported,
+                fmt::format("not supported yet: differencing VHD (its parent is '{}')",
+                            ParentName(header)));
+  }
   uint64_t size = DiskSize(footer);
   if (uint64_t{header.max_table_entries} * header.block_size < size)
     return Fail(ErrorCode::kInvalid, "VHD: the block table is too small for the disk");
@@ -163,7 +168,7 @@ Result<NodePtr> OpenChecked(NodePtr file, const NodeOptions& node) {
     footer = ParseFooter(sector);
   }
   if (!footer) return std::unexpected(footer.error());
-  if (footer->disk_type == kDynamic) return OpenDynamic(std::move(file), node, *footer);
+  if (footer->disk_type != kFixed) return OpenDynamic(std::move(file), node, *footer);
   uint64_t size = DiskSize(*footer);
   if (size > length - kSector) size = footer->current_size;
   if (size > length - kSector || size % kSector != 0)

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "base/endian.h"
 #include "base/result.h"
@@ -51,7 +52,7 @@ struct DynamicHeader {
   std::array<uint8_t, 16> parent_unique_id;
   Be32 parent_timestamp;
   Be32 reserved;
-  std::array<uint8_t, 512> parent_name;
+  std::array<uint8_t, 512> parent_name;  // UTF-16, big-endian
   std::array<uint8_t, 192> parent_locators;
   std::array<uint8_t, 256> reserved2;
 };
@@ -62,6 +63,8 @@ uint32_t Checksum(std::span<const uint8_t> bytes);  // of a structure whose chec
 // Errors name what is wrong. The checksum, too.
 Result<Footer> ParseFooter(std::span<const uint8_t> bytes);
 Result<DynamicHeader> ParseDynamicHeader(std::span<const uint8_t> bytes);
+// For messages: characters other than ASCII's are question marks.
+std::string ParentName(const DynamicHeader& header);
 
 struct Geometry {
   uint16_t cylinders = 0;

@@ -42,9 +42,8 @@ Result<Footer> ParseFooter(std::span<const uint8_t> bytes) {
   if (!ChecksumHolds(footer)) return Bad("the footer's checksum is wrong");
   if (footer.version != kVersion)
     return Bad(fmt::format("unknown version {:#x}", uint32_t{footer.version}));
-  if (footer.disk_type == kDifferencing)
-    return Fail(ErrorCode::kUnsupported, "not supported yet: differencing VHD");
-  if (footer.disk_type != kFixed && footer.disk_type != kDynamic)
+  if (footer.disk_type != kFixed && footer.disk_type != kDynamic &&
+      footer.disk_type != kDifferencing)
     return Bad(fmt::format("unknown disk type {}", uint32_t{footer.disk_type}));
   if (footer.current_size > uint64_t{INT64_MAX} / 2) return Bad("the disk's size is impossible");
   return footer;
@@ -66,6 +65,16 @@ Result<DynamicHeader> ParseDynamicHeader(std::span<const uint8_t> bytes) {
     return Bad(fmt::format("a block table of {} entries (at most {} are possible)",
                            uint32_t{header.max_table_entries}, kMostEntries));
   return header;
+}
+
+std::string ParentName(const DynamicHeader& header) {
+  std::string name;
+  for (size_t i = 0; i + 1 < header.parent_name.size(); i += 2) {
+    unsigned unit = header.parent_name[i] << 8 | header.parent_name[i + 1];
+    if (unit == 0) break;
+    name += unit >= ' ' && unit < 0x7f ? static_cast<char>(unit) : '?';
+  }
+  return name;
 }
 
 Geometry GeometryOf(uint64_t sectors) {

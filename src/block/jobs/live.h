@@ -75,4 +75,8 @@ struct CommitSettings : CommonSettings {
 };
 Result<> StartCommit(const LiveJobs& live, CommitSettings settings);
 
+// No job: what `disk`'s topmost image has goes into the one below it, and it is empty then. Its
+// guest waits. Errors: nothing is below, or others use it.
+Result<> CommitAtOnce(Registry& registry, const NodePtr& disk);
+
 }  // namespace kvartz::block

@@ -82,17 +82,46 @@ class Writable {
   NodePtr node_;
 };
 
-// ---- stream ----
-
-class StreamJob final : public CopyJob {
- public:
-  StreamJob(Registry& registry, const StreamSettings& settings)
+// What both jobs have: layers that nobody else touches, one of which is written to, and an overlay
+// that stands on another one in the end.
+class LayersJob : public CopyJob {
+ protected:
+  template <typename Settings>
+  LayersJob(Registry& registry, const Settings& settings)
       : CopyJob(registry, settings.top->loop(), settings, Clear::kAfter,
                 {settings.on_error, settings.on_error}),
-        settings_(settings),
         claims_(registry, who()),
         writable_(registry) {
-    todo_ = std::make_shared<DirtyBitmap>("", settings_.top->size_bytes(), kGranularity);
+    todo_ = std::make_shared<DirtyBitmap>("", settings.top->size_bytes(), kGranularity);
+  }
+  // Claims `nodes`, makes `target` writable and does the rest; all of it or nothing.
+  template <typename Rest>
+  Result<> SetUp(std::vector<NodePtr> nodes, const NodePtr& target, Rest rest) {
+    TRY(claims_.Take(std::move(nodes)));
+    Result<> ready = writable_.Make(target);
+    if (ready) ready = rest();
+    if (ready) return {};
+    writable_.Undo();
+    claims_.Release();
+    return ready;
+  }
+  // `name`: of `base` in the image; empty: its own.
+  Result<> PutOn(const NodePtr& overlay, const NodePtr& base, const std::string& name) {
+    if (name.empty()) return registry_.SetBacking(overlay, base, Registry::Record::kImage);
+    return registry_.SetBackingAs(overlay, base, name,
+                                  base ? SkipFilters(base.get())->driver() : "");
+  }
+
+  Claims claims_;
+  Writable writable_;
+};
+
+// ---- stream ----
+
+class StreamJob final : public LayersJob {
+ public:
+  StreamJob(Registry& registry, const StreamSettings& settings)
+      : LayersJob(registry, settings), settings_(settings) {
     skip_ignored_ = true;
   }
   const char* type() const override { return "stream"; }
@@ -109,19 +138,12 @@ class StreamJob final : public CopyJob {
                               settings_.base->name(), top->name()));
     }
     if (settings_.base) layers.push_back(settings_.base);
-    TRY(claims_.Take(layers));
-    Result<> ready = writable_.Make(top);
-    if (ready) {
+    return SetUp(std::move(layers), top, [&] {
       filter_ = std::make_shared<CopyOnReadNode>(top, CopyOnReadNode::Copies::kNothing);
       filter_->set_node_name(settings_.filter_node_name);
       filter_->set_base(settings_.base);
-      ready = registry_.InsertFilter(top, filter_);
-    }
-    if (!ready) {
-      writable_.Undo();
-      claims_.Release();
-    }
-    return ready;
+      return registry_.InsertFilter(top, filter_);
+    });
   }
 
  private:
@@ -139,11 +161,7 @@ class StreamJob final : public CopyJob {
       const NodePtr& top = settings_.top;
       Registry::Quiesced quiet(registry_, top.get());
       TRY(registry_.On(*top, [&] { return Flush(*top); }));
-      if (settings_.backing_file.empty())
-        return registry_.SetBacking(top, settings_.base, Registry::Record::kImage);
-      return registry_.SetBackingAs(
-          top, settings_.base, settings_.backing_file,
-          settings_.base ? SkipFilters(settings_.base.get())->driver() : "");
+      return PutOn(top, settings_.base, settings_.backing_file);
     });
   }
   void DoClean(const Result<>& /*result*/) override {
@@ -168,22 +186,15 @@ class StreamJob final : public CopyJob {
   std::string TargetName() const override { return settings_.top->name(); }
 
   StreamSettings settings_;
-  Claims claims_;
-  Writable writable_;
   std::shared_ptr<CopyOnReadNode> filter_;
 };
 
 // ---- commit of layers that nobody writes to ----
 
-class CommitLayersJob final : public CopyJob {
+class CommitLayersJob final : public LayersJob {
  public:
   CommitLayersJob(Registry& registry, const CommitSettings& settings)
-      : CopyJob(registry, settings.top->loop(), settings, Clear::kAfter,
-                {settings.on_error, settings.on_error}),
-        settings_(settings),
-        claims_(registry, who()),
-        writable_(registry) {
-    todo_ = std::make_shared<DirtyBitmap>("", settings_.top->size_bytes(), kGranularity);
+      : LayersJob(registry, settings), settings_(settings) {
     copier_ = {.source = settings_.top.get(),
                .base = settings_.base.get(),
                .target = settings_.base.get()};
@@ -194,17 +205,11 @@ class CommitLayersJob final : public CopyJob {
     const NodePtr& base = settings_.base;
     std::vector<NodePtr> nodes = TRY(LayersAbove(registry_, settings_.top, base.get()));
     nodes.push_back(base);
-    TRY(claims_.Take(nodes));
-    Result<> ready = writable_.Make(base);
-    if (ready && base->size_bytes() < settings_.top->size_bytes()) {
-      ready = registry_.On(*base, [&] {
-        return base->Resize({.size = settings_.top->size_bytes(), .zero_added = true});
-      });
-    }
-    if (ready) return {};
-    writable_.Undo();
-    claims_.Release();
-    return ready;
+    return SetUp(std::move(nodes), base, [&]() -> Result<> {
+      const uint64_t size = settings_.top->size_bytes();
+      if (base->size_bytes() >= size) return {};
+      return registry_.On(*base, [&] { return base->Resize({.size = size, .zero_added = true}); });
+    });
   }
 
  private:
@@ -219,13 +224,8 @@ class CommitLayersJob final : public CopyJob {
       const NodePtr& top = settings_.top;
       Registry::Quiesced quiet(registry_, top.get());
       for (const NodePtr& parent : registry_.ParentsOf(*top)) {
-        if (parent->backing() != top.get()) continue;
-        if (settings_.backing_file.empty()) {
-          TRY(registry_.SetBacking(parent, settings_.base, Registry::Record::kImage));
-        } else {
-          TRY(registry_.SetBackingAs(parent, settings_.base, settings_.backing_file,
-                                     SkipFilters(settings_.base.get())->driver()));
-        }
+        if (parent->backing() == top.get())
+          TRY(PutOn(parent, settings_.base, settings_.backing_file));
       }
       return {};
     });
@@ -249,10 +249,15 @@ class CommitLayersJob final : public CopyJob {
   std::string TargetName() const override { return settings_.base->name(); }
 
   CommitSettings settings_;
-  Claims claims_;
-  Writable writable_;
   RangeCopier copier_;
 };
+
+template <typename Job, typename Settings>
+Result<> StartPrepared(const LiveJobs& live, const Settings& settings) {
+  auto job = std::make_shared<Job>(live.registry, settings);
+  TRY(job->Prepare());
+  return live.jobs.Start(job, settings.job);
+}
 
 // What is written to must not be below anything else.
 Result<> CheckChain(Registry& registry, const std::vector<NodePtr>& layers, const NodePtr& base) {
@@ -307,9 +312,7 @@ Result<> StartStream(const LiveJobs& live, StreamSettings settings) {
   Registry::Quiesced quiet(registry, settings.top.get());
   settings.top = registry.PtrOf(*SkipFilters(settings.top.get()));
   if (settings.base) settings.base = registry.PtrOf(*SkipFilters(settings.base.get()));
-  auto job = std::make_shared<StreamJob>(registry, settings);
-  TRY(job->Prepare());
-  return live.jobs.Start(job, settings.job);
+  return StartPrepared<StreamJob>(live, settings);
 }
 
 Result<> StartCommit(const LiveJobs& live, CommitSettings settings) {
@@ -327,6 +330,7 @@ Result<> StartCommit(const LiveJobs& live, CommitSettings settings) {
                             "to",
                             settings.top->name()));
   std::vector<NodePtr> layers = TRY(LayersAbove(registry, settings.top, base));
+  for (const NodePtr& layer : layers) TRY(CheckCommits(*layer));
   TRY(CheckChain(registry, layers, settings.base));
   bool active = false;
   for (const NodeUser* user : registry.users())
@@ -337,9 +341,7 @@ Result<> StartCommit(const LiveJobs& live, CommitSettings settings) {
       return Fail(ErrorCode::kInvalid, "'backing-file' specified, but 'top' is the active layer");
     return StartActiveCommit(live, settings);
   }
-  auto job = std::make_shared<CommitLayersJob>(registry, settings);
-  TRY(job->Prepare());
-  return live.jobs.Start(job, settings.job);
+  return StartPrepared<CommitLayersJob>(live, settings);
 }
 
 }  // namespace kvartz::block

@@ -34,9 +34,27 @@ void Client::End() {
   stream_.Shutdown();
   broken_ = true;
   if (writer_) writer_->Wake();
+  AwaitFibers();
+}
+
+void Client::AwaitFibers() {
   ender_ = Fiber::Current();
   while (fibers_ > 0) Fiber::Suspend();
   ender_ = nullptr;
+}
+
+void Client::Pause() {
+  pausing_ = true;
+  stream_.Interrupt();
+  if (writer_) writer_->Wake();
+  AwaitFibers();
+  stream_.Leave();
+}
+
+void Client::Resume(EventLoop& loop) {
+  pausing_ = false;
+  stream_.Join(loop);
+  Start();
 }
 
 void Client::Send(Call* call) {
@@ -49,7 +67,7 @@ void Client::Send(Call* call) {
 void Client::WriteLoop() {
   while (true) {
     if (queue_.empty()) {
-      if (broken_) return;
+      if (broken_ || pausing_) return;
       writer_ = Fiber::Current();
       Fiber::Suspend();
       writer_ = nullptr;
@@ -84,8 +102,9 @@ void Client::WriteLoop() {
 }
 
 void Client::ReadLoop() {
-  while (ReadReplies() == 0) {
-  }
+  int rc = 0;
+  while (rc == 0) rc = ReadReplies();
+  if (rc == -ECANCELED && pausing_) return;
   broken_ = true;
   stream_.Shutdown();
   FailAll();

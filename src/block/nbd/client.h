@@ -57,6 +57,9 @@ class Client : public std::enable_shared_from_this<Client> {
   void End();
   // Without telling anybody; who is under way is told.
   void Break() { stream_.Shutdown(); }
+  // To another loop, with no call under way: Pause (fiber), then Resume on that one's thread.
+  void Pause();
+  void Resume(EventLoop& loop);
 
   struct Call {
     Command command = Command::kRead;
@@ -87,6 +90,7 @@ class Client : public std::enable_shared_from_this<Client> {
   Result<> Examine(OfferedExport& one);
   Result<> ListContexts(OfferedExport& one);
 
+  void AwaitFibers();
   void WriteLoop();
   void ReadLoop();
   int ReadReplies();
@@ -107,7 +111,7 @@ class Client : public std::enable_shared_from_this<Client> {
   Fiber* writer_ = nullptr;
   Fiber* ender_ = nullptr;
   unsigned fibers_ = 0;
-  bool broken_ = false, ending_ = false;
+  bool broken_ = false, ending_ = false, pausing_ = false;
 };
 
 }  // namespace kvartz::block::nbd

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "base/call_on.h"
 #include "base/log.h"
 
 namespace kvartz::block::nbd {
@@ -63,18 +64,37 @@ Client* ClientLink::client() {
   return client_.get();
 }
 
+std::shared_ptr<ClientLink> ClientLink::MoveTo(EventLoop& loop) {
+  std::shared_ptr<Client> client;
+  if (client_ && !client_->broken()) client = std::exchange(client_, nullptr);
+  if (client) client->Pause();
+  Close();
+  return CallOn(loop_, loop, [&] {
+    auto moved = std::make_shared<ClientLink>(loop, options_);
+    moved->info_ = info_;
+    if (client && !client->broken()) {
+      moved->client_ = std::move(client);
+      moved->client_->Resume(loop);
+    } else {
+      moved->StartReconnecting(nullptr);
+    }
+    return moved;
+  });
+}
+
+void ClientLink::StartReconnecting(std::shared_ptr<Client> old) {
+  waiting_ = options_.reconnect_delay_ns > 0;
+  if (waiting_) patience_.Arm(loop_.clock().NowNs() + options_.reconnect_delay_ns);
+  reconnecting_ = true;
+  Fiber::Start([self = shared_from_this(), old = std::move(old)]() mutable {
+    self->Reconnect(std::move(old));
+    self->reconnecting_ = false;
+    self->ended_.WakeAll();
+  });
+}
+
 bool ClientLink::OnLost() {
-  if (client_ && client_->broken() && !closing_) {
-    waiting_ = options_.reconnect_delay_ns > 0;
-    if (waiting_) patience_.Arm(loop_.clock().NowNs() + options_.reconnect_delay_ns);
-    reconnecting_ = true;
-    Fiber::Start([self = shared_from_this(), old = std::move(client_)]() mutable {
-      self->Reconnect(std::move(old));
-      self->reconnecting_ = false;
-      self->ended_.WakeAll();
-    });
-    client_ = nullptr;
-  }
+  if (client_ && client_->broken() && !closing_) StartReconnecting(std::exchange(client_, nullptr));
   // Another connection may have come meanwhile.
   return waiting_ || client_;
 }
@@ -94,7 +114,7 @@ Result<> ClientLink::CheckSame(const ExportInfo& now) const {
 }
 
 void ClientLink::Reconnect(std::shared_ptr<Client> old) {
-  old->End();
+  if (old) old->End();
   old = nullptr;
   std::string where = options_.location.address.Text();
   int64_t pause = kFirstPauseNs;

@@ -27,6 +27,8 @@ class ClientLink : public std::enable_shared_from_this<ClientLink> {
 
   // Fiber: the first connection. Errors name the server's trouble.
   Result<> Open();
+  // Fiber, with nothing under way: the same on another loop; this one is of no use any more.
+  std::shared_ptr<ClientLink> MoveTo(EventLoop& loop);
   // Null: there is no connection now.
   Client* client();
   // There is none, but there may be soon: requests wait for it.
@@ -46,6 +48,7 @@ class ClientLink : public std::enable_shared_from_this<ClientLink> {
 
  private:
   Result<std::shared_ptr<Client>> Attempt(int64_t deadline_ns);
+  void StartReconnecting(std::shared_ptr<Client> old);
   void Reconnect(std::shared_ptr<Client> old);
   Result<> CheckSame(const ExportInfo& now) const;
   void Pause(int64_t ns);  // or until Stop

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "base/call_on.h"
 #include "block/driver.h"
 #include "block/fiber_io.h"
 #include "block/io_batch.h"
@@ -21,7 +22,7 @@ class NbdNode final : public Node {
  public:
   NbdNode(EventLoop& loop, std::string name, std::shared_ptr<ClientLink> link, bool read_only)
       : Node(loop, std::move(name)), link_(std::move(link)) {
-    link_->on_change = [this] { Resume(); };
+    Listen();
     const ExportInfo& info = link_->info();
     size_bytes_ = info.size;
     read_only_ = read_only || (info.flags & kReadOnly);
@@ -29,6 +30,14 @@ class NbdNode final : public Node {
     limits_.discard_granularity = info.flags & kSendTrim ? info.min_block : 0;
   }
   ~NbdNode() override { link_->Abandon(); }
+  // The connection comes along: a server may serve one alone.
+  Result<> MoveTo(EventLoop& to) override {
+    if (&to == &loop()) return {};
+    CallOn(to, loop(), [&] { link_ = link_->MoveTo(to); });
+    Listen();
+    SetLoop(to);
+    return {};
+  }
 
   const char* driver() const override { return "nbd"; }
   void Drain() override {
@@ -66,6 +75,9 @@ class NbdNode final : public Node {
     std::vector<iovec> iov;
     unsigned* left;  // pieces of the request
   };
+  void Listen() {
+    link_->on_change = [this] { Resume(); };
+  }
   void Submit(Request* request) override;
   uint32_t CallOf(const Request& request, Client::Call& call, uint64_t& most) const;
   void Send(Piece* piece);
@@ -74,7 +86,7 @@ class NbdNode final : public Node {
   void Resume();
   int AwaitStatus(uint64_t offset, uint32_t length, std::vector<StatusExtent>& extents);
 
-  const std::shared_ptr<ClientLink> link_;
+  std::shared_ptr<ClientLink> link_;
   unsigned under_way_ = 0;
   std::vector<Piece*> parked_;  // until there is a connection again
   FiberQueue changed_;

@@ -15,15 +15,39 @@ constexpr size_t kTlsRecord = 16 << 10;
 }  // namespace
 
 Stream::Stream(EventLoop& loop, UniqueFd socket)
-    : loop_(loop), socket_(std::move(socket)), buffer_(kBufferBytes) {
-  loop_.Watch(socket_.get(), FdEvents::kNone, [this](FdEvents ready) { OnReady(ready); });
+    : loop_(&loop), socket_(std::move(socket)), buffer_(kBufferBytes) {
+  Watch();
 }
 
-Stream::~Stream() { loop_.Unwatch(socket_.get()); }
+Stream::~Stream() { Leave(); }
+
+void Stream::Watch() {
+  loop_->Watch(socket_.get(), FdEvents::kNone, [this](FdEvents ready) { OnReady(ready); });
+}
+
+void Stream::Leave() {
+  if (loop_) loop_->Unwatch(socket_.get());
+  loop_ = nullptr;
+}
+
+void Stream::Join(EventLoop& loop) {
+  loop_ = &loop;
+  interrupted_ = false;
+  armed_ = FdEvents::kNone;
+  Watch();
+}
+
+void Stream::Interrupt() {
+  interrupted_ = true;
+  if (Fiber* reader = std::exchange(reader_, nullptr)) {
+    Rearm();
+    reader->Wake();
+  }
+}
 
 void Stream::Rearm() {
   auto wanted = static_cast<FdEvents>((reader_ ? 1u : 0u) | (writer_ ? 2u : 0u));
-  if (std::exchange(armed_, wanted) != wanted) loop_.Rearm(socket_.get(), wanted);
+  if (std::exchange(armed_, wanted) != wanted) loop_->Rearm(socket_.get(), wanted);
 }
 
 // Those who are woken may wait again at once, or end the stream.
@@ -40,6 +64,12 @@ void Stream::Await(Fiber*& waiter) {
   waiter = Fiber::Current();
   Rearm();
   Fiber::Suspend();
+}
+
+// False: it was interrupted.
+bool Stream::AwaitData() {
+  if (!interrupted_) Await(reader_);
+  return !interrupted_;
 }
 
 void Stream::Shutdown() {
@@ -83,13 +113,14 @@ int64_t Stream::Receive(iovec* iov, int count) {
     int64_t got = ReceiveTls(iov, count);
     if (got != -EAGAIN) return got;
     if (shut_) return -EPIPE;
-    Await(reader_);
+    if (!AwaitData()) return -ECANCELED;
   }
   size_t room = 0;
   for (int i = 0; i < count; i++) room += iov[i].iov_len;
   while (true) {
     // It gave less than there was room for: nothing is left, so waiting comes first.
-    if (std::exchange(drained_, false) && !shut_) Await(reader_);
+    if (drained_ && !shut_ && !AwaitData()) return -ECANCELED;
+    drained_ = false;
     ssize_t got = readv(socket_.get(), iov, count);
     drained_ = got > 0 && static_cast<size_t>(got) < room;
     if (got > 0) return got;
@@ -97,7 +128,7 @@ int64_t Stream::Receive(iovec* iov, int count) {
     if (errno == EINTR) continue;
     if (errno != EAGAIN) return -errno;
     if (shut_) return -EPIPE;
-    Await(reader_);
+    if (!AwaitData()) return -ECANCELED;
   }
 }
 

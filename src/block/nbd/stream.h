@@ -40,6 +40,11 @@ class Stream {
 
   // Both ways: who waits gets an error. Any time.
   void Shutdown();
+  // Who reads gets -ECANCELED where it would wait, until Join.
+  void Interrupt();
+  // To another loop, when nobody reads or writes: Leave here, Join on the other one's thread.
+  void Leave();
+  void Join(EventLoop& loop);
 
   template <typename T>
   int ReadStruct(T& value) {
@@ -48,14 +53,16 @@ class Stream {
 
  private:
   void OnReady(FdEvents ready);
+  void Watch();
   void Await(Fiber*& waiter);
+  bool AwaitData();
   void Rearm();
   int64_t Receive(iovec* iov, int count);
   int64_t ReceiveTls(iovec* iov, int count);
   int64_t Send(std::span<iovec> iov);
   int64_t SendTls(std::span<iovec> iov);
 
-  EventLoop& loop_;
+  EventLoop* loop_;
   const UniqueFd socket_;
   std::unique_ptr<TlsSession> tls_;
   std::vector<uint8_t> to_send_;  // with tls_: what it was given and hasn't taken yet
@@ -64,7 +71,7 @@ class Stream {
   Fiber* reader_ = nullptr;
   Fiber* writer_ = nullptr;
   FdEvents armed_ = FdEvents::kNone;
-  bool shut_ = false, drained_ = false;
+  bool shut_ = false, drained_ = false, interrupted_ = false;
 };
 
 }  // namespace kvartz::block::nbd

@@ -71,8 +71,7 @@ class FileNode final : public Node {
     read_only_ = options_.read_only = file.read_only;
     grows_ = options.grows && !is_device_;
     limits_.request_alignment = file.direct_alignment ? file.direct_alignment : 1;
-    limits_.discard_granularity =
-        options.discard_unmap && !read_only_ ? file.discard_granularity : 0;
+    limits_.discard_granularity = read_only_ ? 0 : file.discard_granularity;
     limits_.write_cache =
         options.cache != CacheMode::kWritethrough && options.cache != CacheMode::kDirectSync;
     memory_alignment_ = file.direct_alignment ? file.direct_alignment : 1;
@@ -430,8 +429,7 @@ Result<> FileNode::SetReadOnly(bool read_only) {
     return Fail(ErrnoError(errno, fmt::format("cannot reopen '{}'", name())));
   options_ = options;
   read_only_ = read_only;
-  limits_.discard_granularity =
-      options_.discard_unmap && !read_only_ ? file.discard_granularity : 0;
+  limits_.discard_granularity = read_only_ ? 0 : file.discard_granularity;
   return {};
 }
 
@@ -439,7 +437,6 @@ Result<> FileNode::SetReadOnly(bool read_only) {
 Result<NodePtr> OpenFile(const OpenEnv& env, const NodeOptions& node, Options& options) {
   ImageOptions image = {.path = options.Take("filename", ""),
                         .read_only = node.read_only,
-                        .discard_unmap = node.discard_unmap,
                         .share_write = node.share_write,
                         .force_share = node.force_share,
                         .grows = node.grows,

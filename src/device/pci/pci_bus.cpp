@@ -4,6 +4,19 @@
 
 namespace kvartz {
 
+// A guest looks at functions 1 to 7 only where function 0 is of a multifunction device.
+Result<> PciBus::CheckFunctions(const PciDevice& device, int devfn) const {
+  const unsigned slot = static_cast<unsigned>(devfn) & ~7u;
+  const PciDevice* hidden = devfn & 7 ? &device : nullptr;
+  const PciDevice* first = devfn & 7 ? functions_[slot] : &device;
+  for (unsigned function = 1; function < 8 && !hidden; function++)
+    hidden = functions_[slot | function];
+  if (!hidden || !first || first->multifunction()) return {};
+  return Fail(ErrorCode::kInvalid, "'" + hidden->id() + "' would be hidden behind '" + first->id() +
+                                       "', function 0 of its PCI slot: give that "
+                                       "multifunction=on");
+}
+
 Result<uint8_t> PciBus::Plug(PciDevice& device, int devfn) {
   LockGuard guard(mutex_);
   if (devfn < 0) {
@@ -26,6 +39,7 @@ Result<uint8_t> PciBus::Plug(PciDevice& device, int devfn) {
                                         std::to_string(devfn & 7) + " is in use by '" +
                                         functions_[devfn]->id() + "'; choose another addr=");
   }
+  TRY(CheckFunctions(device, devfn));
   functions_[devfn] = &device;
   device.Attach(*this, devfn);
   return devfn;

@@ -15,6 +15,7 @@ constexpr uint16_t kCommandIo = 1 << 0, kCommandMemory = 1 << 1, kCommandMaster 
                    kCommandParity = 1 << 6, kCommandSerr = 1 << 8, kCommandIntxDisable = 1 << 10;
 constexpr uint16_t kStatusInterrupt = 1 << 3, kStatusCapabilities = 1 << 4;
 
+constexpr uint8_t kMultifunction = 0x80;  // in kHeaderType
 constexpr uint8_t kCapMsi = 0x05, kCapVendor = 0x09, kCapMsix = 0x11;
 
 }  // namespace kvartz::pci

@@ -155,7 +155,7 @@ PciDevice::PciDevice(const DeviceEnv& env, const PciIdentity& identity)
   config_.Set(kDeviceId, 2, identity.device);
   config_.Set(kRevision, 1, identity.revision);
   config_.Set(kClass, 3, identity.class_code);
-  config_.Set(kHeaderType, 1, identity.multifunction ? 0x80 : 0);
+  config_.Set(kHeaderType, 1, identity.multifunction ? kMultifunction : 0);
   config_.Set(kSubsystemVendor, 2, identity.subsystem_vendor);
   config_.Set(kSubsystem, 2, identity.subsystem);
   config_.Set(kInterruptPin, 1, identity.interrupt_pin);
@@ -166,6 +166,9 @@ PciDevice::PciDevice(const DeviceEnv& env, const PciIdentity& identity)
   config_.SetWritable(kCacheLine, 2, 0xffff);
   config_.SetWritable(kInterruptLine, 1, 0xff);
 }
+
+void PciDevice::SetMultifunction() { config_.Set(kHeaderType, 1, kMultifunction); }
+bool PciDevice::multifunction() const { return config_.Read(kHeaderType, 1) & kMultifunction; }
 
 PciDevice::~PciDevice() {
   if (bus_) bus_->Unplug(*this);

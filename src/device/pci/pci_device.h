@@ -66,6 +66,9 @@ class PciDevice : public Device {
   void Attach(PciBus& bus, uint8_t devfn);
   void Detach();
   uint8_t devfn() const { return devfn_; }
+  // Others may be in its slot: of function 0. Before it is plugged.
+  void SetMultifunction();
+  bool multifunction() const;
 
   // A BAR as declared; size_bytes 0: there is none. For firmware that assigns addresses.
   struct BarInfo {
@@ -128,7 +131,8 @@ class PciBus {
  public:
   // `intx` gets lines 0..3: (pin - 1 + slot) & 3, counted over the functions that pull them.
   explicit PciBus(IrqSink& intx) : intx_(intx) {}
-  // Plugs at `devfn`, or into the first free slot if devfn < 0. Errors: slot taken, bus full.
+  // Plugs at `devfn`, or into the first free slot if devfn < 0. Errors: slot taken, bus full, a
+  // slot of several functions whose function 0 doesn't say so.
   Result<uint8_t> Plug(PciDevice& device, int devfn);
   void Unplug(PciDevice& device);
   PciDevice* Find(uint8_t devfn);
@@ -139,6 +143,7 @@ class PciBus {
   void SetIntx(uint8_t devfn, unsigned pin, bool level);
 
  private:
+  Result<> CheckFunctions(const PciDevice& device, int devfn) const;
   IrqSink& intx_;
   Mutex mutex_;  // held across configuration accesses, before the function's lock
   std::array<PciDevice*, 256> functions_{};

@@ -139,7 +139,7 @@ uint64_t VirtioBlk::DeviceFeatures() const {
   if (config_.config_wce) features |= 1ull << VIRTIO_BLK_F_CONFIG_WCE;
   if (config_.num_queues > 1) features |= 1ull << VIRTIO_BLK_F_MQ;
   if (read_only_) return features | 1ull << VIRTIO_BLK_F_RO;
-  if (config_.discard && limits_.discard_granularity > 0) features |= 1ull << VIRTIO_BLK_F_DISCARD;
+  if (config_.discard) features |= 1ull << VIRTIO_BLK_F_DISCARD;
   if (config_.write_zeroes) features |= 1ull << VIRTIO_BLK_F_WRITE_ZEROES;
   return features;
 }

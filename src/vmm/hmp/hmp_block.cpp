@@ -153,6 +153,31 @@ std::string Snapshot(HmpContext& context, std::string_view arguments) {
   return Qmp(context, "blockdev-snapshot-sync", request);
 }
 
+std::string CommitDrive(Storage& storage, Drive& drive) {
+  Result<> done = block::CommitAtOnce(storage.registry(), drive.disk().node());
+  if (done) return "";
+  return fmt::format("Error: 'commit' error for '{}': {}\n", drive.Name(), done.error().what);
+}
+
+std::string Commit(HmpContext& context, std::string_view arguments) {
+  std::vector<std::string> words = Words(arguments);
+  if (words.size() != 1) return Usage("commit DEVICE|all");
+  Storage& storage = context.vm.storage();
+  block::Registry::Change change(storage.registry());
+  if (words[0] != "all") {
+    Drive* drive = storage.FindDrive(words[0]);
+    if (!drive) return fmt::format("Device '{}' not found\n", words[0]);
+    if (!drive->disk().node()) return fmt::format("Device '{}' has no medium\n", words[0]);
+    return CommitDrive(storage, *drive);
+  }
+  std::string failures;
+  for (const auto& drive : storage.drives()) {
+    if (!drive->disk().node() || !block::BackingOf(drive->disk().node().get())) continue;
+    failures += CommitDrive(storage, *drive);
+  }
+  return failures;
+}
+
 std::string Stream(HmpContext& context, std::string_view arguments) {
   std::vector<std::string> words = Words(arguments);
   if (words.empty() || words.size() > 3) return Usage("block_stream DEVICE [SPEED [BASE]]");
@@ -203,6 +228,8 @@ constexpr HmpCommand kCommands[] = {
      Resize, kFiber},
     {"block_stream", nullptr, "DEVICE [SPEED [BASE]]", "copy what is below a disk's image into it",
      Stream, kFiber},
+    {"commit", nullptr, "DEVICE|all",
+     "move what a disk's image has into the one below it; the guest waits", Commit, kFiber},
     {"drive_backup", nullptr, "[-n] [-f] [-c] DEVICE FILE [FORMAT]",
      "copy a disk as it is now (-n: the file is there, -f: all of the chain, -c: compressed)",
      DriveBackup, kFiber},

@@ -32,17 +32,24 @@ constexpr QmpType kAddress{
     .kind = Kind::kUnion, .members = kAddressTag, .tag = "type", .branches = kAddressBranches};
 constexpr QmpMember kStartMembers[] = {{"addr", kAddress},
                                        {"tls-creds", kQmpString, kOptional},
+                                       {"tls-authz", kQmpString, kOptional},
                                        {"max-connections", kQmpInt, kOptional}};
 
 Value ServerStart(Vm& vm, const json::object& arguments) {
-  if (arguments.contains("tls-creds"))
-    return Fail(ErrorCode::kUnsupported, "not supported yet: tls-creds");
+  if (arguments.contains("tls-authz"))
+    return Fail(ErrorCode::kUnsupported, "not supported yet: tls-authz");
+  std::shared_ptr<const TlsCredentials> tls;
+  if (arguments.contains("tls-creds")) {
+    tls = TRY(vm.storage().FindTls(Text(arguments, "tls-creds")));
+    if (tls->endpoint() != TlsSpec::Endpoint::kServer)
+      return Fail(ErrorCode::kInvalid, "Expecting TLS credentials with a server endpoint");
+  }
   const json::object& data = arguments.at("addr").at("data").as_object();
   block::nbd::Address address{.path = Text(data, "path"), .host = Text(data, "host")};
   if (data.contains("port")) address.port = Text(data, "port");
   uint64_t most = TRY(Count(arguments, "max-connections"));
   if (most > 65535) return Fail(ErrorCode::kInvalid, "max-connections: at most 65535");
-  TRY(vm.storage().exports().Start(address, static_cast<unsigned>(most)));
+  TRY(vm.storage().exports().Start(address, static_cast<unsigned>(most), std::move(tls)));
   return Done();
 }
 

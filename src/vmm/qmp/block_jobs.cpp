@@ -1,6 +1,8 @@
 // Commands that start jobs: backup, mirror, stream, commit.
 #include <fmt/core.h>
 
+#include <array>
+
 #include "block/graph.h"
 #include "vmm/qmp/block_commands.h"
 #include "vmm/vm.h"
@@ -24,52 +26,42 @@ constexpr QmpType kPolicy{.kind = Kind::kEnum, .words = kPolicies};
 constexpr const char* const kCopyModes[] = {"background", "write-blocking"};
 constexpr QmpType kCopyMode{.kind = Kind::kEnum, .words = kCopyModes};
 
-#define COMMON_MEMBERS                                                                       \
-  {"job-id", kQmpString, kOptional}, {"device", kQmpString}, {"speed", kQmpInt, kOptional},  \
-      {"filter-node-name", kQmpString, kOptional}, {"auto-finalize", kQmpBool, kOptional}, { \
-    "auto-dismiss", kQmpBool, kOptional                                                      \
-  }
-#define TWO_POLICIES \
-  {"on-source-error", kPolicy, kOptional}, { "on-target-error", kPolicy, kOptional }
-#define BACKUP_MEMBERS                                                              \
-  COMMON_MEMBERS, TWO_POLICIES, {"target", kQmpString}, {"sync", kSync},            \
-      {"bitmap", kQmpString, kOptional}, {"bitmap-mode", kBitmapMode, kOptional}, { \
-    "compress", kQmpBool, kOptional                                                 \
-  }
-#define MIRROR_MEMBERS                                                          \
-  COMMON_MEMBERS, TWO_POLICIES, {"target", kQmpString}, {"sync", kSync},        \
-      {"replaces", kQmpString, kOptional}, {"granularity", kQmpInt, kOptional}, \
-      {"buf-size", kQmpInt, kOptional}, {                                       \
-    "copy-mode", kCopyMode, kOptional                                           \
-  }
-#define NEW_IMAGE_MEMBERS \
-  {"format", kQmpString, kOptional}, { "mode", kQmpSnapshotMode, kOptional }
+constexpr std::array kCommon = {QmpMember{"job-id", kQmpString, kOptional},
+                                QmpMember{"device", kQmpString},
+                                QmpMember{"speed", kQmpInt, kOptional},
+                                QmpMember{"filter-node-name", kQmpString, kOptional},
+                                QmpMember{"auto-finalize", kQmpBool, kOptional},
+                                QmpMember{"auto-dismiss", kQmpBool, kOptional}};
+// Of jobs that copy to a target, and of those that make it.
+constexpr std::array kTarget = {QmpMember{"target", kQmpString}, QmpMember{"sync", kSync},
+                                QmpMember{"on-source-error", kPolicy, kOptional},
+                                QmpMember{"on-target-error", kPolicy, kOptional}};
+constexpr std::array kNewTarget = {QmpMember{"format", kQmpString, kOptional},
+                                   QmpMember{"mode", kQmpSnapshotMode, kOptional}};
+// Of jobs within a chain.
+constexpr std::array kWithinChain = {
+    QmpMember{"base", kQmpString, kOptional}, QmpMember{"base-node", kQmpString, kOptional},
+    QmpMember{"backing-file", kQmpString, kOptional}, QmpMember{"on-error", kPolicy, kOptional}};
 
-constexpr QmpMember kBlockdevBackup[] = {BACKUP_MEMBERS};
-constexpr QmpMember kDriveBackup[] = {BACKUP_MEMBERS, NEW_IMAGE_MEMBERS};
-constexpr QmpMember kBlockdevMirror[] = {MIRROR_MEMBERS};
-constexpr QmpMember kDriveMirror[] = {MIRROR_MEMBERS,
-                                      NEW_IMAGE_MEMBERS,
-                                      {"node-name", kQmpString, kOptional},
-                                      {"unmap", kQmpBool, kOptional}};
-constexpr QmpMember kStream[] = {COMMON_MEMBERS,
-                                 {"base", kQmpString, kOptional},
-                                 {"base-node", kQmpString, kOptional},
-                                 {"bottom", kQmpString, kOptional},
-                                 {"backing-file", kQmpString, kOptional},
-                                 {"on-error", kPolicy, kOptional}};
-constexpr QmpMember kCommit[] = {COMMON_MEMBERS,
-                                 {"base", kQmpString, kOptional},
-                                 {"base-node", kQmpString, kOptional},
-                                 {"top", kQmpString, kOptional},
-                                 {"top-node", kQmpString, kOptional},
-                                 {"backing-file", kQmpString, kOptional},
-                                 {"on-error", kPolicy, kOptional}};
-#undef COMMON_MEMBERS
-#undef TWO_POLICIES
-#undef BACKUP_MEMBERS
-#undef MIRROR_MEMBERS
-#undef NEW_IMAGE_MEMBERS
+constexpr std::array kBlockdevBackup =
+    Join(kCommon, kTarget,
+         std::array{QmpMember{"bitmap", kQmpString, kOptional},
+                    QmpMember{"bitmap-mode", kBitmapMode, kOptional},
+                    QmpMember{"compress", kQmpBool, kOptional}});
+constexpr std::array kDriveBackup = Join(kBlockdevBackup, kNewTarget);
+constexpr std::array kBlockdevMirror = Join(
+    kCommon, kTarget,
+    std::array{
+        QmpMember{"replaces", kQmpString, kOptional}, QmpMember{"granularity", kQmpInt, kOptional},
+        QmpMember{"buf-size", kQmpInt, kOptional}, QmpMember{"copy-mode", kCopyMode, kOptional}});
+constexpr std::array kDriveMirror = Join(kBlockdevMirror, kNewTarget,
+                                         std::array{QmpMember{"node-name", kQmpString, kOptional},
+                                                    QmpMember{"unmap", kQmpBool, kOptional}});
+constexpr std::array kStream =
+    Join(kCommon, kWithinChain, std::array{QmpMember{"bottom", kQmpString, kOptional}});
+constexpr std::array kCommit = Join(kCommon, kWithinChain,
+                                    std::array{QmpMember{"top", kQmpString, kOptional},
+                                               QmpMember{"top-node", kQmpString, kOptional}});
 
 Result<block::ErrorPolicy> PolicyOf(const json::object& arguments, const char* name) {
   return block::ParseErrorPolicy(Text(arguments, name, "report"));

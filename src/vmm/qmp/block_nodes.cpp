@@ -92,6 +92,14 @@ Value BlockdevDel(Vm& vm, const json::object& arguments) {
   return Done();
 }
 
+constexpr QmpMember kThresholdArguments[] = {{"node-name", kQmpString},
+                                             {"write-threshold", kQmpInt}};
+Value SetWriteThreshold(Vm& vm, const json::object& arguments) {
+  NodePtr node = TRY(vm.storage().registry().Require(Text(arguments, "node-name")));
+  vm.storage().SetWriteThreshold(node, TRY(Count(arguments, "write-threshold")));
+  return Done();
+}
+
 constexpr QmpType kOptionsList{.kind = QmpType::Kind::kArray, .element = &kQmpOptions};
 constexpr QmpMember kReopenArguments[] = {{"options", kOptionsList}};
 Value BlockdevReopen(Vm& vm, const json::object& arguments) {
@@ -208,6 +216,7 @@ Value ObjectDel(Vm& vm, const json::object& arguments) {
 
 constexpr auto kFiber = QmpCommand::Where::kFiber;
 constexpr QmpCommand kCommands[] = {
+    {"block-set-write-threshold", kThresholdArguments, SetWriteThreshold, kFiber},
     {"block_resize", kResizeArguments, BlockResize, kFiber},
     {"block_set_io_throttle", kThrottleArguments, SetIoThrottle, kFiber, "DeviceNotFound"},
     {"blockdev-add", kQmpAnyMembers, BlockdevAdd, kFiber},

@@ -14,11 +14,8 @@ Value QueryBlock(Vm& vm, const json::object&) { return TRY(DescribeDrives(vm.sto
 
 constexpr QmpMember kStatsArguments[] = {{"query-nodes", kQmpBool, kOptional}};
 Value QueryBlockstats(Vm& vm, const json::object& arguments) {
+  if (Flag(arguments, "query-nodes")) return DescribeNodeStatistics(vm.storage());
   json::array rows;
-  if (Flag(arguments, "query-nodes")) {
-    return Fail(ErrorCode::kUnsupported,
-                "not supported yet: statistics of nodes (query-nodes); those of devices are kept");
-  }
   for (const auto& drive : vm.storage().drives())
     rows.push_back(DescribeStatistics(vm.storage(), *drive));
   return rows;

@@ -1,9 +1,11 @@
 // The shapes of what QMP commands take, declared as constants: a row a member.
 #pragma once
 
+#include <array>
 #include <boost/json/value.hpp>
 #include <span>
 #include <string>
+#include <utility>
 
 #include "base/result.h"
 
@@ -41,6 +43,25 @@ struct QmpMember {
   const QmpType& type;
   QmpNeed need = QmpNeed::kRequired;
 };
+
+// Rows that several commands have, and those of one.
+template <size_t... kSizes>
+consteval auto Join(const std::array<QmpMember, kSizes>&... parts) {
+  auto two = []<size_t kFirst, size_t kSecond>(const std::array<QmpMember, kFirst>& first,
+                                               const std::array<QmpMember, kSecond>& second) {
+    return [&]<size_t... i, size_t... j>(std::index_sequence<i...>, std::index_sequence<j...>) {
+      return std::array<QmpMember, kFirst + kSecond>{first[i]..., second[j]...};
+    }(std::make_index_sequence<kFirst>(), std::make_index_sequence<kSecond>());
+  };
+  auto all = [&](auto& self, const auto& first, const auto&... rest) {
+    if constexpr (sizeof...(rest) == 0) {
+      return first;
+    } else {
+      return two(first, self(self, rest...));
+    }
+  };
+  return all(all, parts...);
+}
 
 struct QmpBranch {
   const char* value;

@@ -55,12 +55,12 @@ json::array ToJson(const std::vector<block::SnapshotInfo>& snapshots) {
 }
 
 json::object ImageFields(const block::Node& node, const block::ImageInfo& info,
-                         uint64_t allocated) {
+                         const Result<uint64_t>& allocated) {
   json::object image{{"filename", node.name()},
                      {"format", info.format},
                      {"virtual-size", info.virtual_size},
-                     {"actual-size", allocated},
                      {"dirty-flag", info.dirty}};
+  if (allocated) image["actual-size"] = *allocated;  // an NBD server doesn't tell
   if (info.cluster_size > 0) image["cluster-size"] = info.cluster_size;
   if (info.encrypted) image["encrypted"] = true;
   if (info.compressed) image["compressed"] = true;
@@ -117,6 +117,49 @@ json::object OperationFields(const char* prefix, const block::DiskStatistics::Op
           {"invalid_" + name + "_operations", one.invalid}};
 }
 
+// BlockDeviceStats. A node tells of its writes' reach alone.
+enum class Counts : uint8_t { kAll, kReach };
+json::object StatisticsFields(const block::DiskStatistics& counted, uint64_t highest_write,
+                              Counts counts) {
+  json::object fields{{"account_invalid", counts == Counts::kAll},
+                      {"account_failed", counts == Counts::kAll},
+                      {"timed_stats", json::array()},
+                      {"wr_highest_offset", highest_write}};
+  for (auto [prefix, operation] :
+       {std::pair{"rd", &counted.read}, std::pair{"wr", &counted.write},
+        std::pair{"flush", &counted.flush}, std::pair{"unmap", &counted.unmap}}) {
+    for (auto& field : OperationFields(prefix, *operation))
+      fields[field.key()] = std::move(field.value());
+  }
+  // Flushes have no bytes, and aren't merged.
+  fields.erase("flush_bytes");
+  fields.erase("flush_merged");
+  if (counted.idle_time_ns >= 0) fields["idle_time_ns"] = counted.idle_time_ns;
+  return fields;
+}
+
+// A node with the files below it ("parent", as the field has it). On the node's loop.
+json::object NodeStatistics(const block::Node& node) {
+  json::object row{{"node-name", node.node_name()},
+                   {"stats", StatisticsFields({}, node.highest_write(), Counts::kReach)}};
+  const block::Node* data = node.data_file() ? node.data_file() : node.file();
+  if (data) row["parent"] = NodeStatistics(*data);
+  return row;
+}
+
+// From the lowest image up, so that a long chain needs no deep stack.
+json::object ChainStatistics(block::Node& top) {
+  std::vector<block::Node*> chain;
+  for (block::Node* node = &top; node; node = block::BackingOf(node)) chain.push_back(node);
+  json::object below;
+  for (auto it = chain.rbegin(); it != chain.rend(); ++it) {
+    json::object row = NodeStatistics(**it);
+    if (!below.empty()) row["backing"] = std::move(below);
+    below = std::move(row);
+  }
+  return below;
+}
+
 }  // namespace
 
 Result<json::object> DescribeImage(Storage& storage, const NodePtr& node, Chain chain) {
@@ -132,7 +175,7 @@ Result<json::object> DescribeImage(Storage& storage, const NodePtr& node, Chain 
     const NodePtr& one = *it;
     auto describe = [&]() -> Result<json::object> {
       block::ImageInfo info = TRY(one->Info());
-      return ImageFields(*one, info, TRY(one->AllocatedBytes()));
+      return ImageFields(*one, info, one->AllocatedBytes());
     };
     json::object image = TRY(registry.On(*one, describe));
     if (!below.empty()) image["backing-image"] = std::move(below);
@@ -144,17 +187,18 @@ Result<json::object> DescribeImage(Storage& storage, const NodePtr& node, Chain 
 Result<json::object> DescribeNode(Storage& storage, const NodePtr& node, Drive* drive,
                                   Chain chain) {
   const block::NodeOptions& options = node->opened_with();
-  json::object device{{"node-name", node->node_name()},
-                      {"file", node->name()},
-                      {"drv", node->driver()},
-                      {"ro", node->read_only()},
-                      {"encrypted", false},
-                      {"detect_zeroes", block::NameOf(node->detect_zeroes())},
-                      {"write_threshold", 0},
-                      {"backing_file_depth", chain == Chain::kWhole ? ChainDepth(node.get()) : 0},
-                      {"cache", json::object{{"writeback", !options.writethrough},
-                                             {"direct", options.cache_direct},
-                                             {"no-flush", options.cache_no_flush}}}};
+  json::object device{
+      {"node-name", node->node_name()},
+      {"file", node->name()},
+      {"drv", node->driver()},
+      {"ro", node->read_only()},
+      {"encrypted", false},
+      {"detect_zeroes", block::NameOf(node->detect_zeroes())},
+      {"write_threshold", storage.registry().On(*node, [&] { return node->write_threshold(); })},
+      {"backing_file_depth", chain == Chain::kWhole ? ChainDepth(node.get()) : 0},
+      {"cache", json::object{{"writeback", !options.writethrough},
+                             {"direct", options.cache_direct},
+                             {"no-flush", options.cache_no_flush}}}};
   AddLimits(drive ? drive->disk().throttle().get() : nullptr, device);
   if (block::Node* backing = block::BackingOf(node.get())) device["backing_file"] = backing->name();
   json::object image = TRY(DescribeImage(storage, node, chain));
@@ -190,27 +234,26 @@ Result<json::array> DescribeDrives(Storage& storage) {
 
 json::object DescribeStatistics(Storage& storage, Drive& drive) {
   block::Registry::Change change(storage.registry());
-  block::DiskStatistics counted =
-      CallOn(storage.loop(), drive.disk().loop(), [&] { return drive.disk().statistics(); });
-  json::object fields{{"account_invalid", true},
-                      {"account_failed", true},
-                      {"timed_stats", json::array()},
-                      {"wr_highest_offset", counted.write_highest_offset}};
-  for (auto [prefix, operation] :
-       {std::pair{"rd", &counted.read}, std::pair{"wr", &counted.write},
-        std::pair{"flush", &counted.flush}, std::pair{"unmap", &counted.unmap}}) {
-    for (auto& field : OperationFields(prefix, *operation))
-      fields[field.key()] = std::move(field.value());
-  }
-  // Flushes have no bytes, and aren't merged.
-  fields.erase("flush_bytes");
-  fields.erase("flush_merged");
-  if (counted.idle_time_ns >= 0) fields["idle_time_ns"] = counted.idle_time_ns;
-  json::object row{{"device", drive.id()}, {"stats", std::move(fields)}};
+  // Filters that jobs put there are theirs.
+  block::Node* top = block::SkipFilters(drive.disk().node().get());
+  json::object row;
+  block::DiskStatistics counted = CallOn(storage.loop(), drive.disk().loop(), [&] {
+    if (top) row = ChainStatistics(*top);
+    return drive.disk().statistics();
+  });
+  row["device"] = drive.id();
+  row["stats"] = StatisticsFields(counted, counted.write_highest_offset, Counts::kAll);
   if (!drive.device().empty()) row["qdev"] = drive.QdevPath();
-  if (block::Node* top = block::SkipFilters(drive.disk().node().get()))
-    row["node-name"] = top->node_name();
   return row;
+}
+
+json::array DescribeNodeStatistics(Storage& storage) {
+  block::Registry& registry = storage.registry();
+  block::Registry::Change change(registry);
+  json::array rows;
+  for (const NodePtr& node : registry.nodes())
+    rows.push_back(registry.On(*node, [&] { return NodeStatistics(*node); }));
+  return rows;
 }
 
 }  // namespace kvartz::vmm

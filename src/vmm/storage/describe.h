@@ -18,6 +18,8 @@ Result<boost::json::object> DescribeImage(Storage& storage, const block::NodePtr
 Result<boost::json::object> DescribeNode(Storage& storage, const block::NodePtr& node, Drive* drive,
                                          Chain chain);
 Result<boost::json::array> DescribeDrives(Storage& storage);
+// BlockStats of QMP: a device with its chain, and all nodes by themselves.
 boost::json::object DescribeStatistics(Storage& storage, Drive& drive);
+boost::json::array DescribeNodeStatistics(Storage& storage);
 
 }  // namespace kvartz::vmm

@@ -12,11 +12,13 @@ namespace kvartz::vmm {
 
 Exports::~Exports() { VERIFY(!server_ && exports_.empty()); }
 
-Result<> Exports::Start(const block::nbd::Address& address, unsigned most_clients) {
+Result<> Exports::Start(const block::nbd::Address& address, unsigned most_clients,
+                        std::shared_ptr<const TlsCredentials> tls) {
   if (listener_) return Fail(ErrorCode::kState, "NBD server already running");
   listener_ = TRY(block::nbd::Listen(address));
   socket_path_ = address.path;
   most_clients_ = most_clients;
+  tls_ = std::move(tls);
   return {};
 }
 
@@ -24,6 +26,7 @@ Result<> Exports::Stop() {
   if (!listener_) return Fail(ErrorCode::kState, "NBD server not running");
   while (!exports_.empty()) TRY(Remove(exports_.back().settings.id, Mode::kHard));
   listener_.Reset();
+  tls_.reset();
   if (!socket_path_.empty()) unlink(socket_path_.c_str());
   return {};
 }
@@ -45,6 +48,7 @@ Result<> Exports::MakeServer(EventLoop& loop) {
   server_loop_ = &loop;
   CallOn(registry_.loop(), loop, [&] {
     server_ = std::make_unique<block::nbd::Server>(loop, std::move(listener), most_clients_);
+    if (tls_) server_->RequireTls(tls_);
   });
   return {};
 }

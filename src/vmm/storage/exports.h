@@ -30,7 +30,9 @@ class Exports {
 
   bool listening() const { return static_cast<bool>(listener_); }
   // `most_clients`: at once; 0: any number. Errors: there is a server already; the host's.
-  Result<> Start(const block::nbd::Address& address, unsigned most_clients);
+  // `tls`: clients must use it, with these credentials of a server; null: they can't.
+  Result<> Start(const block::nbd::Address& address, unsigned most_clients,
+                 std::shared_ptr<const TlsCredentials> tls = nullptr);
   // Exports go, too. Errors: there is no server.
   Result<> Stop();
   Result<> Add(const ExportSettings& settings);
@@ -57,6 +59,7 @@ class Exports {
   UniqueFd listener_;
   std::string socket_path_;  // is removed at the end
   unsigned most_clients_ = 0;
+  std::shared_ptr<const TlsCredentials> tls_;
   EventLoop* server_loop_ = nullptr;
   std::unique_ptr<block::nbd::Server> server_;
   std::vector<One> exports_;

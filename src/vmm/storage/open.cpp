@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "block/graph.h"
 #include "block/sync_io.h"
+#include "block/tls_object.h"
 #include "vmm/storage/storage.h"
 
 namespace kvartz::vmm {
@@ -37,8 +38,9 @@ Result<NodePtr> OpenTemporaryOverlay(const block::OpenEnv& env, const NodePtr& b
     overlay.Set("file.driver", "file");
     overlay.Set("file.filename", path);
     overlay.SetNode("backing", base);
-    return block::OpenNode(env, std::move(overlay),
-                           {.cache_no_flush = true, .discard_unmap = true});
+    return block::OpenNode(
+        env, std::move(overlay),
+        {.cache_no_flush = true, .discard_unmap = base->opened_with().discard_unmap});
   };
   Result<NodePtr> node = open();
   unlink(path.c_str());
@@ -49,7 +51,8 @@ Result<NodePtr> OpenCopyOnRead(const block::OpenEnv& env, const NodePtr& node) {
   Options filter;
   filter.Set("driver", "copy-on-read");
   filter.SetNode("file", node);
-  return block::OpenNode(env, std::move(filter));
+  return block::OpenNode(env, std::move(filter),
+                         {.discard_unmap = node->opened_with().discard_unmap});
 }
 
 }  // namespace
@@ -88,7 +91,6 @@ Result<EventLoop*> Storage::LoopOf(const std::string& iothread) {
 Result<NodePtr> Storage::OpenDriveNode(const DriveConfig& config) {
   const block::OpenEnv& env = registry_.env();
   block::NodeOptions inherited{.writethrough = config.writethrough,
-                               .discard_unmap = true,
                                .share_write = config.share_write};
   Options options = config.options;
   bool probed = !options.Has("driver");
@@ -166,15 +168,22 @@ Result<DiskPort*> Storage::Connect(const DiskWish& wish) {
 
 Result<> Storage::AddObject(const std::string& type, const std::string& id, Options options) {
   if (id.empty()) return Fail(ErrorCode::kInvalid, "id= is missing");
-  if (FindThrottleGroup(id) || secrets_.Find(id))
+  if (FindThrottleGroup(id) || secrets_.Find(id) || tls_.contains(id))
     return Fail(ErrorCode::kExists, fmt::format("id={}: another object has this id", id));
   if (type == "secret") {
     options.Set("id", id);
     return secrets_.Add(std::move(options));
   }
+  if (block::IsTlsObject(type)) {
+    tls_[id] = TRY(block::MakeTlsObject(
+        type, std::move(options), [this](const std::string& name) { return secrets_.Find(name); }));
+    return {};
+  }
   if (type != "throttle-group") {
     return Fail(ErrorCode::kUnsupported,
-                fmt::format("not supported yet: {} (secret, throttle-group)", type));
+                fmt::format("not supported yet: {} (secret, throttle-group, tls-creds-x509, "
+                            "tls-creds-psk)",
+                            type));
   }
   // Limits by the names of limits (JSON), or x-NAME (option lists).
   bool plain = options.HasBelow("limits");
@@ -186,7 +195,15 @@ Result<> Storage::AddObject(const std::string& type, const std::string& id, Opti
 
 Result<> Storage::RemoveObject(const std::string& id) {
   if (FindThrottleGroup(id)) return RemoveThrottleGroup(id);
+  // Who uses credentials keeps them.
+  if (tls_.erase(id) > 0) return {};
   return secrets_.Remove(id);
+}
+
+Result<std::shared_ptr<const TlsCredentials>> Storage::FindTls(const std::string& id) const {
+  auto it = tls_.find(id);
+  if (it != tls_.end()) return it->second;
+  return Fail(ErrorCode::kNotFound, fmt::format("No TLS credentials with id '{}'", id));
 }
 
 }  // namespace kvartz::vmm

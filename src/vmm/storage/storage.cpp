@@ -30,6 +30,7 @@ Storage::Storage(EventLoop& loop, StorageOwner& owner)
       exports_(registry_),
       self_(std::make_shared<Storage*>(this)) {
   registry_.env().secret = [this](const std::string& id) { return secrets_.Find(id); };
+  registry_.env().tls = [this](const std::string& id) { return FindTls(id); };
   registry_.env().throttle_group = [this](const std::string& id) { return FindThrottleGroup(id); };
   exports_.on_deleted = [this](const std::string& id) {
     owner_.StorageEvent("BLOCK_EXPORT_DELETED", {{"id", id}});
@@ -139,6 +140,18 @@ void Storage::SetLimits(Drive& drive, const std::string& group_name,
   }
   CallOn(loop_, drive.disk().loop(),
          [&] { RunOutsideFibers([&] { drive.disk().SetThrottle(group); }); });
+}
+
+void Storage::SetWriteThreshold(const block::NodePtr& node, uint64_t bytes) {
+  auto exceeded = [self = self_, &loop = loop_, name = node->node_name(), bytes](uint64_t by) {
+    loop.Post([self, name, bytes, by] {
+      if (!*self) return;
+      (*self)->owner_.StorageEvent(
+          "BLOCK_WRITE_THRESHOLD",
+          {{"node-name", name}, {"amount-exceeded", by}, {"write-threshold", bytes}});
+    });
+  };
+  registry_.On(*node, [&] { node->SetWriteThreshold(bytes, exceeded); });
 }
 
 // ---- events

@@ -50,6 +50,8 @@ class Storage final : private block::JobObserver {
   // taken, its options.
   Result<> AddObject(const std::string& type, const std::string& id, block::Options options);
   Result<> RemoveObject(const std::string& id);
+  // Of the objects tls-creds-*.
+  Result<std::shared_ptr<const TlsCredentials>> FindTls(const std::string& id) const;
 
   EventLoop& loop() { return loop_; }
   block::Registry& registry() { return registry_; }
@@ -74,6 +76,8 @@ class Storage final : private block::JobObserver {
   Result<> RemoveThrottleGroup(const std::string& name);
   std::shared_ptr<block::ThrottleGroup> FindThrottleGroup(const std::string& name);
   void SetLimits(Drive& drive, const std::string& group, const block::ThrottleLimits& limits);
+  // Event BLOCK_WRITE_THRESHOLD when the node is written to beyond; 0: no more. Fiber.
+  void SetWriteThreshold(const block::NodePtr& node, uint64_t bytes);
 
   // Of Drive, on any thread.
   void PostFailure(const Drive& drive, const block::DiskFailure& failure);
@@ -99,6 +103,7 @@ class Storage final : private block::JobObserver {
   block::SecretStore secrets_;
   Exports exports_;
   std::map<std::string, std::shared_ptr<block::ThrottleGroup>> throttle_groups_;
+  std::map<std::string, std::shared_ptr<const TlsCredentials>> tls_;
   std::vector<std::unique_ptr<Drive>> drives_;
   // Outlives the storage in tasks that were posted to the loop.
   std::shared_ptr<Storage*> self_;

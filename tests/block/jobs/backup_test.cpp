@@ -15,24 +15,15 @@ TEST(BackupJobTest, IsTheDiskAtTheMomentItBegan) {
     Guest guest(rig.disk, rig.model, 2);
     guest.Start();
     rig.Turn(20, guest);
-    BackupSettings settings;
-    settings.job_id = "b";
-    settings.source = rig.disk.node();
-    settings.target = target;
+    auto settings = rig.JobTo<BackupSettings>("b", target);
     settings.compress = compress;
     settings.speed = 16 * kMiB;
-    std::string then;
-    rig.Run([&] {
-      Registry::Quiesced quiet(rig.registry);
-      then = rig.model;
-      ASSERT_EQ(rig.Text(StartBackup(rig.live(), settings)), "");
-    });
+    std::string then = rig.Start(std::move(settings));
     rig.Turn(200, guest);
     EXPECT_EQ(rig.AwaitEnd("b").error, "");
     guest.Stop(*rig.loop);
     rig.Verify();
-    EXPECT_EQ(rig.disk.node(), settings.source);
-    settings = {};
+    EXPECT_EQ(rig.disk.node()->node_name(), "a");
     rig.VerifyNode(*target, then);
     target.reset();
     rig.Remove("b");
@@ -54,19 +45,11 @@ TEST(BackupJobTest, IncrementalOnesAddUp) {
     NodePtr target =
         i == 0 ? rig.Add(name)
                : rig.Add(name, "backing_file=inc" + std::to_string(i - 1) + ",backing_fmt=qcow2");
-    BackupSettings settings;
-    settings.job_id = name;
-    settings.source = rig.disk.node();
-    settings.target = target;
+    auto settings = rig.JobTo<BackupSettings>(name, target);
     settings.sync = i == 0 ? Sync::kFull : Sync::kIncremental;
     settings.bitmap = "bm";
     if (i == 2) settings.speed = 1;
-    rig.Run([&] {
-      Registry::Quiesced quiet(rig.registry);
-      then = rig.model;
-      ASSERT_EQ(rig.Text(StartBackup(rig.live(), settings)), "");
-    });
-    settings = {};
+    then = rig.Start(std::move(settings));
     rig.Turn(20, guest);
     if (i == 2) {  // a failed one loses nothing
       rig.Run([&] { rig.jobs.CancelAll(); });
@@ -74,17 +57,10 @@ TEST(BackupJobTest, IncrementalOnesAddUp) {
       target.reset();
       rig.Remove(name);
       NodePtr again = rig.Add(name, "backing_file=inc1,backing_fmt=qcow2");
-      settings.job_id = "again";
-      settings.source = rig.disk.node();
-      settings.target = again;
+      settings = rig.JobTo<BackupSettings>("again", again);
       settings.sync = Sync::kIncremental;
       settings.bitmap = "bm";
-      rig.Run([&] {
-        Registry::Quiesced quiet(rig.registry);
-        then = rig.model;
-        ASSERT_EQ(rig.Text(StartBackup(rig.live(), settings)), "");
-      });
-      settings = {};
+      then = rig.Start(std::move(settings));
       EXPECT_EQ(rig.AwaitEnd("again").error, "");
     } else {
       EXPECT_EQ(rig.AwaitEnd(name).error, "");

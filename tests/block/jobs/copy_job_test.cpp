@@ -35,26 +35,12 @@ TEST(JobErrorTest, StopsUntilResumedOrEndsOrTriesAgain) {
       rig.Fill(1);
       NodePtr target = AddFaulty(rig, each.rule);
       Guest guest(rig.disk, rig.model, 2);
-      std::string then;
-      rig.Run([&] {
-        Registry::Quiesced quiet(rig.registry);
-        then = rig.model;
-        if (backup) {
-          BackupSettings settings;
-          settings.job_id = "j";
-          settings.source = rig.disk.node();
-          settings.target = target;
-          settings.on_target_error = each.policy;
-          ASSERT_EQ(rig.Text(StartBackup(rig.live(), settings)), "");
-        } else {
-          MirrorSettings settings;
-          settings.job_id = "j";
-          settings.source = rig.disk.node();
-          settings.target = target;
-          settings.on_target_error = each.policy;
-          ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), "");
-        }
-      });
+      auto start = [&](auto settings) {
+        settings.on_target_error = each.policy;
+        return rig.Start(std::move(settings));
+      };
+      std::string then = backup ? start(rig.JobTo<BackupSettings>("j", target))
+                                : start(rig.JobTo<MirrorSettings>("j", target));
       if (each.stops) {
         rig.Await("j", JobStatus::kPaused);
         JobInfo info = rig.Run([&] { return rig.jobs.Info("j").value(); });
@@ -91,14 +77,9 @@ TEST(JobErrorTest, ABackupBreaksNotTheGuest) {
   rig.AttachDisk(rig.Add("a"));
   rig.Fill(1);
   NodePtr target = AddFaulty(rig, "iotype=write");
-  rig.Run([&] {
-    BackupSettings settings;
-    settings.job_id = "j";
-    settings.source = rig.disk.node();
-    settings.target = target;
-    settings.sync = Sync::kNone;
-    ASSERT_EQ(rig.Text(StartBackup(rig.live(), settings)), "");
-  });
+  auto settings = rig.JobTo<BackupSettings>("j", target);
+  settings.sync = Sync::kNone;
+  rig.Start(std::move(settings));
   rig.Fill(2);
   EXPECT_TRUE(
       rig.AwaitEnd("j").error.ends_with("before the guest overwrote it: Input/output error"))

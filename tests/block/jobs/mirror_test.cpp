@@ -13,25 +13,20 @@ TEST_P(MirrorTest, PivotsToAnEqualCopy) {
   rig.Fill(1);
   Guest guest(rig.disk, rig.model, 2);
   guest.Start();
-  MirrorSettings settings;
-  settings.job_id = "m";
-  settings.source = rig.disk.node();
-  settings.target = target;
+  auto settings = rig.JobTo<MirrorSettings>("m", target);
   settings.copy_mode = GetParam();
-  rig.Run([&] { ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), ""); });
-  settings.source.reset();
+  rig.Start(std::move(settings));
   EXPECT_STREQ(rig.disk.node()->driver(), "mirror_top");
   rig.Turn(300, guest);
   rig.Await("m", JobStatus::kReady);
   EXPECT_EQ(rig.ready, std::vector<std::string>{"m"});
   rig.Turn(300, guest);
-  rig.Run([&] { ASSERT_EQ(rig.Text(rig.jobs.Complete("m")), ""); });
+  rig.Complete("m");
   JobInfo end = rig.AwaitEnd("m");
   EXPECT_EQ(end.error, "");
   EXPECT_EQ(rig.disk.node(), target);
   rig.Turn(200, guest);
   guest.Stop(*rig.loop);
-  settings = {};
   rig.Verify("after");
   rig.Remove("a");
   rig.DetachDisk();
@@ -48,17 +43,13 @@ TEST_P(MirrorTest, CancelledAtAnyMomentLeavesTheSource) {
     rig.Fill(seed, 50);
     Guest guest(rig.disk, rig.model, seed);
     guest.Start();
-    MirrorSettings settings;
-    settings.job_id = "m";
-    settings.source = rig.disk.node();
-    settings.target = target;
+    auto settings = rig.JobTo<MirrorSettings>("m", target);
     settings.copy_mode = GetParam();
-    rig.Run([&] { ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), ""); });
+    rig.Start(std::move(settings));
     rig.Turn(seed * seed * 5, guest);
     rig.Run([&] { rig.jobs.CancelAll(); });
     EXPECT_TRUE(rig.AwaitEnd("m").cancelled);
-    EXPECT_EQ(rig.disk.node(), settings.source);
-    settings = {};
+    EXPECT_EQ(rig.disk.node()->node_name(), "a");
     rig.Turn(50, guest);
     guest.Stop(*rig.loop);
     rig.Verify();
@@ -85,18 +76,14 @@ TEST(MirrorJobTest, SoftCancelLeavesAConsistentTarget) {
   rig.AttachDisk(rig.Add("a"));
   NodePtr target = rig.Add("b");
   rig.Fill(1);
-  MirrorSettings settings;
-  settings.job_id = "m";
-  settings.source = rig.disk.node();
-  settings.target = target;
-  rig.Run([&] { ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), ""); });
+  rig.Start(rig.JobTo<MirrorSettings>("m", target));
   rig.Await("m", JobStatus::kReady);
   rig.Fill(2);
   rig.Run([&] { ASSERT_EQ(rig.Text(rig.jobs.Cancel("m", false)), ""); });
   JobInfo end = rig.AwaitEnd("m");
   EXPECT_FALSE(end.cancelled);
   EXPECT_EQ(end.error, "");
-  EXPECT_EQ(rig.disk.node(), settings.source);
+  EXPECT_EQ(rig.disk.node()->node_name(), "a");
   rig.VerifyNode(*target, rig.model);
 }
 
@@ -110,18 +97,15 @@ TEST(MirrorJobTest, OfTheTopLayerOntoTheSameBase) {
   rig.AttachDisk(rig.Add("a", overlay));
   rig.Fill(2, 30);
   NodePtr target = rig.Add("b", overlay);
-  MirrorSettings settings;
-  settings.job_id = "m";
-  settings.source = rig.disk.node();
-  settings.target = target;
+  auto settings = rig.JobTo<MirrorSettings>("m", target);
   settings.sync = Sync::kTop;
-  rig.Run([&] { ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), ""); });
+  rig.Start(std::move(settings));
   Guest guest(rig.disk, rig.model, 3);
   guest.Start();
   rig.Turn(50, guest);
   guest.Stop(*rig.loop);
   rig.Await("m", JobStatus::kReady);
-  rig.Run([&] { ASSERT_EQ(rig.Text(rig.jobs.Complete("m")), ""); });
+  rig.Complete("m");
   EXPECT_EQ(rig.AwaitEnd("m").error, "");
   EXPECT_EQ(rig.disk.node(), target);
   rig.Verify();
@@ -131,11 +115,8 @@ TEST(MirrorJobTest, StatesAreThePeers) {
   LiveRig rig(1 * kMiB);
   rig.AttachDisk(rig.Add("a"));
   NodePtr target = rig.Add("b");
-  MirrorSettings settings;
-  settings.job_id = "m";
+  auto settings = rig.JobTo<MirrorSettings>("m", target);
   settings.job = {.auto_finalize = false, .auto_dismiss = false};
-  settings.source = rig.disk.node();
-  settings.target = target;
   rig.Run([&] {
     ASSERT_EQ(rig.Text(StartMirror(rig.live(), settings)), "");
     EXPECT_EQ(rig.Text(rig.jobs.Complete("m")),
@@ -170,10 +151,7 @@ TEST(MirrorJobTest, RefusesWhatIsInUse) {
   rig.AttachDisk(rig.Add("a"));
   NodePtr target = rig.Add("b");
   Disk other(*rig.loop, "vdb");
-  MirrorSettings settings;
-  settings.job_id = "m";
-  settings.source = rig.disk.node();
-  settings.target = target;
+  auto settings = rig.JobTo<MirrorSettings>("m", target);
   rig.Run([&] {
     ASSERT_EQ(rig.Text(rig.registry.Attach(other, target, *rig.loop)), "");
     EXPECT_EQ(rig.Text(StartMirror(rig.live(), settings)),

@@ -190,6 +190,20 @@ TEST_F(PciTest, PlugFindsFreeSlotsAndNamesTakenOnes) {
   EXPECT_EQ(*bus.Plug(other, -1), 1 << 3);
 }
 
+TEST_F(PciTest, SeveralFunctionsOfASlotAreForMultifunctionDevices) {
+  Sample first(machine.Env("first")), second(machine.Env("second")), third(machine.Env("third"));
+  Result<uint8_t> hidden = bus.Plug(second, 3 << 3 | 1);
+  ASSERT_FALSE(hidden);
+  EXPECT_NE(hidden.error().what.find("multifunction=on"), std::string::npos);
+  ASSERT_TRUE(bus.Plug(second, 4 << 3 | 1));
+  EXPECT_FALSE(bus.Plug(first, 4 << 3));
+  first.SetMultifunction();
+  ASSERT_TRUE(bus.Plug(first, 4 << 3));
+  EXPECT_EQ(bus.ConfigRead(4 << 3, kHeaderType, 1), 0x80u);
+  EXPECT_EQ(bus.ConfigRead(4 << 3 | 1, kHeaderType, 1), 0u);
+  EXPECT_TRUE(bus.Plug(third, 4 << 3 | 7));
+}
+
 TEST_F(PciTest, StateMoves) {
   Write(kBar0 + 4, 4, 0xfe000000);
   Write(kCommand, 2, kCommandMemory | kCommandMaster);

@@ -38,7 +38,8 @@ inline int FuzzImage(const char* format, const uint8_t* data, size_t size) {
   UniqueFd fd(memfd_create("image", MFD_CLOEXEC));
   if (write(fd.get(), data, size) != static_cast<ssize_t>(size)) std::abort();
   std::string path = "/proc/self/fd/" + std::to_string(fd.get());
-  OpenEnv env = {.loop = *loop};
+  // Nor are its other files.
+  OpenEnv env = {.loop = *loop, .follow_backing = false};
   RunInFiber(*loop, [&] {
     Result<NodePtr> node = OpenFilename(env, path, format, {.locking = false});
     if (!node) {

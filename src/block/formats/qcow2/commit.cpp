@@ -148,6 +148,7 @@ void Metadata::TakeSnapshot(Snapshot& snapshot) {
   cache_.ForEachDirty([&](Slice& slice) {
     bool refcounts = slice.kind == Slice::Kind::kRefblock;
     if (refcounts && lazy) return;
+    file_.Debug(refcounts ? DebugEvent::kRefblockUpdate : DebugEvent::kL2Update);
     Copy copy = {slice.offset, {slice.data.get(), slice.data.get() + geo_.slice_bytes}, &slice};
     auto& copies = refcounts ? (slice.fresh ? snapshot.first : snapshot.second)
                              : (slice.fresh ? snapshot.second : snapshot.third);
@@ -177,9 +178,11 @@ void Metadata::TakeSnapshot(Snapshot& snapshot) {
     }
   };
   if (!lazy) {
+    if (!reftable_dirty_.empty()) file_.Debug(DebugEvent::kReftableUpdate);
     take(reftable_, header.reftable_offset, reftable_dirty_, snapshot.second);
     snapshot.reftable.swap(reftable_dirty_);
   }
+  if (!l1_dirty_.empty()) file_.Debug(DebugEvent::kL1Update);
   take(l1_, header.l1_offset, l1_dirty_, snapshot.third);
   snapshot.l1.swap(l1_dirty_);
   snapshot.freed.swap(freed_);
@@ -226,6 +229,7 @@ int Metadata::WriteCopies(std::vector<Copy>& copies) {
 }
 
 int Metadata::FlushAll() {
+  file_.Debug(DebugEvent::kFlushToDisk);
   if (data_file_) {
     if (int rc = FlushNode(*data_file_)) return rc;
   }
@@ -334,6 +338,7 @@ int Metadata::ApplyFrees() {
     if (rc == 0) rc = result;
   }
   for (const Run& run : unused) {
+    file_.Debug(DebugEvent::kClusterFree);
     cache_.Drop(run.offset, run.clusters << geo_.cluster_bits);
     uint64_t length = run.clusters << geo_.cluster_bits;
     if (bytes_at_ >= run.offset && bytes_at_ < run.offset + length) bytes_at_ = bytes_end_ = 0;

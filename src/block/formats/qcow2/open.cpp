@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "block/backing.h"
 #include "block/dirty_bitmap.h"
 #include "block/fiber_io.h"
 #include "block/formats/qcow2/bitmaps.h"
@@ -86,45 +87,6 @@ Result<NodePtr> OpenDataFile(const OpenEnv& env, const Header& header, const Nod
   return opened;
 }
 
-// The backing node by options, by what the image says, or none.
-Result<> SetWish(const OpenEnv& env, const Header& header, const NodeOptions& node,
-                 Options& options, Qcow2Node& image) {
-  if (NodePtr given = options.TakeNode("backing")) return image.SetBacking(std::move(given));
-  if (std::optional<std::string> name = options.Take("backing")) {
-    if (name->empty()) return {};
-    Options reference;
-    reference.Set("backing", *name);
-    return image.SetBacking(TRY(OpenChild(env, reference, "backing", node)));
-  }
-  auto wish = std::make_shared<Options>(options.TakeBelow("backing"));
-  if (node.no_backing || node.no_io) return {};
-  bool named = wish->Has("filename") || wish->HasBelow("file");
-  if (!named) {
-    if (header.backing_file.empty()) {
-      if (wish->empty()) return {};
-    } else {
-      if (!env.follow_backing) {
-        return Fail(ErrorCode::kPermission,
-                    fmt::format("'{}' has the backing file '{}', which isn't followed",
-                                image.name(), header.backing_file));
-      }
-      wish->Set("filename", ResolveRelative(image.name(), header.backing_file));
-      if (!wish->Has("driver") && !header.backing_format.empty())
-        wish->Set("driver", header.backing_format);
-    }
-  }
-  auto inherit = [&](const char* key, bool value) {
-    if (!wish->Has(key)) wish->Set(key, value ? "on" : "off");
-  };
-  inherit("read-only", true);
-  inherit("cache.direct", node.cache_direct);
-  inherit("cache.no-flush", node.cache_no_flush);
-  inherit("force-share", node.force_share);
-  image.set_backing_wish(
-      {wish, fmt::format("backing file '{}' of '{}'", header.backing_file, image.name())});
-  return {};
-}
-
 int Probe(std::span<const uint8_t> head) {
   if (head.size() < 8) return 0;
   return LoadBe64(head.data()) >> 32 == kMagic && (head[7] == 2 || head[7] == 3) ? 100 : 0;
@@ -147,7 +109,10 @@ Result<NodePtr> Open(const OpenEnv& env, const NodeOptions& node, Options& optio
   std::unique_ptr<Encryption> encryption = TRY(OpenEncryption(env, header, used, options, *file));
   auto image = std::make_shared<Qcow2Node>(std::move(file), std::move(data), header, used, cache);
   if (encryption) image->SetEncryption(std::move(encryption));
-  TRY(SetWish(env, header, used, options, *image));
+  Backing backing = TRY(
+      TakeBacking(env, used, options, image->name(), header.backing_file, header.backing_format));
+  if (backing.node) TRY(image->SetBacking(std::move(backing.node)));
+  if (backing.wish) image->set_backing_wish(std::move(*backing.wish));
   if (std::optional<std::string> lazy = options.Take("lazy-refcounts")) {
     if (TRY(ParseBool(*lazy)) != ((header.compatible & kLazyRefcounts) != 0)) {
       return Fail(
@@ -180,10 +145,9 @@ Qcow2Node::Qcow2Node(NodePtr file, NodePtr data_file, Header header, const NodeO
   limits_.request_alignment = std::max(file_->limits().request_alignment,
                                        data_file_ ? data_file_->limits().request_alignment : 1);
   limits_.write_cache = file_->limits().write_cache;
-  discard_ = options.discard_unmap;
   meta_ = std::make_unique<Metadata>(*file_, data_file_.get(), std::move(header), cache_bytes);
   limits_.discard_granularity =
-      discard_ && !read_only_ ? static_cast<uint32_t>(meta_->geometry().cluster_size) : 0;
+      !read_only_ ? static_cast<uint32_t>(meta_->geometry().cluster_size) : 0;
   snapshots_ = std::make_unique<Snapshots>(*this);
   bitmaps_ = std::make_unique<Bitmaps>(*this);
   editor_ = std::make_unique<Editor>(*this);
@@ -268,7 +232,7 @@ Result<> Qcow2Node::SetReadOnly(bool read_only) {
   if (crypt_) TRY(crypt_->SetReadOnly(read_only));
   read_only_ = options_.read_only = read_only;
   limits_.discard_granularity =
-      discard_ && !read_only_ ? static_cast<uint32_t>(meta_->geometry().cluster_size) : 0;
+      !read_only_ ? static_cast<uint32_t>(meta_->geometry().cluster_size) : 0;
   if (!read_only) {
     meta_->cache().DropAllClean();
     TRY(Load());

@@ -38,6 +38,7 @@ class Qcow2Node final : public Node {
   Node* file() const override { return file_.get(); }
   Node* data_file() const override { return data_file_.get(); }
   Node* backing() const override { return backing_.get(); }
+  bool HasItself(uint64_t offset, uint64_t length) override;
   void Drain() override;
   Result<> SetBacking(NodePtr backing) override;
   std::optional<BackingWish> TakeBackingWish() override;
@@ -135,7 +136,6 @@ class Qcow2Node final : public Node {
   std::unique_ptr<Metadata> meta_;
   std::optional<BackingWish> wish_;
   uint64_t in_flight_ = 0;
-  bool discard_ = true;
   std::vector<std::unique_ptr<Op>> ops_;
   Op* free_op_ = nullptr;
   std::list<Busy*> busy_;

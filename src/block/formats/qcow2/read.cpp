@@ -33,13 +33,20 @@ void Qcow2Node::Submit(Request* request) {
       if (!meta_->dirty() && !meta_->committing() && !data_file_) return file_->Start(request);
       break;
     case Request::Kind::kDiscard:
-      if (!discard_ || request->length == 0) return FinishLater(request, 0);
+      if (request->length == 0) return FinishLater(request, 0);
       break;
     case Request::Kind::kWriteZeroes:
       if (request->length == 0) return FinishLater(request, 0);
       break;
   }
   RunInFiber(request);
+}
+
+bool Qcow2Node::HasItself(uint64_t offset, uint64_t length) {
+  if (!backing_) return true;
+  Mapping mapping;
+  return meta_->TryMap(offset, length, &mapping) == Metadata::Cached::kYes &&
+         mapping.length >= length && mapping.kind != Mapping::Kind::kUnallocated;
 }
 
 bool Qcow2Node::TryRead(Request* request) {
@@ -51,6 +58,7 @@ bool Qcow2Node::TryRead(Request* request) {
   if (mapping.kind == Mapping::Kind::kData && old_encryption()) return false;
   if (mapping.kind == Mapping::Kind::kData) {
     request->offset = mapping.host;
+    file_->Debug(DebugEvent::kReadAio);
     meta_->data_node().Start(request);
     return true;
   }
@@ -61,6 +69,7 @@ bool Qcow2Node::TryRead(Request* request) {
     return true;
   }
   if (fleecing() || request->offset + request->length > backing_->size_bytes()) return false;
+  file_->Debug(DebugEvent::kReadBackingAio);
   backing_->Start(request);
   return true;
 }
@@ -99,6 +108,7 @@ bool Qcow2Node::TryWrite(Request* request) {
     outer->done(outer, result);
   };
   in_flight_++;
+  file_->Debug(DebugEvent::kWriteAio);
   meta_->data_node().Start(&op->inner);
   return true;
 }
@@ -141,8 +151,7 @@ int Qcow2Node::Process(Request& request) {
       rc = DiscardRange(request.offset, request.length);
       break;
     case Request::Kind::kWriteZeroes:
-      rc =
-          ZeroRange(request.offset, request.length, request.unmap && discard_, request.no_fallback);
+      rc = ZeroRange(request.offset, request.length, request.unmap, request.no_fallback);
       break;
   }
   if (rc != 0) return rc;
@@ -174,6 +183,7 @@ int Qcow2Node::ReadRange(uint64_t offset, uint64_t length, IovCursor to) {
       item.request.length = bytes;
       if (!data && fleecing()) from_below.push_back({offset, bytes, to});
       to.Take(bytes, item.iov);
+      file_->Debug(data ? DebugEvent::kReadAio : DebugEvent::kReadBackingAio);
       batch.Start(data ? meta_->data_node() : *backing_, item);
     }
     offset += bytes;
@@ -206,6 +216,7 @@ int Qcow2Node::ReadCompressed(const Mapping& mapping, uint64_t offset, uint64_t 
   if (mapping.host_bytes > 2 * geo.cluster_size || data_file_)
     return meta_->Broken("a compressed cluster is larger than a cluster");
   std::vector<uint8_t> packed(mapping.host_bytes);
+  file_->Debug(DebugEvent::kReadCompressed);
   if (int rc = meta_->ReadBytes(mapping.host, packed)) return rc;
   std::vector<uint8_t> cluster(geo.cluster_size);
   bool good = false;

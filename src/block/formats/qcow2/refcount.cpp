@@ -222,6 +222,7 @@ int Metadata::Claim(Run* run, Refblocks refblocks) {
 
 int Metadata::Allocate(uint64_t want, Run* run) {
   VERIFY(writable_);
+  file_.Debug(DebugEvent::kClusterAlloc);
   for (;;) {
     if (free_.empty() && scanned_ < scan_end_ && !scanning_) ScanForFree();
     *run = Reserve(want);
@@ -236,6 +237,7 @@ int Metadata::Allocate(uint64_t want, Run* run) {
 
 int Metadata::AllocateAll(uint64_t clusters, Run* run) {
   if (clusters == 1) return Allocate(1, run);
+  file_.Debug(DebugEvent::kClusterAlloc);
   for (;;) {
     *run = ReserveAtEnd(clusters);
     if (run->clusters < clusters) {

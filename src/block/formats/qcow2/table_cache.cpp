@@ -82,6 +82,7 @@ int TableCache::Load(uint64_t offset, Slice::Kind kind, Slice** result) {
   statistics_.misses++;
   Slice* slice = Add(offset, kind);
   slice->loading = true;
+  file_.Debug(kind == Slice::Kind::kL2 ? DebugEvent::kL2Load : DebugEvent::kRefblockLoad);
   int rc = ReadAt(file_, offset, {slice->data.get(), slice_bytes_});
   slice->loading = false;
   slice->waiting.WakeAll();  // they run later

@@ -69,6 +69,7 @@ int Qcow2Node::WriteRange(uint64_t offset, uint64_t length, IovCursor from) {
       item.request.offset = mapping.host;
       item.request.length = bytes;
       from.Take(bytes, item.iov);
+      file_->Debug(DebugEvent::kWriteAio);
       in_place.Start(meta_->data_node(), item);
     } else {
       if ((rc = AllocateAndWrite(offset, length, from, &bytes)) != 0) break;
@@ -209,6 +210,7 @@ int Qcow2Node::WriteRun(AllocatedRun& run, IovCursor& from) {
   if (!head_zero) {
     head.resize(run.from - run.copy_from);
     iovec iov = {head.data(), head.size()};
+    file_->Debug(DebugEvent::kCowRead);
     if (int rc = ReadRange(run.copy_from, head.size(), IovCursor(&iov, 1))) return rc;
   }
   if (!tail_zero) {
@@ -216,6 +218,7 @@ int Qcow2Node::WriteRun(AllocatedRun& run, IovCursor& from) {
     tail.resize(run.copy_end - run.end);
     uint64_t readable = std::min(run.copy_end, meta_->l1().size() * geo.l2_covers) - run.end;
     iovec iov = {tail.data(), readable};
+    file_->Debug(DebugEvent::kCowRead);
     if (int rc = ReadRange(run.end, readable, IovCursor(&iov, 1))) return rc;
   }
   IoBatch batch;
@@ -239,6 +242,7 @@ int Qcow2Node::WriteRun(AllocatedRun& run, IovCursor& from) {
   item.request.kind = Request::Kind::kWrite;
   item.request.offset = run.host.offset + (write_from - start);
   item.request.length = write_end - write_from;
+  file_->Debug(DebugEvent::kWriteAio);
   batch.Start(meta_->data_node(), item);
   return batch.Wait();
 }
@@ -314,6 +318,7 @@ int Qcow2Node::WriteCompressedCluster(uint64_t offset, std::span<const uint8_t> 
   if (int rc = meta_->AllocateBytes(packed.size(), &host)) return rc;
   uint64_t sectors = ((host + packed.size() - 1) >> 9) - (host >> 9);
   uint64_t entry = kPacked | sectors << geo.csize_shift | host;
+  file_->Debug(DebugEvent::kWriteCompressed);
   int rc = meta_->WriteBytes(host, packed);
   if (rc == 0) rc = meta_->WritableSlice(offset, &slice);
   if (rc != 0) {

@@ -120,6 +120,7 @@ Result<Descriptor> ParseDescriptor(std::string_view text) {
     if (key == "CID") descriptor.cid = static_cast<uint32_t>(TRY(Number(value, 16)));
     if (key == "parentCID") descriptor.parent_cid = static_cast<uint32_t>(TRY(Number(value, 16)));
     if (key == "createType") descriptor.create_type = Unquoted(value);
+    if (key == "parentFileNameHint") descriptor.parent_hint = Unquoted(value);
   }
   return descriptor;
 }

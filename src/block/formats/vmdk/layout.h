@@ -55,9 +55,11 @@ struct ExtentLine {
   std::string access, type, filename;
   uint64_t sectors = 0, offset = 0;
 };
+constexpr uint32_t kNoParent = 0xffffffff;
 struct Descriptor {
-  uint32_t cid = 0, parent_cid = 0xffffffff;
+  uint32_t cid = 0, parent_cid = kNoParent;
   std::string create_type;
+  std::string parent_hint;  // where the parent is, with parent_cid
   std::vector<ExtentLine> extents;
 };
 constexpr size_t kLargestDescriptor = 1 << 20;

@@ -10,6 +10,7 @@
 
 #include "block/fiber_io.h"
 #include "block/formats/random_id.h"
+#include "block/graph.h"
 
 namespace kvartz::block::vmdk {
 namespace {
@@ -63,7 +64,34 @@ SparseNode::SparseNode(NodePtr file, bool read_only, const SparseHeader& header,
       descriptor_(std::move(descriptor)),
       text_(std::move(text)) {}
 
-Result<NodePtr> SparseNode::Open(NodePtr file, const NodeOptions& node) {
+Result<uint32_t> CidOf(Node& image) {
+  Node& real = *SkipFilters(&image);
+  if (real.driver() == std::string_view("vmdk")) {
+    ImageInfo info = TRY(real.Info());
+    for (const InfoField& field : info.specific) {
+      const auto* cid = std::get_if<uint64_t>(&field.value.value);
+      if (cid && field.name == "cid") return static_cast<uint32_t>(*cid);
+    }
+  }
+  return Fail(ErrorCode::kInvalid,
+              fmt::format("'{}' can't be below a VMDK: it is none, or has no CID", image.name()));
+}
+
+Result<> SparseNode::SetBacking(NodePtr backing) {
+  if (backing && !parent_checked_) {
+    if (!has_parent()) return Unsupported("a backing file that it wasn't made with");
+    uint32_t cid = TRY(CidOf(*backing));
+    if (cid != descriptor_.parent_cid) {
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("'{}' was changed since '{}' was made on it (CID {:08x}, not {:08x})",
+                              backing->name(), name(), cid, descriptor_.parent_cid));
+    }
+    parent_checked_ = true;
+  }
+  return MappedNode::SetBacking(std::move(backing));
+}
+
+Result<std::shared_ptr<SparseNode>> SparseNode::Open(NodePtr file, const NodeOptions& node) {
   std::vector<uint8_t> bytes(std::min<uint64_t>(sizeof(SparseHeader), file->size_bytes()));
   TRY(ReadExactly(*file, 0, bytes));
   SparseHeader header = TRY(ParseHeader(bytes));
@@ -76,9 +104,6 @@ Result<NodePtr> SparseNode::Open(NodePtr file, const NodeOptions& node) {
     TRY(ReadExactly(*file, header.descriptor_offset * kSector,
                     {reinterpret_cast<uint8_t*>(text.data()), text.size()}));
     descriptor = TRY(ParseDescriptor(text));
-    if (descriptor.parent_cid != 0xffffffff)
-      return Fail(ErrorCode::kUnsupported,
-                  "not supported yet: VMDK with a parent (a linked clone)");
   }
   bool footer = header.gd_offset == kGdAtEnd;
   if (footer) {
@@ -256,6 +281,10 @@ int SparseNode::BeginWriting() {
 Result<ImageInfo> SparseNode::Info() {
   ImageInfo info = TRY(MappedNode::Info());
   info.compressed = is_compressed();
+  if (has_parent() && !parent_hint().empty()) {
+    info.backing_filename = parent_hint();
+    info.full_backing_filename = ResolveRelative(name(), parent_hint());
+  }
   if (text_.empty()) return info;
   Descriptor now = TRY(ParseDescriptor(text_));
   InfoValue::Object extent = {{"filename", {name()}},

@@ -2,7 +2,11 @@
 #pragma once
 
 #include <list>
+#include <memory>
+#include <optional>
+#include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "block/formats/mapped_node.h"
@@ -13,12 +17,18 @@ namespace kvartz::block::vmdk {
 class SparseNode final : public MappedNode {
  public:
   // Fiber. Reads header, grain directory and descriptor (where there is one).
-  static Result<NodePtr> Open(NodePtr file, const NodeOptions& node);
+  static Result<std::shared_ptr<SparseNode>> Open(NodePtr file, const NodeOptions& node);
   SparseNode(NodePtr file, bool read_only, const SparseHeader& header, std::vector<Le32> directory,
              std::vector<Le32> redundant, Descriptor descriptor, std::string text);
 
   const char* driver() const override { return "vmdk"; }
   Result<ImageInfo> Info() override;
+  bool has_parent() const { return descriptor_.parent_cid != kNoParent; }
+  const std::string& parent_hint() const { return descriptor_.parent_hint; }
+  // The first one is the parent, as the image left it.
+  Result<> SetBacking(NodePtr backing) override;
+  std::optional<BackingWish> TakeBackingWish() override { return std::exchange(wish_, {}); }
+  void set_backing_wish(BackingWish wish) { wish_ = std::move(wish); }
   ImageEditor* editor() override { return &editor_; }
 
  private:
@@ -61,8 +71,12 @@ class SparseNode final : public MappedNode {
   std::unordered_map<uint32_t, std::list<std::pair<uint32_t, Table>>::iterator> by_number_;
   FiberMutex loading_;
   Checker editor_{*this};
+  std::optional<BackingWish> wish_;
+  bool parent_checked_ = false;
 };
 
+// Fiber: the CID of a VMDK, whose children record it. Errors: it is none.
+Result<uint32_t> CidOf(Node& image);
 // A descriptor's text, with another CID in place of the one that it has.
 std::string WithCid(std::string text, uint32_t cid);
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "block/backing.h"
 #include "block/fiber_io.h"
 #include "block/formats/concat_node.h"
 #include "block/formats/random_id.h"
@@ -76,8 +77,11 @@ Result<NodePtr> OpenDescriptor(const OpenEnv& env, const NodeOptions& node, Node
   std::string text(std::min<uint64_t>(file->size_bytes(), kLargestDescriptor + 1), '\0');
   TRY(ReadExactly(*file, 0, {reinterpret_cast<uint8_t*>(text.data()), text.size()}));
   Descriptor descriptor = TRY(ParseDescriptor(text));
-  if (descriptor.parent_cid != 0xffffffff)
-    return Fail(ErrorCode::kUnsupported, "not supported yet: VMDK with a parent (a linked clone)");
+  if (descriptor.parent_cid != kNoParent) {
+    return Fail(ErrorCode::kUnsupported,
+                fmt::format("not supported yet: VMDK of several files with a parent ('{}')",
+                            descriptor.parent_hint));
+  }
   if (!env.follow_data_file && !anywhere)
     return Fail(ErrorCode::kPermission,
                 "VMDK: it is in files of other names, which are not opened for an untrusted image");
@@ -104,16 +108,31 @@ Result<NodePtr> OpenDescriptor(const OpenEnv& env, const NodeOptions& node, Node
                                       node.read_only);
 }
 
+// In one file, which may stand on others.
+Result<NodePtr> OpenSparse(const OpenEnv& env, const NodeOptions& node, Options& options,
+                           NodePtr file) {
+  auto image = TRY(SparseNode::Open(std::move(file), node));
+  std::string parent = image->has_parent() ? image->parent_hint() : "";
+  Backing backing = TRY(TakeBacking(env, node, options, image->name(), parent, "vmdk"));
+  const bool wanted = image->has_parent() && !node.no_backing && !node.no_io;
+  if (wanted && parent.empty() && !backing.node && !backing.wish)
+    return Fail(ErrorCode::kInvalid, "VMDK: it stands on another image, but doesn't say which");
+  if (backing.node) TRY(image->SetBacking(std::move(backing.node)));
+  if (backing.wish) image->set_backing_wish(std::move(*backing.wish));
+  return image;
+}
+
 Result<NodePtr> Open(const OpenEnv& env, const NodeOptions& node, Options& options) {
   bool anywhere = TRY(options.TakeBool("follow-extents", false));
-  NodePtr file = TRY(MappedNode::OpenFile(env, node, options, "vmdk"));
+  NodePtr file = TRY(MappedNode::OpenFile(env, node, options, "vmdk", MappedNode::Others::kLeave));
   std::string head(std::min<uint64_t>(kDescriptorStart.size(), file->size_bytes()), '\0');
   TRY(ReadExactly(*file, 0, {reinterpret_cast<uint8_t*>(head.data()), head.size()}));
   std::string name = file->name();
   Result<NodePtr> opened = head == kDescriptorStart
                                ? OpenDescriptor(env, node, std::move(file), anywhere)
-                               : SparseNode::Open(std::move(file), node);
+                               : OpenSparse(env, node, options, std::move(file));
   if (!opened) return Fail(std::move(opened).error().In(fmt::format("disk image '{}'", name)));
+  TRY(options.RefuseRest("vmdk", {"file", "backing", "follow-extents"}));
   return opened;
 }
 
@@ -121,6 +140,8 @@ struct Wishes {
   uint64_t size = 0;
   std::string subformat, adapter, hardware_version;
   bool zeroed_grain = false;
+  std::string parent;  // empty: none
+  uint32_t parent_cid = kNoParent;
 };
 
 std::string DescriptorText(const Wishes& wishes, const std::string& extent_lines) {
@@ -130,13 +151,15 @@ std::string DescriptorText(const Wishes& wishes, const std::string& extent_lines
   bool is_ide = wishes.adapter == "ide";
   uint64_t heads = is_ide ? 16 : 255;
   return fmt::format(
-      "{}\nversion=1\nCID={:08x}\nparentCID=ffffffff\ncreateType=\"{}\"\n\n# Extent "
+      "{}\nversion=1\nCID={:08x}\nparentCID={:08x}\ncreateType=\"{}\"\n{}\n# Extent "
       "description\n{}\n"
       "# The Disk Data Base\n#DDB\n\nddb.virtualHWVersion = \"{}\"\nddb.geometry.cylinders = "
       "\"{}\"\n"
       "ddb.geometry.heads = \"{}\"\nddb.geometry.sectors = \"63\"\nddb.adapterType = \"{}\"\n",
-      kDescriptorStart, cid & 0xfffffffe, wishes.subformat, extent_lines, wishes.hardware_version,
-      wishes.size / (63 * heads * kSector), heads, wishes.adapter);
+      kDescriptorStart, cid & 0xfffffffe, wishes.parent_cid, wishes.subformat,
+      wishes.parent.empty() ? "" : fmt::format("parentFileNameHint=\"{}\"\n", wishes.parent),
+      extent_lines, wishes.hardware_version, wishes.size / (63 * heads * kSector), heads,
+      wishes.adapter);
 }
 
 std::string BaseName(const std::string& filename) {
@@ -199,6 +222,27 @@ Result<> CreateFlat(const OpenEnv& env, const std::string& filename, const Wishe
   return file->Close();
 }
 
+Result<> TakeParent(const OpenEnv& env, const std::string& filename, Options& options,
+                    Wishes& wishes) {
+  wishes.parent = options.Take("backing_file", "");
+  std::string format = options.Take("backing_fmt", "vmdk");
+  if (wishes.parent.empty()) return {};
+  if (format != "vmdk")
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("a VMDK's backing file is a VMDK, not {}", format));
+  if (wishes.subformat != "monolithicSparse")
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("subformat {} can't have a backing file", wishes.subformat));
+  if (wishes.parent.find_first_of("\"\n\r") != std::string::npos)
+    return Fail(ErrorCode::kInvalid, "a VMDK can't name a backing file with quotes or line ends");
+  NodePtr parent = TRY(OpenFilename(env, ResolveRelative(filename, wishes.parent), "vmdk",
+                                    {.read_only = true, .no_backing = true}));
+  Result<uint32_t> cid = CidOf(*parent);
+  TRY(parent->Close());
+  wishes.parent_cid = TRY(std::move(cid));
+  return {};
+}
+
 Result<> Create(const OpenEnv& env, const std::string& filename, Options& options) {
   Wishes wishes;
   wishes.size = RoundUp(TRY(options.TakeSize("size", 0)), kSector);
@@ -209,9 +253,9 @@ Result<> Create(const OpenEnv& env, const std::string& filename, Options& option
   wishes.zeroed_grain = TRY(options.TakeBool("zeroed_grain", false));
   if (compat6 && wishes.hardware_version != "undefined")
     return Fail(ErrorCode::kInvalid, "compat6 cannot be enabled with hwversion set");
-  if (wishes.hardware_version == "undefined") wishes.hardware_version = compat6 ? "6" : "4";
-  if (options.Has("backing_file"))
-    return Fail(ErrorCode::kUnsupported, "not supported yet: VMDK with a parent");
+  if (wishes.hardware_version == "undefined")
+    wishes.hardware_version = std::string(1, compat6 ? '6' : '4');
+  TRY(TakeParent(env, filename, options, wishes));
   constexpr std::string_view kAdapters[] = {"ide", "buslogic", "lsilogic", "legacyESX"};
   if (std::find(std::begin(kAdapters), std::end(kAdapters), wishes.adapter) == std::end(kAdapters))
     return Fail(ErrorCode::kInvalid,
@@ -258,6 +302,7 @@ const Driver kVmdkDriver = {
     .open = vmdk::Open,
     .create_options = vmdk::kCreateOptions,
     .create = vmdk::Create,
+    .has_backing = true,
     .can_compress = true,
 };
 

@@ -201,7 +201,7 @@ class VmdkParentsTest(ImageTest):
 
     def test_untrusted_ones_are_not_followed(self):
         self.chain(self.peers)
-        done = self.ours("convert", "--untrusted", "-O", "raw", "top.vmdk", "out.raw", code=1)
+        done = self.ours("--untrusted", "convert", "-O", "raw", "top.vmdk", "out.raw", code=1)
         self.assertIn("has the backing file 'middle.vmdk', which isn't followed", done.stderr)
 
     def test_parents_must_be_there_and_vmdk(self):

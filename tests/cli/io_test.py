@@ -69,7 +69,7 @@ class IoTest(ImageTest):
              "set-state": [{"event": "write_aio", "new_state": 3}, {"event": "read_aio", "state": 3, "new_state": 5}]},
             {"inject-error": [{"event": "flush_to_disk", "iotype": "flush", "once": True}]},
         ]
-        commands = ["write 3M 64k", "write 1M 64k", "flush", "read 1M 64k", "write 3M 512", "read 3M 512", "write 1M 512", "flush"]
+        commands = ["write 3M 64k", "write 1M 64k", "flush", "read 1M 64k", "write 3M 512", "read 3M 512", "write 1M 512"]
         words = [word for command in commands for word in ("-c", command)]
         for rule in rules:
             for fmt in ("raw", "qcow2"):

@@ -124,7 +124,7 @@ def temporary_snapshot_leaves_the_image_alone(context):
     tool("qemu-io", "-c", "write -q -P 7 0 16M", image)
     before = contents(image)
     vm = context.start("-m", "256", "-nic", "none", "-drive",
-                       f"file={image},format=qcow2,if=virtio,snapshot=on,cache=unsafe,detect-zeroes=unmap",
+                       f"file={image},format=qcow2,if=virtio,snapshot=on,cache=unsafe,discard=unmap,detect-zeroes=unmap",
                        *context.run(WAIT_FOR_DISK + "head -c 4096 /dev/vda | tr -d '\\007' | wc -c; diskload /dev/vda 200"))
     vm.expect(r"^0\n")
     load_ends(vm)

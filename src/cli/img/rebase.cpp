@@ -34,6 +34,8 @@ Result<int> RunCommit(Session& session, const Arguments& arguments) {
     base = TRY(FindBase(top.get(), *name));
     keep = true;  // the layers between stay as they were
   }
+  for (Node* layer = block::SkipFilters(top.get()); layer != base; layer = block::BackingOf(layer))
+    TRY(block::CheckCommits(*layer));
   using After = block::CommitJob::After;
   block::CommitJob job("commit", top, base, keep ? After::kKeepTop : After::kEmptyTop);
   if (auto rate = arguments.Find("r")) job.SetSpeed(TRY(TakeSize(*rate, "rate limit")));

@@ -283,6 +283,7 @@ Result<ImageInfo> SparseNode::Info() {
   info.compressed = is_compressed();
   if (has_parent() && !parent_hint().empty()) {
     info.backing_filename = parent_hint();
+    info.backing_format = "vmdk";
     info.full_backing_filename = ResolveRelative(name(), parent_hint());
   }
   if (text_.empty()) return info;

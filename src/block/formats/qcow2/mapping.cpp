@@ -11,6 +11,9 @@
 #include "block/formats/qcow2/metadata.h"
 
 namespace kvartz::block::qcow2 {
+namespace {
+constexpr uint64_t kTablesAtOnce = 1024;  // which aren't there
+}
 
 uint64_t Metadata::SliceOffset(uint64_t l2_table, uint64_t guest) const {
   uint64_t index = (guest >> geo_.cluster_bits) % geo_.l2_entries;
@@ -92,8 +95,10 @@ Metadata::Cached Metadata::TryMap(uint64_t guest, uint64_t length, Mapping* mapp
   uint64_t table = l2_entry & kOffsetMask;
   if (table == 0) {
     *mapping = {};
-    uint64_t end = (l1_index + 1) * geo_.l2_covers;
-    mapping->length = std::min(length, end - guest);
+    const uint64_t last = std::min<uint64_t>(l1_.size(), l1_index + kTablesAtOnce);
+    uint64_t end = l1_index + 1;
+    while (end < last && (l1_[end] & kOffsetMask) == 0) end++;
+    mapping->length = std::min(length, end * geo_.l2_covers - guest);
     return Cached::kYes;
   }
   if (!CheckL2Pointer(l2_entry)) {

@@ -53,6 +53,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(302, Location=self.path)
         if trick == "elsewhere":
             return self.answer(302, Location=f"file://{self.server.directory}/{name}")
+        if trick == "away":  # the same server by another name
+            return self.answer(302, Location=f"http://localhost:{self.server.server_port}/plain/{name}")
+        if trick == "chatty":
+            return self.answer(206, **{f"X-{i}": "x" * 1000 for i in range(1000)})
         if trick == "private" and self.headers.get("Authorization") != "Basic " + base64.b64encode(b"me:pass1").decode():
             return self.answer(401, WWW_Authenticate='Basic realm="x"')
         if trick == "cookie" and self.headers.get("Cookie") != "k=v":
@@ -177,6 +181,9 @@ class HttpTest(ImageTest):
         for options in ("/private/a.raw", "/private/a.raw,file.username=me,file.password-secret=c", "/cookie/a.raw"):
             done = self.ours("info", *secret, "--image-opts", base + options, code=1)
             self.assertRegex(done.stderr, "refuses with status 40[13]")
+        self.server.requests.clear()
+        self.ours("info", "--image-opts", f"{base}/away/a.raw,file.cookie=k=v")
+        self.assertEqual({(path, cookie) for path, _, cookie in self.server.requests}, {("/away/a.raw", "k=v"), ("/plain/a.raw", None)})
         done = self.ours("info", f"{url.replace('//', '//me:hunter2@')}/private/a.raw", code=1)
         self.assertNotIn("hunter2", done.stderr)
 
@@ -186,6 +193,7 @@ class HttpTest(ImageTest):
         closed = "http://127.0.0.1:1"
         for address, says in ((f"{url}/whole/a.raw", "doesn't support ranges"), (f"{url}/plain/none", "status 404"),
                               (f"{url}/circle/a.raw", "redirects"), (f"{url}/elsewhere/a.raw", "rotocol"),
+                              (f"{url}/chatty/a.raw", "more headers"),
                               (f"{url}/unsized/a.raw", "another part|how large"), (f"{url}/huge/a.raw", "18446744073709551615"),
                               (f"{closed}/a", "Failed to connect"), ("http://nowhere.invalid/a", "resolve")):
             done = self.ours("info", address, code=1)

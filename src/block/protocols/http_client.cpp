@@ -19,6 +19,7 @@ constexpr long kMaxConnections = 8;
 constexpr uint64_t kSlowest = 1024;  // bytes a second
 constexpr long kPartialContent = 206, kRangeNotSatisfiable = 416, kOk = 200;
 constexpr size_t kMaxEtag = 1024;
+constexpr size_t kMaxHeaders = 256 << 10;  // bytes, of all replies to one request
 
 struct ContentRange {
   uint64_t from = 0, end = 0, total = 0;
@@ -62,6 +63,7 @@ std::string_view Trim(std::string_view text) {
 struct HttpClient::Impl {
   const CurlLibrary* curl = nullptr;
   CURLM* multi = nullptr;
+  curl_slist* headers = nullptr;
   std::vector<CURL*> idle;  // easy handles
 };
 
@@ -77,14 +79,21 @@ struct HttpClient::Transfer {
   char message[CURL_ERROR_SIZE] = {};
   CURLcode code = CURLE_OK;
   long status = 0;
-  size_t received = 0;
+  size_t received = 0, header_bytes = 0;
   // Of the last reply: redirects have some, too.
   std::optional<ContentRange> range;
   std::string etag;
   bool encoded = false;
   bool refused = false;  // by us, for what the reply is
 
-  void OnHeader(std::string_view line) {
+  // False: that is enough.
+  bool OnHeader(std::string_view line) {
+    header_bytes += line.size();
+    if (header_bytes > kMaxHeaders) return false;
+    Learn(line);
+    return true;
+  }
+  void Learn(std::string_view line) {
     if (line.starts_with("HTTP/")) {
       range.reset();
       etag.clear();
@@ -126,6 +135,12 @@ Result<std::shared_ptr<HttpClient>> HttpClient::Create(EventLoop& loop, HttpOpti
   const CurlLibrary* curl = TRY(LoadCurl());
   std::shared_ptr<HttpClient> client(new HttpClient(loop, std::move(options)));
   client->impl_->curl = curl;
+  if (!client->options_.cookie.empty()) {
+    // The library's own option for it would send it to the hosts that redirects name, too.
+    client->impl_->headers =
+        curl->slist_append(nullptr, ("Cookie: " + client->options_.cookie).c_str());
+    if (!client->impl_->headers) return Fail(ErrorCode::kNoSpace, "out of memory");
+  }
   CURLM* multi = client->impl_->multi = curl->multi_init();
   if (!multi) return Fail(ErrorCode::kNoSpace, "out of memory");
   curl->multi_setopt(multi, CURLMOPT_SOCKETDATA, client.get());
@@ -146,6 +161,7 @@ Result<std::shared_ptr<HttpClient>> HttpClient::Create(EventLoop& loop, HttpOpti
 
 HttpClient::~HttpClient() {
   for (CURL* easy : impl_->idle) impl_->curl->easy_cleanup(easy);
+  if (impl_->headers) impl_->curl->slist_free_all(impl_->headers);
   if (!impl_->multi) return;
   impl_->curl->multi_setopt(impl_->multi, CURLMOPT_SOCKETFUNCTION, nullptr);
   impl_->curl->multi_setopt(impl_->multi, CURLMOPT_TIMERFUNCTION, nullptr);
@@ -211,7 +227,7 @@ void HttpClient::Configure(Transfer& transfer) const {
   set_text(CURLOPT_PASSWORD, options_.password);
   set_text(CURLOPT_PROXYUSERNAME, options_.proxy_username);
   set_text(CURLOPT_PROXYPASSWORD, options_.proxy_password);
-  set_text(CURLOPT_COOKIE, options_.cookie);
+  if (impl_->headers) set(CURLOPT_HTTPHEADER, impl_->headers);
   auto timeout = static_cast<long>(options_.timeout_s);
   set(CURLOPT_CONNECTTIMEOUT, timeout);
   set(CURLOPT_LOW_SPEED_TIME, timeout);
@@ -222,8 +238,8 @@ void HttpClient::Configure(Transfer& transfer) const {
   set(CURLOPT_HEADERDATA, &transfer);
   set(
       CURLOPT_HEADERFUNCTION, +[](char* data, size_t size, size_t count, void* to) {
-        static_cast<Transfer*>(to)->OnHeader({data, size * count});
-        return size * count;
+        bool wanted = static_cast<Transfer*>(to)->OnHeader({data, size * count});
+        return wanted ? size * count : size_t{0};
       });
   set(CURLOPT_WRITEDATA, &transfer);
   set(
@@ -259,6 +275,8 @@ Result<> HttpClient::Run(Transfer& transfer) {
 }
 
 Result<> HttpClient::Outcome(const Transfer& transfer) const {
+  if (transfer.header_bytes > kMaxHeaders)
+    return Fail(ErrorCode::kIo, "the server sends more headers than make sense");
   if (transfer.code != CURLE_OK && !transfer.refused) {
     const char* why =
         transfer.message[0] ? transfer.message : impl_->curl->easy_strerror(transfer.code);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "block/image_helpers.h"
+#include "block/sync_io.h"
 
 namespace kvartz::block {
 namespace {
@@ -219,6 +220,11 @@ TEST_P(ImageTest, DiscardAndUnmapGiveSpaceBack) {
   std::string data(kMiB, 'x');
   ASSERT_EQ(ReadWrite(*loop_, *node, Request::Kind::kWrite, 0, data), 0);
   ASSERT_EQ(Do(*loop_, *node, {.kind = Request::Kind::kFlush}), 0);
+  auto is_zero = [&](uint64_t offset) {
+    return RunInFiber(*loop_, [&] { return node->Status(offset, kMiB - offset)->zero; });
+  };
+  EXPECT_FALSE(is_zero(0));
+  EXPECT_FALSE(is_zero(kMiB / 2));
   struct stat before, after;
   ASSERT_EQ(stat(path.c_str(), &before), 0);
   ASSERT_EQ(Do(*loop_, *node, {.kind = Request::Kind::kDiscard, .length = kMiB / 2}), 0);
@@ -229,6 +235,9 @@ TEST_P(ImageTest, DiscardAndUnmapGiveSpaceBack) {
   if (after.st_blocks == before.st_blocks)
     GTEST_SKIP() << "the file system of /tmp doesn't punch holes";
   EXPECT_LE(after.st_blocks, before.st_blocks / 4 + 16);
+  EXPECT_TRUE(is_zero(0));
+  EXPECT_TRUE(is_zero(kMiB / 2));
+  EXPECT_FALSE(is_zero(kMiB - 512));
 }
 
 INSTANTIATE_TEST_SUITE_P(

@@ -132,6 +132,9 @@ class FileNode final : public Node {
   bool can_zero_ = true;
   std::vector<std::unique_ptr<Op>> ops_;  // as many as were ever under way at once
   Op* free_ = nullptr;
+  // What Status found to be data last: file systems look for the next hole page by page. Holes that
+  // somebody else makes in it meanwhile read as what they are, zeros.
+  uint64_t data_from_ = 0, data_end_ = 0;
 };
 
 FileNode::Op* FileNode::NewOp(Request* request) {
@@ -313,6 +316,7 @@ void FileNode::OnDone(Op* op, int64_t result) {
       return result < 0 ? Finish(op, static_cast<int>(result)) : OnTransferred(op, result);
     case FileOp::Kind::kDiscard:
     case FileOp::Kind::kWriteZeroes:
+      data_end_ = 0;
       break;
   }
   bool discard = op->request->kind == Request::Kind::kDiscard;
@@ -341,6 +345,10 @@ Result<Extent> FileNode::Status(uint64_t offset, uint64_t length) {
   extent.offset = offset;
   extent.file = this;
   if (is_device_) return extent;
+  if (offset >= data_from_ && offset < data_end_) {
+    extent.length = std::min(length, data_end_ - offset);
+    return extent;
+  }
   auto at = static_cast<off_t>(offset);
   off_t data = lseek(fd_.get(), at, SEEK_DATA);
   if (data < 0 && errno != ENXIO) return extent;  // the file system can't tell
@@ -355,6 +363,8 @@ Result<Extent> FileNode::Status(uint64_t offset, uint64_t length) {
     // The file's end may be within a sector that counts as data.
     uint64_t end = (static_cast<uint64_t>(hole) + 511) / 512 * 512;
     extent.length = std::min(length, end - offset);
+    data_from_ = offset;
+    data_end_ = end;
   }
   return extent;
 }
@@ -399,6 +409,7 @@ Result<> FileNode::Resize(const ResizeOptions& options) {
                            fmt::format("cannot resize '{}' to {}", name(), options.size)));
   }
   size_bytes_ = options.size;
+  data_end_ = 0;
   if (options.size <= old_size || options.preallocation == Preallocation::kOff ||
       options.preallocation == Preallocation::kMetadata) {
     return {};

@@ -186,6 +186,26 @@ class HostileTest(ImageTest):
                 self.assertEqual(ours.returncode, peer.returncode, ours.stdout + peer.stdout)
                 self.assertLess(os.path.getsize(self.path("evil.qcow2")), 2 * MIB)
 
+    def test_clusters_far_apart(self):
+        """64 clusters of 512 bytes, over a sparse file of 8 TiB: what is between them costs nothing."""
+        cluster, end = 512, 8 << 40
+        with open(self.path("far.qcow2"), "wb") as file:
+            file.write(struct.pack(">4sIQIIQIIQQIIQQQQII", b"QFI\xfb", 3, 0, 0, 9, 64 * cluster, 0, 2, cluster, 2 * cluster, 1,
+                                   0, 0, 0, 0, 0, 4, 104))
+            file.seek(cluster)
+            file.write(struct.pack(">Q", 4 * cluster | COPIED))
+            file.seek(2 * cluster)
+            file.write(struct.pack(">Q", 3 * cluster))
+            file.seek(3 * cluster)
+            file.write(struct.pack(">5H", 1, 1, 1, 1, 1))
+            file.seek(4 * cluster)
+            file.write(struct.pack(">64Q", *(end // 64 * (i + 1) - cluster | COPIED for i in range(64))))
+            file.truncate(end)
+        done = self.victim("check", "-f", "qcow2", "far.qcow2", code=2)
+        self.assertEqual((done.stdout + done.stderr).count("refcount=0 reference=1"), 64)
+        self.victim("check", "-r", "all", "-f", "qcow2", "far.qcow2", code=None)
+        self.victim("convert", "-f", "qcow2", "-O", "raw", "far.qcow2", "out.raw", code=0)
+
     def test_compressed_bombs(self):
         """A stream that would go on for ever, one that is none, and one that is too short."""
         deflate = zlib.compressobj(9, zlib.DEFLATED, -12)

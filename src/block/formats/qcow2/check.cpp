@@ -3,42 +3,17 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <memory>
-#include <unordered_map>
 #include <unordered_set>
 
 #include "block/fiber_io.h"
 #include "block/formats/qcow2/bitmaps.h"
 #include "block/formats/qcow2/editor.h"
 #include "block/formats/qcow2/qcow2_node.h"
+#include "block/formats/qcow2/reference_counts.h"
 #include "block/formats/qcow2/snapshots.h"
 #include "block/graph.h"
 
 namespace kvartz::block::qcow2 {
-
-// References by cluster; memory is taken where there are any.
-class ReferenceCounts {
- public:
-  uint32_t Get(uint64_t cluster) const {
-    auto it = chunks_.find(cluster / kChunk);
-    return it == chunks_.end() ? 0 : it->second[cluster % kChunk];
-  }
-  void Add(uint64_t cluster) {
-    auto& chunk = chunks_[cluster / kChunk];
-    if (!chunk) chunk = std::make_unique<uint32_t[]>(kChunk);
-    if (chunk[cluster % kChunk] != UINT32_MAX) chunk[cluster % kChunk]++;
-    max_ = std::max(max_, chunk[cluster % kChunk]);
-    end_ = std::max(end_, cluster + 1);
-  }
-  uint64_t end() const { return end_; }  // behind the last that is referenced
-  uint32_t max() const { return max_; }
-
- private:
-  static constexpr uint64_t kChunk = 16384;
-  std::unordered_map<uint64_t, std::unique_ptr<uint32_t[]>> chunks_;
-  uint64_t end_ = 0;
-  uint32_t max_ = 0;
-};
 
 // One check. Fiber: all.
 class Checker {
@@ -297,7 +272,7 @@ Result<CheckResult> Checker::Run() {
   if (rc == 0) rc = CountRefcounts();
   if (rc == 0 && rebuild_ && Fixes()) {
     rc = Rebuild();
-  } else if (rc == 0) {
+  } else if (rc == 0 && !rebuild_) {
     rc = Compare();
   }
   if (rc == 0) rc = CheckCopied();
@@ -327,12 +302,17 @@ int Checker::Compare() {
     end = std::max(end, index * geo_.refblock_entries);
     break;
   }
+  uint64_t block = 0;  // the next that is there
   for (uint64_t cluster = 0; cluster < end;) {
-    uint64_t block = cluster / geo_.refblock_entries;
-    bool none = block >= table.size() || table[block] == 0;
-    if (none && cluster >= counts_.end()) {
-      cluster = (block + 1) * geo_.refblock_entries;
-      continue;
+    block = std::max(block, cluster / geo_.refblock_entries);
+    while (block < table.size() && table[block] == 0) block++;
+    if (block >= table.size() || cluster < block * geo_.refblock_entries) {
+      uint64_t next = block < table.size() ? block * geo_.refblock_entries : end;
+      next = std::min(next, counts_.Next(cluster));
+      if (next > cluster) {
+        cluster = next;
+        continue;
+      }
     }
     if (int rc = CompareCluster(cluster)) return rc;
     if (++cluster % 4096 == 0 && meta_.cache().crowded()) {
@@ -409,12 +389,13 @@ int Checker::WriteRebuilt() {
     first = std::max(counts_.end(), file_clusters_);
     uint64_t own = blocks.size() + table_clusters;
     std::vector<uint64_t> needed;
-    for (uint64_t block = 0; block * geo_.refblock_entries < first + own; block++) {
-      uint64_t from = block * geo_.refblock_entries, end = from + geo_.refblock_entries;
-      bool used = end > first;
-      for (uint64_t cluster = from; !used && cluster < end; cluster++)
-        used = counts_.Get(cluster) > 0;
-      if (used) needed.push_back(block);
+    for (uint64_t at = counts_.Next(0); at < first;) {
+      needed.push_back(at / geo_.refblock_entries);
+      at = counts_.Next((needed.back() + 1) * geo_.refblock_entries);
+    }
+    uint64_t block = first / geo_.refblock_entries;
+    for (; block * geo_.refblock_entries < first + own; block++) {
+      if (needed.empty() || needed.back() < block) needed.push_back(block);
     }
     uint64_t clusters = geo_.Clusters((needed.back() + 1) * 8);
     if (needed.size() == blocks.size() && clusters == table_clusters) break;

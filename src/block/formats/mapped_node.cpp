@@ -13,6 +13,8 @@
 namespace kvartz::block {
 namespace {
 constexpr uint32_t kSector = 512;
+// That Status looks at: who asks for the rest of the disk may use little of the answer.
+constexpr uint64_t kBlocksAtOnce = 4096;
 }
 
 MappedNode::MappedNode(NodePtr file, bool read_only, uint64_t size_bytes, uint64_t block_bytes)
@@ -160,7 +162,7 @@ Result<Extent> MappedNode::Status(uint64_t offset, uint64_t length) {
   Place first;
   if (int rc = Find(offset, first)) return Fail(IoError(*this, "examine", offset, rc));
   uint64_t at = offset;
-  const uint64_t end = offset + length;
+  const uint64_t end = offset + std::min(length, kBlocksAtOnce * block_bytes_);
   while (true) {
     at += std::min(end - at, block_bytes_ - at % block_bytes_);
     if (at >= end) break;

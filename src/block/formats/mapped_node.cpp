@@ -15,7 +15,7 @@ namespace {
 constexpr uint32_t kSector = 512;
 // That Status looks at: who asks for the rest of the disk may use little of the answer.
 constexpr uint64_t kBlocksAtOnce = 4096;
-}
+}  // namespace
 
 MappedNode::MappedNode(NodePtr file, bool read_only, uint64_t size_bytes, uint64_t block_bytes)
     : Node(file->loop(), file->name()), file_(std::move(file)), block_bytes_(block_bytes) {

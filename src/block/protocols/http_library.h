@@ -8,14 +8,20 @@
 
 namespace kvartz::block {
 
-#define KVARTZ_CURL_FUNCTIONS(X)                                                                 \
-  X(global_init)                                                                                 \
-  X(easy_init)                                                                                   \
-  X(easy_cleanup)                                                                                \
-  X(easy_reset)                                                                                  \
-  X(easy_setopt) X(easy_getinfo) X(easy_strerror) X(multi_init) X(multi_cleanup) X(multi_setopt) \
-      X(multi_add_handle) X(multi_remove_handle) X(multi_socket_action) X(multi_info_read)       \
-          X(multi_strerror) X(slist_append) X(slist_free_all)
+#define KVARTZ_CURL_FUNCTIONS(X) \
+  X(global_init)                 \
+  X(easy_init)                   \
+  X(easy_cleanup)                \
+  X(easy_reset)                  \
+  X(easy_setopt)                 \
+  X(easy_getinfo)                \
+  X(easy_strerror)               \
+  X(multi_init)                  \
+  X(multi_cleanup)               \
+  X(multi_setopt)                \
+  X(multi_add_handle)            \
+  X(multi_remove_handle)         \
+  X(multi_socket_action) X(multi_info_read) X(multi_strerror) X(slist_append) X(slist_free_all)
 
 // Functions of the library by their names, without "curl_". Immutable.
 struct CurlLibrary {

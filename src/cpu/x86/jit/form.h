@@ -63,8 +63,7 @@ struct RowForm {
   bool zeroes_vectors = false;    // VZEROUPPER, VZEROALL
   bool bit_of_string = false;     // BT and its like with a register: beside memory, any bit there
   int8_t memory_operand = -1;     // index of the operand that may be memory
-  uint8_t takes_source =
-      0;  // opcode of the same with a source of r/m, where the row's is an immediate
+  uint8_t takes_source = 0;       // of a row with an immediate: the opcode that takes r/m instead
   // Which ModRM fields name general registers.
   bool reg_is_gpr = false, rm_is_gpr = false, vvvv_is_gpr = false;
 };

@@ -62,14 +62,7 @@ Result<> BackupJob::LeaveLowerLayers() {
 Result<> BackupJob::Prepare() {
   filter_ = std::make_shared<CopyBeforeWriteNode>(settings_.source);
   filter_->set_node_name(settings_.filter_node_name);
-  TRY(registry_.Claim(*settings_.source, who()));
-  Result<> claimed = registry_.Claim(*settings_.target, who());
-  if (claimed) claimed = registry_.InsertFilter(settings_.source, filter_);
-  if (!claimed) {
-    Release();
-    return claimed;
-  }
-  VERIFY(registry_.Claim(*filter_, who()));
+  TRY(InsertFilter(filter_, settings_.source, settings_.target));
   registry_.On(*settings_.source, [&] {
     ChooseRanges();
     if (bitmap_) {
@@ -85,13 +78,6 @@ Result<> BackupJob::Prepare() {
          .copy = [this](uint64_t offset, uint64_t length) { BeforeWrite(offset, length); }});
   });
   return {};
-}
-
-void BackupJob::Release() {
-  for (Node* node :
-       {settings_.source.get(), settings_.target.get(), static_cast<Node*>(filter_.get())}) {
-    if (node) registry_.Unclaim(*node, who());
-  }
 }
 
 // A guest isn't kept from writing by a backup that fails.
@@ -165,7 +151,7 @@ void BackupJob::DoClean(const Result<>& result) {
         SkipFilters(settings_.target.get())->set_fleecing(false);
         UpdateBitmap(result.has_value());
       });
-      Release();
+      claims_.Release();
       Result<> removed = registry_.RemoveFilter(filter_);
       if (!removed) KLOG(kError, "{}: {}", who(), removed.error().what);
     }

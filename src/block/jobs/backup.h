@@ -31,7 +31,6 @@ class BackupJob final : public CopyJob {
   void ChooseRanges();
   Result<> LeaveLowerLayers();
   void UpdateBitmap(bool success);
-  void Release();
 
   BackupSettings settings_;
   RangeCopier copier_;

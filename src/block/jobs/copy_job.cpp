@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/call_on.h"
+#include "base/check.h"
 #include "block/graph.h"
 
 namespace kvartz::block {
@@ -17,8 +18,24 @@ constexpr unsigned kExtentsATurn = 64;
 
 CopyJob::CopyJob(Registry& registry, EventLoop& loop, const CommonSettings& common, Clear clear,
                  Policies policies)
-    : Job(loop, common.job_id), registry_(registry), clear_(clear), policies_(policies) {
+    : Job(loop, common.job_id),
+      registry_(registry),
+      claims_(registry, who()),
+      clear_(clear),
+      policies_(policies) {
   SetSpeed(common.speed);
+}
+
+Result<> CopyJob::InsertFilter(const NodePtr& filter, const NodePtr& source,
+                               const NodePtr& target) {
+  TRY(claims_.Take({source, target}));
+  Result<> inserted = registry_.InsertFilter(source, filter);
+  if (!inserted) {
+    claims_.Release();
+    return inserted;
+  }
+  VERIFY(claims_.Take({filter}));
+  return {};
 }
 
 Result<> CopyJob::CopyDirty() {

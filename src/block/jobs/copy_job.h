@@ -3,6 +3,9 @@
 #pragma once
 
 #include <memory>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "block/dirty_bitmap.h"
 #include "block/jobs/job.h"
@@ -10,6 +13,31 @@
 #include "block/range_locks.h"
 
 namespace kvartz::block {
+
+// Claims some nodes, all or none, until Release. Fiber, main loop.
+class Claims {
+ public:
+  Claims(Registry& registry, std::string by) : registry_(registry), by_(std::move(by)) {}
+  Result<> Take(std::vector<NodePtr> nodes) {
+    for (const NodePtr& node : nodes) {
+      Result<> claimed = registry_.Claim(*node, by_);
+      if (!claimed) {
+        Release();
+        return claimed;
+      }
+      nodes_.push_back(node);
+    }
+    return {};
+  }
+  void Release() {
+    for (const NodePtr& node : std::exchange(nodes_, {})) registry_.Unclaim(*node, by_);
+  }
+
+ private:
+  Registry& registry_;
+  const std::string by_;
+  std::vector<NodePtr> nodes_;
+};
 
 // Loop-owned by the loop of its nodes; changes of the graph are called over to the registry's.
 class CopyJob : public Job {
@@ -40,6 +68,8 @@ class CopyJob : public Job {
   // those below `top` alone.
   enum class Layers : uint8_t { kAll, kBelow };
   Result<> MarkAllocated(Node& top, Node* base, Layers layers);
+  // Fiber, main loop: claims the nodes and puts `filter` above `source`, or does nothing of it.
+  Result<> InsertFilter(const NodePtr& filter, const NodePtr& source, const NodePtr& target);
   // Fiber: runs `body` in one of the registry's loop.
   template <typename Body>
   auto OnMain(Body body) {
@@ -48,6 +78,7 @@ class CopyJob : public Job {
   std::string who() const { return "job '" + id() + "'"; }
 
   Registry& registry_;
+  Claims claims_;
   std::shared_ptr<DirtyBitmap> todo_;  // set before it runs
   RangeLocks locks_;
   unsigned parallel_ = 16;

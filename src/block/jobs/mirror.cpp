@@ -42,14 +42,7 @@ Result<> MirrorJob::Prepare() {
   filter_ =
       std::make_shared<MirrorTopNode>(settings_.source, commits_ ? "commit_top" : "mirror_top");
   filter_->set_node_name(settings_.filter_node_name);
-  TRY(registry_.Claim(*settings_.source, who()));
-  Result<> claimed = registry_.Claim(*settings_.target, who());
-  if (claimed) claimed = registry_.InsertFilter(settings_.source, filter_);
-  if (!claimed) {
-    Release();
-    return claimed;
-  }
-  VERIFY(registry_.Claim(*filter_, who()));
+  TRY(InsertFilter(filter_, settings_.source, settings_.target));
   registry_.On(*settings_.source, [&] {
     if (background_) {
       settings_.source->Attach(todo_);
@@ -58,13 +51,6 @@ Result<> MirrorJob::Prepare() {
     }
   });
   return {};
-}
-
-void MirrorJob::Release() {
-  for (Node* node :
-       {settings_.source.get(), settings_.target.get(), static_cast<Node*>(filter_.get())}) {
-    if (node) registry_.Unclaim(*node, who());
-  }
 }
 
 Result<> MirrorJob::DoRun() {
@@ -122,7 +108,7 @@ Result<> MirrorJob::Pivot() {
     filter_->Disarm();
     settings_.source->Detach(*todo_);
   });
-  Release();
+  claims_.Release();
   NodePtr target = settings_.target;
   if (settings_.replaces) {
     TRY(registry_.RemoveFilter(filter_));
@@ -143,7 +129,7 @@ void MirrorJob::DoClean(const Result<>& /*result*/) {
         filter_->Disarm();
         settings_.source->Detach(*todo_);
       });
-      Release();
+      claims_.Release();
       if (registry_.PtrOf(*filter_)) {
         Result<> removed = registry_.RemoveFilter(filter_);
         if (!removed) KLOG(kError, "{}: {}", who(), removed.error().what);

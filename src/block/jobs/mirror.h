@@ -34,7 +34,6 @@ class MirrorJob final : public CopyJob {
   std::string TargetName() const override { return settings_.target->name(); }
   Result<> CopyTheRest();
   Result<> Pivot();
-  void Release();
 
   const char* const type_;
   MirrorSettings settings_;

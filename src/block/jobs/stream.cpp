@@ -35,31 +35,6 @@ Result<std::vector<NodePtr>> LayersAbove(Registry& registry, const NodePtr& top,
   return layers;
 }
 
-// Claims some nodes, all or none, until Release.
-class Claims {
- public:
-  Claims(Registry& registry, std::string by) : registry_(registry), by_(std::move(by)) {}
-  Result<> Take(std::vector<NodePtr> nodes) {
-    for (const NodePtr& node : nodes) {
-      Result<> claimed = registry_.Claim(*node, by_);
-      if (!claimed) {
-        Release();
-        return claimed;
-      }
-      nodes_.push_back(node);
-    }
-    return {};
-  }
-  void Release() {
-    for (const NodePtr& node : std::exchange(nodes_, {})) registry_.Unclaim(*node, by_);
-  }
-
- private:
-  Registry& registry_;
-  const std::string by_;
-  std::vector<NodePtr> nodes_;
-};
-
 // Writable while a job works on it, on its loop. Fiber, main loop.
 class Writable {
  public:
@@ -90,7 +65,6 @@ class LayersJob : public CopyJob {
   LayersJob(Registry& registry, const Settings& settings)
       : CopyJob(registry, settings.top->loop(), settings, Clear::kAfter,
                 {settings.on_error, settings.on_error}),
-        claims_(registry, who()),
         writable_(registry) {
     todo_ = std::make_shared<DirtyBitmap>("", settings.top->size_bytes(), kGranularity);
   }
@@ -112,7 +86,6 @@ class LayersJob : public CopyJob {
                                   base ? SkipFilters(base.get())->driver() : "");
   }
 
-  Claims claims_;
   Writable writable_;
 };
 

@@ -15,8 +15,6 @@ using block::NodePtr;
 using Kind = QmpType::Kind;
 using Value = Result<json::value>;
 
-Value Done() { return json::object(); }
-
 constexpr QmpMember kAdd[] = {{"node", kQmpString},
                               {"name", kQmpString},
                               {"granularity", kQmpInt, kOptional},

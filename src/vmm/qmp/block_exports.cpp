@@ -15,8 +15,6 @@ using block::NodePtr;
 using Kind = QmpType::Kind;
 using Value = Result<json::value>;
 
-Value Done() { return json::object(); }
-
 // SocketAddressLegacy.
 constexpr QmpMember kInetMembers[] = {{"host", kQmpString}, {"port", kQmpString}};
 constexpr QmpMember kUnixMembers[] = {{"path", kQmpString}};

@@ -15,8 +15,6 @@ using block::NodePtr;
 using Kind = QmpType::Kind;
 using Value = Result<json::value>;
 
-Value Done() { return json::object(); }
-
 constexpr const char* const kSyncs[] = {"full", "top", "none", "incremental", "bitmap"};
 constexpr QmpType kSync{.kind = Kind::kEnum, .words = kSyncs};
 constexpr const char* const kBitmapModes[] = {"on-success", "never", "always"};

@@ -19,8 +19,6 @@ namespace json = boost::json;
 using block::NodePtr;
 using Value = Result<json::value>;
 
-Value Done() { return json::object(); }
-
 constexpr QmpMember kSnapshot[] = {{"node", kQmpString}, {"overlay", kQmpString}};
 constexpr QmpMember kSnapshotSync[] = {
     {"device", kQmpString, kOptional}, {"node-name", kQmpString, kOptional},

@@ -12,8 +12,6 @@ using Value = Result<json::value>;
 using block::JobInfo;
 using block::JobList;
 
-Value Done() { return json::object(); }
-
 // A command that does one thing to the job named by argument `key`.
 template <auto kMethod>
 Value OnJob(Vm& vm, const json::object& arguments) {

@@ -19,8 +19,6 @@ using Value = Result<json::value>;
 
 constexpr std::span<const QmpMember> kNone;
 
-Value Done() { return json::object(); }
-
 // After the answer, as clients expect: what follows may end the connection.
 template <typename Action>
 Value Later(Vm& vm, Action action) {

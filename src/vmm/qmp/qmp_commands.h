@@ -1,6 +1,7 @@
 // The commands of QMP: one row each, with typed arguments.
 #pragma once
 
+#include <boost/json/object.hpp>
 #include <boost/json/value.hpp>
 #include <span>
 #include <string_view>
@@ -24,6 +25,8 @@ struct QmpCommand {
   // The class of its kNotFound errors, where clients tell those from others.
   const char* not_found_class = "GenericError";
 };
+
+inline Result<boost::json::value> Done() { return boost::json::object(); }
 
 // All of them, table by table.
 std::span<const std::span<const QmpCommand>> QmpCommandTables();

@@ -244,23 +244,17 @@ class NbdLinkTest(NbdServer):
         self.assertIn("read failed", self.say(child, "read 0 4k"))
 
     def test_without_patience(self):
-        self.serve("-f", "raw", self.write_raw("a.raw", 4 * MIB, seed=8))
-        child = self.start_io("")
-        self.say(child, "read 0 4k")
-        child.stdout.readline()
-        self.kill_server()
-        self.assertIn("read failed", self.say(child, "read 0 4k"))
-        child.stdin.write("quit\n")
-        self.assertEqual(child.wait(30), 1)
-        # It ends while it still tries.
-        self.serve("-f", "raw", self.path("a.raw"))
-        child = self.start_io(",reconnect-delay=1")
-        self.say(child, "read 0 4k")
-        child.stdout.readline()
-        self.kill_server()
-        self.assertIn("read failed", self.say(child, "read 0 4k"))
-        child.stdin.write("quit\n")
-        self.assertEqual(child.wait(30), 1)
+        raw = self.write_raw("a.raw", 4 * MIB, seed=8)
+        for option in ("", ",reconnect-delay=1"):  # with the latter it ends while it still tries
+            with self.subTest(option):
+                self.serve("-f", "raw", raw)
+                child = self.start_io(option)
+                self.say(child, "read 0 4k")
+                child.stdout.readline()
+                self.kill_server()
+                self.assertIn("read failed", self.say(child, "read 0 4k"))
+                child.stdin.write("quit\n")
+                self.assertEqual(child.wait(30), 1)
 
     def test_opening_waits(self):
         raw = self.write_raw("a.raw", MIB, seed=9)

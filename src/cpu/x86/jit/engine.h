@@ -115,6 +115,7 @@ class Engine final : private Tlb::Follower {
   void Entered(uint16_t mode);
   // As it is wanted at Cpu::rip.
   Block* Obtain(const uint8_t* host, uint16_t mode);
+  // The unit, if its code is as it was. Null: there is none.
   Block* Find(const uint8_t* host, uint16_t mode);
   // `next`: the page that follows, if that is known. Null: `built` says why.
   Block* Translate(const uint8_t* host, uint16_t mode, const uint8_t* next, Unit::Built* built);

@@ -280,10 +280,6 @@ DiskStatistics Disk::statistics() const {
   return statistics;
 }
 
-void Disk::CountMerged(Request::Kind kind, uint64_t requests) {
-  OperationOf(kind).merged += requests;
-}
-
 void Disk::CountInvalid(Request::Kind kind) { OperationOf(kind).invalid++; }
 
 }  // namespace kvartz::block

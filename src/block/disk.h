@@ -39,7 +39,7 @@ struct DiskRequest {
 // As query-blockstats shows them.
 struct DiskStatistics {
   struct Operation {
-    uint64_t bytes = 0, operations = 0, failed = 0, invalid = 0, merged = 0;
+    uint64_t bytes = 0, operations = 0, failed = 0, invalid = 0;
     int64_t total_time_ns = 0;
   };
   Operation read, write, flush, unmap;  // write: zeroes, too; unmap: discards
@@ -107,8 +107,7 @@ class Disk final : public NodeUser {
   const std::shared_ptr<ThrottleGroup>& throttle() const { return throttle_group_; }
 
   DiskStatistics statistics() const;
-  void CountMerged(Request::Kind kind, uint64_t requests);  // by the device, which merged them
-  void CountInvalid(Request::Kind kind);                    // refused by the device
+  void CountInvalid(Request::Kind kind);  // refused by the device
 
   // NodeUser.
   std::string UserName() const override;

@@ -81,7 +81,6 @@ void Job::SetStatus(Status status) {
 }
 
 Result<> Job::Run() {
-  started_ns_ = loop_.clock().NowNs();
   SetStatus(Status::kRunning);
   Result<> result = CheckCancelled();
   if (result) result = DoRun();

@@ -79,7 +79,6 @@ class Job {
   // Bytes of work; the total may grow while it runs.
   uint64_t progress_done() const { return done_; }
   uint64_t progress_total() const { return total_; }
-  int64_t started_ns() const { return started_ns_; }
   JobInfo info() const;
 
   // Ends at its next step; what was done remains. A job that is ready ends in order, as completed
@@ -97,7 +96,6 @@ class Job {
   void Finalize();  // of one that is pending
   void set_auto_finalize(bool finalize) { auto_finalize_ = finalize; }
   void set_auto_dismiss(bool dismiss) { auto_dismiss_ = dismiss; }
-  void Dismissed() { SetStatus(Status::kNull); }
 
   // Is called with each step.
   std::function<void(const Job& job)> on_progress = {};
@@ -122,7 +120,6 @@ class Job {
   // The same without progress, which is told by Skip when the bytes are there.
   Result<> Pace(uint64_t bytes);
   void SetTotal(uint64_t bytes) { total_ = bytes; }
-  void AddTotal(uint64_t bytes) { total_ += bytes; }
   // Work that turned out not to be needed: progress without the limit.
   void Skip(uint64_t bytes);
   // The work is in step from now on: Complete is possible.
@@ -147,7 +144,6 @@ class Job {
   const std::string id_;
   Status status_ = Status::kCreated;
   uint64_t done_ = 0, total_ = 0;
-  int64_t started_ns_ = 0;
   bool paused_ = false, cancelled_ = false, soft_cancelled_ = false, ready_ = false;
   bool complete_ = false, finalize_ = false, finalizing_ = false;
   bool auto_finalize_ = true, auto_dismiss_ = true;

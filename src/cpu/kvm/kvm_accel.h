@@ -49,7 +49,6 @@ class KvmAccel final : public Accel {
 
   // ---- for vCPUs ----
   const AccelConfig& config() const { return config_; }
-  int device_fd() const { return device_.get(); }
   int vm_fd() const { return vm_.get(); }
   MemorySlots& memory() { return memory_; }
   void DrainCollected(kvm_coalesced_mmio_ring* ring, ViewCache& memory, ViewCache& ports) {

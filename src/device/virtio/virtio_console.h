@@ -61,7 +61,6 @@ class VirtioConsole final : public VirtioDevice {
   };
   bool multiport() const;
   static unsigned ReceiveQueue(uint32_t port) { return port == 0 ? 0 : 2 + 2 * port; }
-  unsigned PortCount() const { return config_.max_ports; }
   Port* FindPort(uint32_t number) {
     return number < ports_.size() ? ports_[number].get() : nullptr;
   }

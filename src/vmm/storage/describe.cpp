@@ -112,7 +112,7 @@ json::object OperationFields(const char* prefix, const block::DiskStatistics::Op
   return {{name + "_bytes", one.bytes},
           {name + "_operations", one.operations},
           {name + "_total_time_ns", one.total_time_ns},
-          {name + "_merged", one.merged},
+          {name + "_merged", 0},  // no device here merges requests
           {"failed_" + name + "_operations", one.failed},
           {"invalid_" + name + "_operations", one.invalid}};
 }

@@ -65,7 +65,6 @@ class TableCache {
   bool crowded() const { return statistics_.dirty_bytes > statistics_.limit_bytes / 2; }
   bool has_dirty() const { return statistics_.dirty_bytes > 0; }
   const CacheStatistics& statistics() const { return statistics_; }
-  void set_limit(uint64_t bytes) { statistics_.limit_bytes = bytes; }
 
  private:
   void Touch(Slice* slice);

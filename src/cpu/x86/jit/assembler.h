@@ -55,7 +55,6 @@ class Assembler {
 
   uint8_t* here() const { return at_; }          // where the next byte is written
   uint8_t* run() const { return at_ + delta_; }  // ... and runs
-  uint8_t* ToRun(uint8_t* write) const { return write + delta_; }
   size_t room() const { return static_cast<size_t>(end_ - at_); }
 
   void Byte(unsigned value) { *at_++ = static_cast<uint8_t>(value); }

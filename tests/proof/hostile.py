@@ -74,11 +74,14 @@ def attack(context, program, machine, cpus, seconds, number):
     qmp.call("qmp_capabilities")
     guarded = check_guards(vm.pid)
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and vm.runs_until(min(deadline, time.monotonic() + RESET_S)):
-        qmp.call("system_reset")
-    if vm.runs_until(time.monotonic()):
-        qmp.call("query-status")
-        qmp.call("quit")
+    try:
+        while time.monotonic() < deadline and vm.runs_until(min(deadline, time.monotonic() + RESET_S)):
+            qmp.call("system_reset")
+        if vm.runs_until(time.monotonic()):
+            qmp.call("query-status")
+            qmp.call("quit")
+    except OSError:
+        pass  # it has just gone: its last words say why
     code = vm.wait()
     if code != 0 or REPORT.search(vm.output):
         raise harness.Failure(f"exit code {code}; {vm.tail()}")

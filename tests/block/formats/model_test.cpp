@@ -18,7 +18,11 @@ struct Kind {
   uint64_t discard_unit = 0;
   bool resizes = false;
   bool peer_checks = false;  // qemu-img check knows it
+  const char* opens = "";    // options of open, ours and the peer's
+  bool scrambled = false;    // what is new reads as noise, not as zeros, and nothing is checked
 };
+
+constexpr char kSecret[] = "passphrase";
 
 constexpr Kind kKinds[] = {
     {"Raw", "raw", "raw", "", 4096, 1, 1, true},
@@ -31,6 +35,8 @@ constexpr Kind kKinds[] = {
     {"VhdxFixed", "vhdx", "vhdx", ",subformat=fixed,block_size=1M", 1 << 20, 1 << 20, 0, false,
      true},
     {"VmdkSparse", "vmdk", "vmdk", ",subformat=monolithicSparse", 65536, 512, 0, false, true},
+    {"Luks", "luks", "luks", ",key-secret=key,iter-time=1", 4096, 512, 1, true, false,
+     "key-secret=key", true},
     {"VmdkFlat", "vmdk", "vmdk", ",subformat=monolithicFlat", 65536, 512, 1, false, true},
 };
 
@@ -42,6 +48,7 @@ class FormatRun final : public ModelRun {
  private:
   void Setup() override {
     format_ = kind_.format;
+    checks_ = !kind_.scrambled;
     unit_bytes_ = kind_.unit_bytes;
     discard_unit_ = kind_.discard_unit;
     uint64_t unit = kind_.granularity;
@@ -49,11 +56,14 @@ class FormatRun final : public ModelRun {
     path_ = dir_.path() + "/a.img";
     std::string options = "size=" + std::to_string(size) + kind_.options;
     trace = options + "\n";
+    disk_.env().secret = [](const std::string&) { return std::string(kSecret); };
+    disk_.more_options = kind_.opens;
     ASSERT_EQ(disk_.Create(path_, options, format_), "");
     ASSERT_EQ(disk_.Open(path_, format_), "");
     // Where the format rounds sizes up.
     model_.assign(disk_.node->size_bytes(), '\0');
     ASSERT_GE(model_.size(), size);
+    LearnFrom(0);
     CompareWhole();
   }
 
@@ -91,9 +101,18 @@ class FormatRun final : public ModelRun {
     uint64_t size = Below(2 * kMiB / kind_.granularity) * kind_.granularity;
     trace += "resize " + std::to_string(size) + "\n";
     ASSERT_EQ(disk_.Resize(size, OneIn(2) ? Preallocation::kOff : Preallocation::kFull), "");
+    const uint64_t known = std::min<uint64_t>(size, model_.size());
     model_.resize(size, '\0');
     ASSERT_EQ(disk_.node->size_bytes(), size);
+    LearnFrom(known);
     CompareWhole();
+  }
+
+  // What is new at `offset` and behind it.
+  void LearnFrom(uint64_t offset) {
+    if (!kind_.scrambled || offset == model_.size()) return;
+    uint64_t length = model_.size() - offset;
+    model_.replace(offset, length, disk_.Read(offset, length));
   }
 
   void CheckByPeer() override {
@@ -102,7 +121,9 @@ class FormatRun final : public ModelRun {
           RunCommand("qemu-img check -f " + std::string(kind_.peers) + " " + path_);
       EXPECT_EQ(check.status, 0) << check.output;
     }
-    CompareByPeer();
+    if (*kind_.opens == '\0') return CompareByPeer();
+    CompareByPeer(std::string(" --object secret,id=key,data=") + kSecret,
+                  " driver=" + format_ + "," + kind_.opens + ",file.filename=" + path_);
   }
 
   const Kind& kind_;

@@ -255,8 +255,7 @@ uint64_t Engine::OnFill(void* state, uint64_t address, uint64_t site) {
 uint64_t Engine::Fill(uint64_t address, const Site& site) {
   Cpu& c = cpu();
   const bool crosses = (address & 0xfff) + site.span > kPageSize;
-  if (state_.misses[0][site.slot] == 0 && !crosses && Adapt(site, address))
-    return Resume(site.offset);
+  if (state_.misses[site.slot] == 0 && !crosses && Adapt(site, address)) return Resume(site.offset);
   const Access access = site.write() ? Access::kWrite : Access::kRead;
   if (!crosses && mmu::TryMap(c, address, access)) {
     Tlb& tlb = *c.tlb;
@@ -264,8 +263,8 @@ uint64_t Engine::Fill(uint64_t address, const Site& site) {
     if (tlb.changes() == seen_changes_ &&
         (site.write() ? entry.write : entry.read) == tlb.Tag(address)) {
       ++counters_.fills;
-      (&state_.slots[0][0])[site.slot] = {address & kPageMask, entry.addend};
-      (&state_.used[0][0])[site.slot >> kSlotChunkBits] = 1;
+      state_.slots[site.slot] = {address & kPageMask, entry.addend};
+      state_.used[site.slot >> kSlotChunkBits] = 1;
       if (tlb.data_class() == Tlb::kSupervisor && address >> 63 == 0)
         state_.lower_in_supervisor = 1;
       return 0;
@@ -307,7 +306,7 @@ bool Engine::Adapt(const Site& site, uint64_t address) {
   constexpr uint32_t kMissCost = 12;
   // Rarer ones come from slots that many places share, or from switches of address spaces.
   constexpr uint64_t kTicksAMiss = 100000;
-  state_.misses[0][site.slot] = 1;
+  state_.misses[site.slot] = 1;
   const uint64_t now = __builtin_ia32_rdtsc(), before = std::exchange(since_[site.slot], now);
   if (now - before > 256 * kTicksAMiss) return false;
   const uint8_t* host = UnitCode(site);
@@ -324,9 +323,9 @@ bool Engine::Adapt(const Site& site, uint64_t address) {
   for (size_t group = 0; !settled && group < unit.counting.size(); ++group) {
     const uint16_t slot = unit.counting[group];
     const bool this_one = slot == site.slot;
-    const uint32_t misses = this_one ? 256 : state_.misses[0][slot] - 1;
-    groups[group] = misses * kMissCost > state_.checks[0][slot];
-    const Slot& last = state_.slots[0][slot];
+    const uint32_t misses = this_one ? 256 : state_.misses[slot] - 1;
+    groups[group] = misses * kMissCost > state_.checks[slot];
+    const Slot& last = state_.slots[slot];
     upper[group] = this_one || last.page == last.addend ? in_upper : last.page >> 63 != 0;
   }
   unit.stage = unit.counting.empty() ? Adaptation::kCounting : Adaptation::kSettled;

@@ -4,14 +4,15 @@
 namespace kvartz::cpu::x86::jit {
 
 void Engine::ClearSlots(unsigned cls) {
-  for (unsigned first = 0; first < kSlotChunks; first += 8) {
+  const unsigned begin = cls * kSlotChunks, end = begin + kSlotChunks;
+  for (unsigned first = begin; first < end; first += 8) {
     uint64_t used;
-    std::memcpy(&used, &state_.used[cls][first], 8);
+    std::memcpy(&used, &state_.used[first], 8);
     if (used == 0) continue;
-    std::memset(&state_.used[cls][first], 0, 8);
+    std::memset(&state_.used[first], 0, 8);
     for (unsigned chunk = first; used != 0; ++chunk, used >>= 8) {
       if ((used & 0xff) == 0) continue;
-      Slot* slots = &state_.slots[cls][chunk << kSlotChunkBits];
+      Slot* slots = &state_.slots[chunk << kSlotChunkBits];
       std::memset(static_cast<void*>(slots), kSlotClear, sizeof(Slot) << kSlotChunkBits);
     }
   }
@@ -74,12 +75,12 @@ void Engine::LeavePage(uint64_t linear) {
 
 void Engine::DropWrites(const uint8_t* host_page) {
   for (unsigned cls = 0; cls < kClassCount; ++cls) {
-    for (unsigned at = kWriteSlots; at < kSlots; ++at) {
-      if (at % (1u << kSlotChunkBits) == 0 && !state_.used[cls][at >> kSlotChunkBits]) {
+    for (unsigned at = cls * kSlots + kWriteSlots; at < (cls + 1) * kSlots; ++at) {
+      if (at % (1u << kSlotChunkBits) == 0 && !state_.used[at >> kSlotChunkBits]) {
         at += (1u << kSlotChunkBits) - 1;
         continue;
       }
-      Slot& slot = state_.slots[cls][at];
+      Slot& slot = state_.slots[at];
       if (slot.page + slot.addend == reinterpret_cast<uint64_t>(host_page))
         std::memset(static_cast<void*>(&slot), kSlotClear, sizeof(slot));
     }

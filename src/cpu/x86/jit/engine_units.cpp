@@ -178,8 +178,8 @@ Block* Engine::Emit(CodePage* page, CodePage* next_page, uint16_t mode, const Un
     for (unsigned group = 0; group < unit_.group_count(); ++group) {
       const uint16_t slot = unit_.group(group).slot;
       adaptation->counting.push_back(slot);
-      state_.misses[0][slot] = 1;
-      state_.checks[0][slot] = 0;
+      state_.misses[slot] = 1;
+      state_.checks[slot] = 0;
     }
   }
   next_read_slot_[cls] = (next_read_slot_[cls] + buffers_.reads) % kWriteSlots;

@@ -59,7 +59,7 @@ struct State {
   uint32_t running_mode = 0;  // mode.h
   uint16_t saved_flags = 0;   // low byte: OF as 0 or 1; high byte: as LAHF
   // Slots of the chunk were filled since they were cleared.
-  alignas(8) uint8_t used[kClassCount][kSlotChunks] = {};
+  alignas(8) uint8_t used[kClassCount * kSlotChunks] = {};
   uint8_t lower_in_supervisor = 0;  // slots of that class may hold pages of the lower half
   uint8_t vector_live = 0;          // the guest's vector registers and MXCSR are in the host's
   uint8_t x87_live = 0;  // so are its x87 and MMX registers, control, status and tags; not FIP...
@@ -75,12 +75,13 @@ struct State {
   State* self = nullptr;
   void* engine = nullptr;  // Engine
 
-  uint64_t asid[2] = {};  // as the TLB's tags have them: lower, upper half
-  Slot slots[kClassCount][kSlots];
-  uint64_t addends[128] = {};            // of a unit's groups that ask the TLB, while it runs
-  uint8_t misses[kClassCount][kSlots];   // how often a slot was filled from the TLB, modulo 256
-  uint32_t checks[kClassCount][kSlots];  // how often it was asked, by units that count it
-  SingleUnit singles[kSingles];          // by hash of the site
+  uint64_t asid[2] = {};       // as the TLB's tags have them: lower, upper half
+  uint64_t addends[128] = {};  // of a unit's groups that ask the TLB, while it runs
+  // kSlots of each class, one class after the other.
+  Slot slots[kClassCount * kSlots];
+  uint8_t misses[kClassCount * kSlots];   // how often a slot was filled from the TLB, modulo 256
+  uint32_t checks[kClassCount * kSlots];  // how often it was asked, by units that count it
+  SingleUnit singles[kSingles];           // by hash of the site
   // The page (as `page` above) under which a page of code was last entered, if it was: it need not
   // be checked again until the address space changes.
   uint64_t code_pages[kCodeSlots];

@@ -16,8 +16,8 @@ inline HostMem GprAt(unsigned guest) {
   return HostMem::Gs(offsetof(State, cpu) + offsetof(Cpu, gpr) + guest * 8);
 }
 
-// What a slow path is told of its site: lies behind the call, and the jump back.
-struct Site {
+// What a slow path is told of its site: lies behind the call, and the jump back, at any address.
+struct [[gnu::packed]] Site {
   enum Flags : uint8_t {
     kVectors = 1,  // vector registers are in use
     kX87 = 2,      // x87 and MMX registers are

@@ -119,7 +119,7 @@ void Translator::Check(unsigned number, unsigned at) {
     return;
   }
   if (context_.counts_checks)
-    as_.IncDword(Gs(offsetof(State, checks) + group.slot * sizeof(State::checks[0][0])));
+    as_.IncDword(Gs(offsetof(State, checks) + group.slot * sizeof(State::checks[0])));
   as_.Sub(kS0, SlotPage(group.slot));
   as_.CmpImm(kS0, static_cast<int32_t>(4096 - span));
   uint8_t* from = as_.Jcc(kCcA, as_.run());

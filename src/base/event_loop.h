@@ -65,6 +65,10 @@ class EventLoop {
   // more), and nothing else of a turn runs. Callable within a turn.
   virtual void DrainFileOps() = 0;
 
+  // Before it sleeps the loop looks out for what comes, for up to this long, as long as that pays:
+  // to be woken takes longer. 0, as at first: it sleeps at once. On io_uring.
+  virtual void SetPolling(int64_t max_ns) = 0;
+
   // Runs until Stop.
   virtual void Run() = 0;
   // One turn: waits at most `timeout_ns` (-1: for ever) and handles what is ready.

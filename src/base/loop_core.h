@@ -56,6 +56,7 @@ class LoopCore : public EventLoop {
   void Post(std::function<void()> task) final;
   void Run() final;
   void RunOnce(int64_t timeout_ns) final;
+  void SetPolling(int64_t max_ns) final { polling_max_ns_ = max_ns; }
   void Stop() final;
   bool InLoopThread() const final;
   const Clock& clock() const final { return clock_; }
@@ -88,6 +89,7 @@ class LoopCore : public EventLoop {
     for (const auto& [fd, watcher] : watchers_) visit(*watcher);
   }
   uint32_t NewGeneration() { return next_generation_++; }
+  int64_t polling_max_ns() const { return polling_max_ns_; }
 
  private:
   void ArmTimer(TimerState& timer, int64_t deadline_ns) final;
@@ -110,6 +112,7 @@ class LoopCore : public EventLoop {
   std::atomic<int> thread_id_{0};  // 0: hasn't run yet
   std::atomic<bool> stop_{false};
   bool in_turn_ = false;
+  int64_t polling_max_ns_ = 0;
 
   mutable Mutex mutex_;
   std::vector<std::function<void()>> tasks_ GUARDED_BY(mutex_);

@@ -3,6 +3,7 @@
 #include <liburing.h>
 #include <poll.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <vector>
 
@@ -13,7 +14,6 @@ namespace kvartz {
 namespace {
 
 constexpr unsigned kEntries = 256;
-constexpr size_t kLargeBytes = 256 << 10;
 constexpr unsigned kReapedAtOnce = 128;
 
 // user_data: a FileOp's address (aligned, so even), or an odd tag.
@@ -117,9 +117,6 @@ class UringLoop final : public LoopCore {
                                 length);
         break;
     }
-    // Data in the host's cache are copied at once, by this thread: large ones by others, if there
-    // is more to do meanwhile.
-    if (file_ops_ > 0 && IsLarge(*op)) sqe->flags |= IOSQE_ASYNC;
     io_uring_sqe_set_data64(sqe, reinterpret_cast<uint64_t>(op));
     file_ops_++;
   }
@@ -134,13 +131,6 @@ class UringLoop final : public LoopCore {
   const char* backend_name() const override { return "io_uring"; }
 
  private:
-  static bool IsLarge(const FileOp& op) {
-    if (op.kind != FileOp::Kind::kReadv && op.kind != FileOp::Kind::kWritev) return false;
-    size_t bytes = 0;
-    for (unsigned i = 0; i < op.iov_count && bytes < kLargeBytes; i++) bytes += op.iov[i].iov_len;
-    return bytes >= kLargeBytes;
-  }
-
   // The host takes no more while its completions find no room: make some.
   io_uring_sqe* NextEntry() {
     for (;;) {
@@ -178,6 +168,10 @@ class UringLoop final : public LoopCore {
     for (const PollKey& key : to_poll_) Poll(key);
     to_poll_.clear();
     if (!completions_.empty()) timeout_ns = 0;
+    const bool polls = timeout_ns != 0 && polling_max_ns() > 0;
+    const Clock& time = MonotonicClock::Instance();
+    const int64_t began_ns = polls ? time.NowNs() : 0;
+    if (polls && polling_pays_ && LookOut(began_ns, timeout_ns)) timeout_ns = 0;
     if (timeout_ns < 0) {
       io_uring_submit_and_wait(ring_.get(), 1);
     } else if (timeout_ns == 0) {
@@ -188,8 +182,26 @@ class UringLoop final : public LoopCore {
       io_uring_cqe* first = nullptr;
       io_uring_submit_and_wait_timeout(ring_.get(), &first, 1, &timeout, nullptr);
     }
+    if (polls) polling_pays_ = time.NowNs() - began_ns <= polling_max_ns();
     Reap();
     CompleteReaped(Polls::kDispatch);
+  }
+
+  // True: something came.
+  bool LookOut(int64_t began_ns, int64_t timeout_ns) {
+    const int64_t longest = polling_max_ns();
+    const int64_t end_ns = began_ns + (timeout_ns < 0 ? longest : std::min(timeout_ns, longest));
+    io_uring* ring = ring_.get();
+    io_uring_submit(ring);
+    do {
+      // Completed, or about to be once we ask.
+      if (io_uring_cq_ready(ring) > 0 ||
+          (__atomic_load_n(ring->sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN) != 0) {
+        return true;
+      }
+      __builtin_ia32_pause();
+    } while (MonotonicClock::Instance().NowNs() < end_ns);
+    return false;
   }
 
   // Copies what is complete out of the ring, behind what callbacks have still to be called for.
@@ -239,6 +251,7 @@ class UringLoop final : public LoopCore {
   std::vector<Completion> completions_;
   size_t next_completion_ = 0;
   size_t file_ops_ = 0;
+  bool polling_pays_ = false;  // what was waited for last came soon enough
 };
 
 }  // namespace

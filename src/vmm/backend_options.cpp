@@ -106,13 +106,17 @@ Result<> AddObject(CommandLine& line, std::string_view argument) {
   }
   if (id.empty()) return Fail(ErrorCode::kInvalid, "id= is missing");
   if (type == "iothread") {
-    for (const char* hint : {"poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch"})
-      Take(&properties, hint);
+    IoThreadConfig config = {.id = id};
+    config.poll_max_ns =
+        TRY(TakeNumber(&properties, "poll-max-ns", config.poll_max_ns, 0, INT64_MAX));
+    // How the time to poll is found from what happens: here there is nothing to tune.
+    for (const char* hint : {"poll-grow", "poll-shrink", "aio-max-batch"}) Take(&properties, hint);
     TRY(RefuseRest(properties, "id poll-max-ns poll-grow poll-shrink aio-max-batch"));
-    if (std::ranges::find(line.config.iothreads, id) != line.config.iothreads.end()) {
+    if (std::ranges::find(line.config.iothreads, id, &IoThreadConfig::id) !=
+        line.config.iothreads.end()) {
       return Fail(ErrorCode::kExists, fmt::format("id={}: another iothread has this id", id));
     }
-    line.config.iothreads.push_back(id);
+    line.config.iothreads.push_back(std::move(config));
     return {};
   }
   if (type == "memory-backend-ram" || type == "memory-backend-memfd") {

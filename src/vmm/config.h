@@ -50,6 +50,12 @@ struct ObjectConfig {
   block::Options options;
 };
 
+// -object iothread.
+struct IoThreadConfig {
+  std::string id;
+  uint64_t poll_max_ns = 32768;  // EventLoop::SetPolling
+};
+
 // A thing with an id whose options another table takes apart.
 struct BackendConfig {
   std::string option;
@@ -74,7 +80,7 @@ struct VmConfig {
   std::vector<NodeConfig> nodes;
   std::vector<DriveConfig> drives;
   std::vector<BackendConfig> netdevs;
-  std::vector<std::string> iothreads;
+  std::vector<IoThreadConfig> iothreads;
 
   bool start_paused = false;  // -S
   RebootAction reboot = RebootAction::kReset;

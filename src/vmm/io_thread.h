@@ -6,15 +6,17 @@
 
 #include "base/event_loop.h"
 #include "base/sync.h"
+#include "vmm/config.h"
 
 namespace kvartz::vmm {
 
 // Owned by the main thread. What runs on the loop is gone or at rest before this is destroyed.
 class IoThread {
  public:
-  static Result<std::unique_ptr<IoThread>> Create(const std::string& id) {
-    std::unique_ptr<IoThread> made(new IoThread(id));
+  static Result<std::unique_ptr<IoThread>> Create(const IoThreadConfig& config) {
+    std::unique_ptr<IoThread> made(new IoThread(config.id));
     made->loop_ = TRY(EventLoop::Create());
+    made->loop_->SetPolling(static_cast<int64_t>(config.poll_max_ns));
     return made;
   }
   ~IoThread() { Stop(); }

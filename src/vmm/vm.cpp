@@ -131,9 +131,9 @@ Result<> Vm::Setup() {
   // With signals at their defaults still: one of these may wait for a client.
   TRY(OpenChardevs());
   TRY(WatchSignals());
-  for (const std::string& id : config_.iothreads) {
-    Result<std::unique_ptr<IoThread>> made = IoThread::Create(id);
-    if (!made) return Fail(std::move(made).error().In("-object iothread,id=" + id));
+  for (const IoThreadConfig& config : config_.iothreads) {
+    Result<std::unique_ptr<IoThread>> made = IoThread::Create(config);
+    if (!made) return Fail(std::move(made).error().In("-object iothread,id=" + config.id));
     io_threads_.push_back(std::move(*made));
   }
   storage_ = std::make_unique<Storage>(*loop_, static_cast<StorageOwner&>(*this));

@@ -189,6 +189,34 @@ TEST_P(EventLoopTest, TaskPostedByATaskRunsInTheNextTurn) {
   EXPECT_EQ(ran, 2);
 }
 
+TEST_P(EventLoopTest, HandlesWhatComesWhileItPolls) {
+  loop_->SetPolling(2 * kMs);
+  constexpr int kRounds = 200;
+  Pipe there, back;
+  int rounds = 0, tasks = 0;
+  bool expired = false;
+  Timer timer(*loop_, [&] { expired = true; });
+  timer.Arm(clock_.NowNs() + kMs);
+  loop_->Watch(back.read_end.get(), FdEvents::kRead, [&](FdEvents) {
+    back.Read(1);
+    if (++rounds < kRounds) there.Write("a");
+  });
+  Thread other("echo", [&] {
+    char byte;
+    fcntl(there.read_end.get(), F_SETFL, 0);
+    for (int i = 0; i < kRounds && read(there.read_end.get(), &byte, 1) == 1; i++) {
+      loop_->Post([&] { tasks++; });
+      back.Write("b");
+    }
+  });
+  there.Write("a");
+  RunUntil([&] { return rounds == kRounds && tasks == kRounds; });
+  other.Join();
+  EXPECT_FALSE(expired);
+  clock_.Set(clock_.NowNs() + kMs);
+  RunUntil([&] { return expired; });
+}
+
 TEST_P(EventLoopTest, StopBeforeRunReturnsAtOnce) {
   loop_->Stop();
   loop_->Run();

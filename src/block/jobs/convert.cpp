@@ -13,8 +13,8 @@
 namespace kvartz::block {
 namespace {
 
-constexpr uint64_t kPieceBytes = 2 << 20;
-constexpr uint64_t kLargestZero = 1 << 30;  // of one request
+constexpr uint64_t kPieceBytes = 512 << 10;  // small enough to stay in the processor's cache
+constexpr uint64_t kLargestZero = 1 << 30;   // of one request
 constexpr uint64_t kSector = 512;
 constexpr size_t kPage = 4096;
 

@@ -53,6 +53,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   int CheckRequest(const RequestHeader& header) const;  // 0 or an errno for the client
   void Begin(Job* job);
   void StatusJob(Job* job);
+  void ReadJob(Job* job);
   int Describe(const Context& context, uint64_t offset, uint64_t length, bool one, Payload& out);
   void Finish(Job* job, int result);
   void WriteReplies();

@@ -23,6 +23,9 @@ namespace {
 
 using block::NodePtr;
 
+// A client sends its next request soon after a reply, if it waits for each.
+constexpr int64_t kPollingNs = 100'000;
+
 constexpr OptionSpec kOptions[] = {
     {'h', "help", {}, "display this help and exit"},
     {'V', "version", {}, "output version information and exit"},
@@ -77,6 +80,7 @@ class NbdProgram {
       if (!TRY(background.Fork())) return background.AwaitReady();
     }
     std::unique_ptr<EventLoop> loop = TRY(EventLoop::Create());
+    loop->SetPolling(kPollingNs);
     img::Session session(call_.name, *loop);
     CatchSignals(*loop);
     if (arguments_.Has("untrusted")) session.Distrust();

@@ -1,8 +1,7 @@
 // What the older formats have in common: the disk is in blocks of one size, and tables say where in
 // the file each block is, or that it is nowhere yet and reads as what is below, or zeros. New
-// blocks go to the end of
-// the file: first their data, then the table that leads to them, so that whatever ends us leaves at
-// most an unused block behind.
+// blocks go to the end of the file: first their data, then the table that leads to them, so that
+// whatever ends us leaves at most an unused block behind.
 #pragma once
 
 #include "base/fiber.h"

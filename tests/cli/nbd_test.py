@@ -32,6 +32,13 @@ class NbdServer(ImageTest):
         select.select([descriptor], [], [], 30)
         os.close(descriptor)
 
+    def connect(self):
+        peer = socket.socket(socket.AF_UNIX)
+        peer.settimeout(20)
+        peer.connect(self.path("socket"))
+        self.addCleanup(peer.close)
+        return peer
+
 
 class NbdTest(NbdServer):
     def chain(self):
@@ -134,15 +141,48 @@ class NbdTest(NbdServer):
         self.assertIn("no export 'two'", self.ours("info", uri.replace("///", "///two"), code=1).stderr)
         self.assertIn("read-only", self.ours("convert", "-n", "-O", "raw", raw, uri.replace("///", "///one"), code=1).stderr)
 
+    def test_reads_of_zeros_send_none(self):
+        self.chain()
+        self.serve("-r", "top.qcow2")
+        peer = self.connect()
+
+        def take(size):
+            data = b""
+            while len(data) < size:
+                more = peer.recv(size - len(data))
+                self.assertTrue(more, "the server has gone")
+                data += more
+            return data
+
+        def option(number, data=b""):
+            """Asked for, and accepted."""
+            peer.sendall(b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data)
+            kind = 0
+            while kind != 1:
+                magic, _, kind, length = struct.unpack(">QIII", take(20))
+                self.assertEqual(magic, 0x3e889045565a9)
+                take(length)
+
+        def read(offset, length, flags=0):
+            """The type and the content of the one chunk of the reply."""
+            peer.sendall(struct.pack(">IHHQQI", 0x25609513, flags, 0, 7, offset, length))
+            magic, done, kind, cookie, size = struct.unpack(">IHHQI", take(20))
+            self.assertEqual((magic, done, cookie), (0x668e33ef, 1, 7))
+            return kind, take(size)
+
+        take(18)
+        peer.sendall(struct.pack(">I", 3))
+        option(8)  # structured replies
+        option(7, struct.pack(">IH", 0, 0))  # go
+        do_not_fragment = 4
+        for zeros in (0, 8 * MIB, 40 * MIB):  # from nowhere, written in the lower image, from nowhere
+            self.assertEqual(read(zeros, 65536), (2, struct.pack(">QI", zeros, 65536)))
+            self.assertEqual(read(zeros, 65536, do_not_fragment), (1, struct.pack(">Q", zeros) + bytes(65536)))
+        edge = 20 * MIB - 65536
+        self.assertEqual(read(edge, 131072), (1, struct.pack(">Q", edge) + bytes(65536) + b"\4" * 65536))
+
 
 class HostilePeersTest(NbdServer):
-    def connect(self):
-        peer = socket.socket(socket.AF_UNIX)
-        peer.settimeout(20)
-        peer.connect(self.path("socket"))
-        self.addCleanup(peer.close)
-        return peer
-
     def test_clients_that_break_the_protocol(self):
         uri = self.serve("-f", "raw", self.write_raw("a.raw", MIB, seed=9))
         option = b"IHAVEOPT"

@@ -96,8 +96,9 @@ Result<> ApplyOpenModes(const Arguments& arguments, block::NodeOptions& node);
   X(AioFlush)                                                                                    \
   X(AioRead)                                                                                     \
   X(AioWrite)                                                                                    \
-  X(Alloc) X(Close) X(Discard) X(Flush) X(Help) X(Info) X(Length) X(Map) X(Open) X(Quit) X(Read) \
-      X(Readv) X(Reopen) X(Sleep) X(Truncate) X(Write) X(Writev)
+  X(Alloc)                                                                                       \
+  X(Close) X(Discard) X(Flush) X(Help) X(Info) X(Length) X(Map) X(Open) X(Quit) X(Read) X(Readv) \
+      X(Reopen) X(Sleep) X(Truncate) X(Write) X(Writev)
 #define KVARTZ_DECLARE_COMMAND(name) extern const Command k##name;
 KVARTZ_IO_COMMANDS(KVARTZ_DECLARE_COMMAND)
 #undef KVARTZ_DECLARE_COMMAND

@@ -10,6 +10,7 @@
 #include <csignal>
 
 #include "base/log.h"
+#include "cpu/polling.h"
 #include "device/virtio/virtio_balloon.h"
 #include "host/net/net_factory.h"
 #include "vmm/hmp/hmp_monitor.h"
@@ -128,6 +129,7 @@ Result<> Vm::Setup() {
     config_.machine.soft.perf_map = true;
   }
   loop_ = TRY(EventLoop::Create());
+  if (engine_.name == "kvartz") loop_->SetPolling(cpu::PollingNs(config_.machine.cpu_count));
   // With signals at their defaults still: one of these may wait for a client.
   TRY(OpenChardevs());
   TRY(WatchSignals());

@@ -100,6 +100,8 @@ class SoftVcpu final : public Vcpu, public LapicBus {
   Mutex sleep_mutex_;
   CondVar sleep_cond_;
   std::atomic<bool> sleeping_{false};
+  const int64_t polling_ns_;   // polling.h
+  bool polling_pays_ = false;  // what it slept for last came in that time
   std::atomic<bool> pic_output_{false}, external_interrupt_{false};
   std::atomic<uint8_t> startup_vector_{0};
   // The host timer that interrupts running guest code, of the thread that runs the vCPU.

@@ -4,10 +4,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 
 #include "base/check.h"
 #include "base/log.h"
+#include "cpu/polling.h"
 #include "cpu/x86/engine.h"
 #include "cpu/x86/fault.h"
 #include "cpu/x86/host_trap.h"
@@ -102,6 +104,7 @@ SoftVcpu::SoftVcpu(SoftAccel& accel, unsigned index, std::unique_ptr<BlockCache>
       tlb_(*accel.config().memory, &state_->tlb[0][0]),
       ports_(*accel.config().ports),
       blocks_(std::move(blocks)),
+      polling_ns_(PollingNs(accel.config().cpu_count)),
       lapic_(cpu, *this, ApicIdOf(index, accel.config().topology), index == 0) {
   cpu.vcpu = this;
   cpu.tlb = &tlb_;
@@ -407,22 +410,28 @@ SoftVcpu::Next SoftVcpu::Sleep() {
   ClearRequest(cpu, shadow);
   cpu.events.interrupt_shadow = 0;
   accel_.LeaveGuest();
-  {
+  auto awake = [this] {
+    return (__atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & kWakeUps) != 0;
+  };
+  const int64_t deadline = lapic_.deadline_ns();
+  const int64_t host_ns =
+      deadline == INT64_MAX ? INT64_MAX : accel_.config().clock->ToBaseNs(deadline);
+  const Clock& host = MonotonicClock::Instance();
+  const int64_t began_ns = host.NowNs();
+  const int64_t until_ns = polling_pays_ ? std::min(host_ns, began_ns + polling_ns_) : 0;
+  while (!awake() && host.NowNs() < until_ns) __builtin_ia32_pause();
+  if (!awake()) {
     LockGuard guard(sleep_mutex_);
     sleeping_ = true;
-    auto awake = [this] {
-      return (__atomic_load_n(&cpu.requests, __ATOMIC_SEQ_CST) & kWakeUps) != 0;
-    };
-    int64_t deadline = lapic_.deadline_ns();
-    int64_t host_ns = deadline == INT64_MAX ? INT64_MAX : accel_.config().clock->ToBaseNs(deadline);
     if (host_ns == INT64_MAX) {
       sleep_cond_.Wait(guard, awake);
     } else {
-      int64_t left = host_ns - MonotonicClock::Instance().NowNs();
+      int64_t left = host_ns - host.NowNs();
       if (left <= 0 || !sleep_cond_.WaitFor(guard, left, awake)) SetRequest(cpu, request::kTimer);
     }
     sleeping_ = false;
   }
+  polling_pays_ = host.NowNs() - began_ns <= polling_ns_;
   accel_.EnterGuest();
   return Next::kGo;
 }

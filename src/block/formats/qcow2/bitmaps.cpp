@@ -181,7 +181,8 @@ Result<> Bitmaps::StoreContents(BitmapEntry& entry, const DirtyBitmap& bitmap) {
   }
   entry.table_entries = static_cast<uint32_t>(geo.Clusters(bytes));
   entry.table_offset = 0;
-  entry.stored = true;
+  // There is no table of an empty disk: readers refuse an entry without one.
+  entry.stored = !table.empty();
   if (table.empty()) return {};
   Run run;
   int rc = meta.AllocateAll(table.size() >> geo.cluster_bits, &run);
@@ -290,6 +291,11 @@ Result<> Bitmaps::Add(const BitmapInfo& bitmap) {
   if (node_.metadata().header.version < 3) {
     return Fail(ErrorCode::kUnsupported,
                 fmt::format("'{}': bitmaps need compat=1.1", node_.name()));
+  }
+  if (node_.size_bytes() == 0) {
+    return Fail(ErrorCode::kUnsupported,
+                fmt::format("'{}' has no bytes, and qcow2 no bitmaps of an empty disk: resize it",
+                            node_.name()));
   }
   if (Get(bitmap.name)) {
     return Fail(ErrorCode::kExists,

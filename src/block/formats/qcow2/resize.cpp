@@ -6,6 +6,7 @@
 
 #include "block/fiber_io.h"
 #include "block/formats/qcow2/create.h"
+#include "block/formats/qcow2/bitmaps.h"
 #include "block/formats/qcow2/qcow2_node.h"
 #include "block/formats/qcow2/snapshots.h"
 
@@ -115,6 +116,8 @@ Result<> Qcow2Node::Resize(const ResizeOptions& options) {
   }
   if (size != old_size && meta_->header.version < 3 && !snapshots_->entries().empty())
     return Unsupported("another size while there are snapshots (compat 1.1 does)");
+  if (size == 0 && size < old_size && !bitmaps_->List().empty())
+    return Unsupported("an empty disk with bitmaps (bitmap --remove)");
   if (size < old_size) return Shrink(size);
   if (int rc = GrowL1(meta_->geometry().L1Entries(size))) return Fail(TablesError(*this, rc));
   if (data_file_ && data_file_->size_bytes() < size) TRY(data_file_->Resize({.size = size}));

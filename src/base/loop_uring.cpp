@@ -189,8 +189,8 @@ class UringLoop final : public LoopCore {
 
   // True: something came.
   bool LookOut(int64_t began_ns, int64_t timeout_ns) {
-    const int64_t longest = polling_max_ns();
-    const int64_t end_ns = began_ns + (timeout_ns < 0 ? longest : std::min(timeout_ns, longest));
+    int64_t longest_ns = polling_max_ns();
+    if (timeout_ns > 0) longest_ns = std::min(longest_ns, timeout_ns);
     io_uring* ring = ring_.get();
     io_uring_submit(ring);
     do {
@@ -200,7 +200,7 @@ class UringLoop final : public LoopCore {
         return true;
       }
       __builtin_ia32_pause();
-    } while (MonotonicClock::Instance().NowNs() < end_ns);
+    } while (MonotonicClock::Instance().NowNs() - began_ns < longest_ns);
     return false;
   }
 

@@ -80,7 +80,7 @@ def attack(context, program, machine, cpus, seconds, number):
         if vm.runs_until(time.monotonic()):
             qmp.call("query-status")
             qmp.call("quit")
-    except OSError:
+    except ConnectionError:
         pass  # it has just gone: its last words say why
     code = vm.wait()
     if code != 0 or REPORT.search(vm.output):

@@ -29,9 +29,9 @@ EntryPoints Translator::Run() {
   for (unsigned i = 0; i < unit_.count(); ++i) {
     if (unit_[i].label) Label(i);
     Checks(i);
-    if (!KeepsHeld(unit_[i])) held_ = {};
+    if (!KeepsScratch(unit_[i])) SpoilScratch();
     Instruction(i);
-    if (!KeepsHeld(unit_[i])) held_ = {};
+    if (!KeepsScratch(unit_[i])) SpoilScratch();
   }
   const UnitInsn& last = unit_[unit_.count() - 1];
   const bool branched = last.form->form == Form::kCall || last.form->form == Form::kReturn ||
@@ -106,7 +106,7 @@ void Translator::CheckNextPage() {
 // ---- flags
 
 void Translator::SaveFlags() {
-  if (held_.reg == kS1) held_ = {};
+  Spoil(kS1);
   as_.Mov(kS1, kRegAx);
   as_.FlagsToAx();
   as_.StoreAx(Gs(offsetof(State, saved_flags)));
@@ -115,7 +115,7 @@ void Translator::SaveFlags() {
 }
 
 void Translator::RestoreFlags() {
-  if (held_.reg == kS1) held_ = {};
+  Spoil(kS1);
   as_.Mov(kS1, kRegAx);
   as_.LoadAx(Gs(offsetof(State, saved_flags)));
   as_.AxToFlags();
@@ -134,7 +134,7 @@ void Translator::SpoilFlags(uint16_t live) {
 void Translator::Label(unsigned i) {
   const UnitInsn& u = unit_[i];
   if (u.live_before != 0) NeedFlags();
-  held_ = {};
+  SpoilScratch();
   host_flags_ = true;
   saved_flags_ = false;
   vectors_checked_ = x87_checked_ = x87_page_kept_ = false;
@@ -341,36 +341,33 @@ void Translator::PushFlags(const UnitInsn& u) {
 void Translator::Lea(const UnitInsn& u) {
   const Insn& insn = u.insn;
   const Assembler::Width width = insn.operand_size == 8 ? Assembler::k64 : Assembler::k32;
-  const HostReg to = HostOf(insn.reg) == kNoReg ? kS1 : HostOf(insn.reg);
   HostMem mem;
   int64_t disp = insn.disp;
   if (insn.base == kBaseRip) {
+    Spoil(kS0);
     as_.Load(kS0, PageBase());
     mem.base = kS0;
     disp += u.offset + insn.length;
   } else if (insn.base != kNoRegister) {
     mem.base = HostOf(insn.base);
-    if (mem.base == kNoReg) {
-      as_.Load(kS0, GprAt(insn.base));
-      mem.base = kS0;
-    }
+    if (mem.base == kNoReg) mem.base = ToScratch(insn.base, kNoReg, true);
   }
   if (insn.index != kNoRegister) {
     mem.index = HostOf(insn.index);
     mem.scale = insn.scale;
-    if (mem.index == kNoReg) {
-      as_.Load(kS1, GprAt(insn.index));
-      mem.index = kS1;
-    }
+    if (mem.index == kNoReg) mem.index = ToScratch(insn.index, mem.base, true);
   }
   if (disp != static_cast<int32_t>(disp)) {
+    Spoil(kS1);
     as_.MovImm64(kS1, static_cast<uint64_t>(disp));
     mem.index = kS1;
     disp = 0;
   }
   mem.disp = static_cast<int32_t>(disp);
+  const bool stored = HostOf(insn.reg) == kNoReg;
+  const HostReg to = stored ? ToScratch(insn.reg, kNoReg, false) : HostOf(insn.reg);
   as_.RegMem(width, 0x8d, to, mem);
-  if (to == kS1) as_.Store(GprAt(insn.reg), kS1);
+  if (stored) as_.Store(GprAt(insn.reg), to);
 }
 
 void Translator::Mark(const UnitInsn& u) {
@@ -385,6 +382,7 @@ void Translator::Push(const UnitInsn& u) {
   HostReg from = kS1;
   if (u.operand.present) {
     const HostMem mem = Map(u, u.operand);
+    Spoil(kS1);
     as_.Load(kS1, mem);
   } else if (insn.row->imm[0] != ImmKind::kNone) {
     as_.StoreImm(StackAt(u.stack, kGuestSp, -8), static_cast<int32_t>(insn.imm));
@@ -393,10 +391,7 @@ void Translator::Push(const UnitInsn& u) {
   } else {
     const unsigned reg = u.form->memory_operand >= 0 ? insn.rm : insn.reg;
     from = HostOf(reg);
-    if (from == kNoReg) {
-      as_.Load(kS1, GprAt(reg));
-      from = kS1;
-    }
+    if (from == kNoReg) from = ToScratch(reg, kS0, true);
   }
   as_.Store(StackAt(u.stack, kGuestSp, -8), from);
   as_.Lea(kGuestSp, {.base = kGuestSp, .disp = -8});
@@ -405,10 +400,12 @@ void Translator::Push(const UnitInsn& u) {
 void Translator::Pop(const UnitInsn& u) {
   Mark(u);
   const unsigned reg = u.form->memory_operand >= 0 ? u.insn.rm : u.insn.reg;
-  const HostReg to = HostOf(reg) == kNoReg ? kS1 : HostOf(reg);
-  as_.Load(to, StackAt(u.stack, kGuestSp, 0));
+  const HostMem mem = StackAt(u.stack, kGuestSp, 0);
+  const bool stored = HostOf(reg) == kNoReg;
+  const HostReg to = stored ? ToScratch(reg, mem.base, false) : HostOf(reg);
+  as_.Load(to, mem);
   if (reg == kRsp) return;
-  if (to == kS1) as_.Store(GprAt(reg), kS1);
+  if (stored) as_.Store(GprAt(reg), to);
   as_.Lea(kGuestSp, {.base = kGuestSp, .disp = 8});
 }
 

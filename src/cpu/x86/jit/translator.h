@@ -125,7 +125,8 @@ class Translator {
     uint8_t* target = nullptr;
     const UnitInsn* insn = nullptr;  // kExecute
     uint8_t loaded = 0;
-    uint8_t at = 0;  // kAsk
+    uint8_t at = 0;              // kAsk
+    uint8_t kept = kNoRegister;  // kFill: kept_[1]
   };
   struct Fixup {
     uint8_t* distance;
@@ -154,7 +155,9 @@ class Translator {
   void Copy(const UnitInsn& u);
   void CopyLoaded(const UnitInsn& u);
   void CopyOperands(const UnitInsn& u);
-  void CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg, HostReg rm, HostReg vvvv);
+  void CopyEncoding(const UnitInsn& u, uint8_t opcode, const HostMem* mem, HostReg reg, HostReg rm,
+                    HostReg vvvv);
+  bool CanReadFromMemory(const UnitInsn& u, unsigned rm_operand) const;
   void Lea(const UnitInsn& u);
   void MoveFromSegment(const UnitInsn& u);
   void ReadTsc(const UnitInsn& u);
@@ -215,7 +218,12 @@ class Translator {
 
   bool IsLastCheck(unsigned number, unsigned at) const;
   void AddTo(HostReg to, const HostMem& sum);
-  bool KeepsHeld(const UnitInsn& u) const;
+  bool KeepsScratch(const UnitInsn& u) const;
+  HostReg KeptIn(unsigned guest) const;
+  HostReg ToScratch(unsigned guest, HostReg taken, bool read);
+  void Forget(unsigned guest);
+  void Spoil(HostReg scratch);
+  void SpoilScratch();
   HostMem Map(const UnitInsn& u, const MemoryAccess& access);
   HostMem StackAt(const MemoryAccess& access, HostReg base, int32_t disp);
   void LoadTarget(const UnitInsn& u);
@@ -250,6 +258,8 @@ class Translator {
     int group = -1;
     HostReg reg = kNoReg;
   } held_;
+  // The guest's register that lives in memory and that S0, S1 hold as well.
+  unsigned kept_[2] = {kNoRegister, kNoRegister};
 };
 
 struct Translator::Buffers {

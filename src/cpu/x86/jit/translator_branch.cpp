@@ -63,7 +63,7 @@ void Translator::PushReturn(const UnitInsn& u) {
 void Translator::LoadTarget(const UnitInsn& u) {
   if (u.operand.present) {
     const HostMem mem = Map(u, u.operand);
-    held_ = {};
+    SpoilScratch();
     as_.Load(kS0, mem);
   } else if (HostOf(u.insn.rm) != kNoReg) {
     as_.Mov(kS0, HostOf(u.insn.rm));
@@ -172,6 +172,7 @@ void Translator::Conditional(const UnitInsn& u) {
 // ---- behind the code
 
 void Translator::ColdPaths() {
+  SpoilScratch();
   for (const Fixup& fixup : out_.fixups) as_.Patch(fixup.distance, labels_[fixup.insn]);
   for (const FarExit& far : out_.far) {
     ExitSite& exit = out_.exits[far.exit];
@@ -250,7 +251,8 @@ void Translator::JumpToInterpret(const Site& site) {
 void Translator::CallFill(const Cold& cold, const Stubs::Fill& fill) {
   as_.Call(fill[context_.data_class][cold.site.write()]);
   uint8_t* over = nullptr;
-  if (cold.kind == Cold::kAsk) {
+  const bool reloads = cold.kept != kNoRegister;
+  if (cold.kind == Cold::kAsk || reloads) {
     over = as_.Jmp(as_.run());
   } else {
     as_.Jmp(cold.back);
@@ -259,9 +261,13 @@ void Translator::CallFill(const Cold& cold, const Stubs::Fill& fill) {
   as_.Put(&cold.site, sizeof(cold.site));
   if (over == nullptr) return;
   as_.PatchHere(over);
-  as_.Load(kS1,
-           Gs(offsetof(State, slots) + cold.site.slot * sizeof(Slot) + offsetof(Slot, addend)));
-  as_.Store(AddendOf(cold.site.group), kS1);
+  if (reloads) {
+    as_.Load(kS1, GprAt(cold.kept));
+  } else {
+    as_.Load(kS1,
+             Gs(offsetof(State, slots) + cold.site.slot * sizeof(Slot) + offsetof(Slot, addend)));
+    as_.Store(AddendOf(cold.site.group), kS1);
+  }
   as_.Jmp(cold.back);
 }
 

@@ -4,6 +4,19 @@
 #include "cpu/x86/jit/translator.h"
 
 namespace kvartz::cpu::x86::jit {
+namespace {
+
+// Two registers of more than a byte, of an operation whose opcode for the other direction differs
+// by 2 (but for TEST's, which has none and needs none).
+bool IsPlainPair(const Insn& insn) {
+  const unsigned opcode = insn.row->opcode, kind = opcode & 7;
+  return insn.row->map == OpcodeMap::kPrimary && !insn.row->vex && insn.row->has_modrm &&
+         !insn.has_memory() &&
+         ((opcode < 0x40 && (kind == 1 || kind == 3)) || opcode == 0x85 || opcode == 0x89 ||
+          opcode == 0x8b);
+}
+
+}  // namespace
 
 void Translator::Copy(const UnitInsn& u) {
   const Insn& insn = u.insn;
@@ -34,13 +47,26 @@ void Translator::CopyLoaded(const UnitInsn& u) {
   const unsigned opcode = u.form->takes_source;
   const Assembler::Width width = insn.operand_size == 8 ? Assembler::k64 : Assembler::k32;
   const HostMem immediate{.base = kS0};
-  held_ = {};
+  Spoil(kS0);
   as_.MovImm64(
       kS0, reinterpret_cast<uint64_t>(context_.pages.first + u.offset + insn.length - u.loaded));
   if (u.loaded == insn.operand_size) return as_.RegMem(width, opcode, to, immediate);
   constexpr uint32_t kMovsx = 0xbe0f, kMovsxd = 0x63;
   as_.RegMem(Assembler::k64, u.loaded == 1 ? kMovsx : kMovsxd, kS0, immediate);
   as_.RegReg(width, opcode, to, kS0);
+}
+
+// ModRM's register, that lives in memory.
+bool Translator::CanReadFromMemory(const UnitInsn& u, unsigned rm_operand) const {
+  const Insn& insn = u.insn;
+  const RowForm& form = *u.form;
+  if (!form.rm_is_gpr || insn.rm >= kHighByte || HostOf(insn.rm) != kNoReg ||
+      KeptIn(insn.rm) != kNoReg || rm_operand >= insn.row->operand_count)
+    return false;
+  const bool written = rm_operand == 0   ? form.writes_first
+                       : rm_operand == 1 ? form.writes_second
+                                         : false;
+  return insn.row->operands[rm_operand].kind == OperandKind::kRm && !written && !form.bit_of_string;
 }
 
 void Translator::CopyOperands(const UnitInsn& u) {
@@ -55,35 +81,11 @@ void Translator::CopyOperands(const UnitInsn& u) {
   HostReg high = kNoReg;
   if (memory && form.reg_is_gpr && insn.reg >= kHighByte) {
     high = mem.base == kS0 ? kS1 : kS0;
+    Spoil(high);
     as_.Byte(0xc4), as_.Byte(0x63), as_.Byte(0x7b), as_.Byte(0xf0);  // high 32 bits are dropped
     as_.Byte(0xc0 | (high & 7) << 3 | (insn.reg & 3));
     as_.Byte(8);
   }
-  // Registers that live in memory go through scratch ones.
-  struct {
-    unsigned guest;
-    HostReg host;
-    bool written;
-  } temps[2];
-  unsigned temp_count = 0;
-  const bool narrow = insn.operand_size < 4;
-  const auto host = [&](bool is_gpr, unsigned reg, unsigned field_operand) {
-    if (!is_gpr || reg >= kHighByte) return static_cast<HostReg>(reg);
-    if (HostOf(reg) != kNoReg) return HostOf(reg);
-    const bool first = field_operand == 0;
-    const bool result = first ? form.writes_first : field_operand == 1 && form.writes_second;
-    for (unsigned t = 0; t < temp_count; ++t) {
-      if (temps[t].guest != reg) continue;
-      temps[t].written |= result;
-      if (!first || form.reads_first) as_.Load(temps[t].host, GprAt(reg));
-      return temps[t].host;
-    }
-    const HostReg scratch = memory ? (mem.base == kS0 ? kS1 : kS0) : temp_count == 1 ? kS1 : kS0;
-    VERIFY(temp_count < (memory ? 1u : 2u));
-    temps[temp_count++] = {reg, scratch, result};
-    if (!first || form.reads_first || narrow || !result) as_.Load(scratch, GprAt(reg));
-    return scratch;
-  };
   unsigned reg_operand = 9, rm_operand = 9, vvvv_operand = 9;
   for (unsigned n = 0; n < insn.row->operand_count; ++n) {
     switch (insn.row->operands[n].kind) {
@@ -101,19 +103,72 @@ void Translator::CopyOperands(const UnitInsn& u) {
         break;
     }
   }
-  const HostReg reg = high != kNoReg ? high : host(form.reg_is_gpr, insn.reg, reg_operand);
-  const HostReg rm = memory ? kNoReg : host(form.rm_is_gpr, insn.rm, rm_operand);
+  // A register that lives in memory is an operand in memory, if it isn't in a scratch register yet.
+  uint8_t opcode = insn.row->opcode;
+  unsigned in_memory = kNoRegister;
+  bool swapped = false;
+  if (!memory && CanReadFromMemory(u, rm_operand)) {
+    in_memory = insn.rm;
+  } else if (!memory && IsPlainPair(insn) && HostOf(insn.rm) != kNoReg &&
+             HostOf(insn.reg) == kNoReg && KeptIn(insn.reg) == kNoReg) {
+    // The other direction's opcode.
+    const bool written = reg_operand == 0 && form.writes_first;
+    if (!written || (opcode == 0x8b && insn.operand_size == 8)) {
+      in_memory = insn.reg;
+      swapped = true;
+      if (opcode != 0x85) opcode ^= 2;
+    }
+  } else if (!memory && opcode == 0x89 && IsPlainPair(insn) && insn.operand_size == 8 &&
+             HostOf(insn.rm) == kNoReg && HostOf(insn.reg) != kNoReg) {
+    in_memory = insn.rm;
+  }
+  if (in_memory != kNoRegister) {
+    mem = GprAt(in_memory);
+    if (opcode == 0x89) Forget(in_memory);
+  }
+  // Else it goes through a scratch register.
+  struct {
+    unsigned guest;
+    HostReg host;
+    bool written;
+  } temps[2];
+  unsigned temp_count = 0;
+  const bool narrow = insn.operand_size < 4;
+  const auto host = [&](bool is_gpr, unsigned reg, unsigned field_operand) {
+    if (!is_gpr || reg >= kHighByte) return static_cast<HostReg>(reg);
+    if (HostOf(reg) != kNoReg) return HostOf(reg);
+    const bool first = field_operand == 0;
+    const bool result = first ? form.writes_first : field_operand == 1 && form.writes_second;
+    const bool read = !first || form.reads_first || narrow || !result;
+    for (unsigned t = 0; t < temp_count; ++t) {
+      if (temps[t].guest != reg) continue;
+      temps[t].written |= result;
+      if (!first || form.reads_first) as_.Load(temps[t].host, GprAt(reg));
+      return temps[t].host;
+    }
+    VERIFY(temp_count < (memory ? 1u : 2u));
+    const HostReg taken = memory ? mem.base : temp_count != 0 ? temps[0].host : kNoReg;
+    const HostReg scratch = ToScratch(reg, taken, read);
+    temps[temp_count++] = {reg, scratch, result};
+    return scratch;
+  };
+  HostReg reg, rm = kNoReg;
+  if (swapped) {
+    reg = HostOf(insn.rm);
+  } else {
+    reg = high != kNoReg ? high : host(form.reg_is_gpr, insn.reg, reg_operand);
+    if (!memory && in_memory == kNoRegister) rm = host(form.rm_is_gpr, insn.rm, rm_operand);
+  }
   const HostReg vvvv = host(form.vvvv_is_gpr, insn.vvvv, vvvv_operand);
-  CopyEncoding(u, memory ? &mem : nullptr, reg, rm, vvvv);
-  if (!memory && temp_count != 0) held_ = {};
+  CopyEncoding(u, opcode, memory || in_memory != kNoRegister ? &mem : nullptr, reg, rm, vvvv);
   for (unsigned t = 0; t < temp_count; ++t) {
     if (temps[t].written) as_.Store(GprAt(temps[t].guest), temps[t].host);
   }
   if (form.x87_pointers) KeepX87Pointers(u);
 }
 
-void Translator::CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg, HostReg rm,
-                              HostReg vvvv) {
+void Translator::CopyEncoding(const UnitInsn& u, uint8_t opcode, const HostMem* mem, HostReg reg,
+                              HostReg rm, HostReg vvvv) {
   const Insn& insn = u.insn;
   const Row& row = *insn.row;
   const RowForm& form = *u.form;
@@ -140,6 +195,7 @@ void Translator::CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg
   const unsigned r = reg_number >> 3;
   const unsigned x = mem != nullptr && mem->index != kNoReg ? mem->index >> 3 : 0;
   const unsigned b = mem != nullptr ? (mem->base != kNoReg ? mem->base >> 3 : 0) : rm_number >> 3;
+  if (mem != nullptr) as_.StatePrefix(*mem);
   if (row.vex) {
     const unsigned map = row.map == OpcodeMap::k0f ? 1 : row.map == OpcodeMap::k0f38 ? 2 : 3;
     const unsigned v = form.vvvv_is_gpr ? unsigned{vvvv} : unsigned{insn.vvvv};
@@ -168,7 +224,7 @@ void Translator::CopyEncoding(const UnitInsn& u, const HostMem* mem, HostReg reg
     if (row.map != OpcodeMap::kPrimary) as_.Byte(0x0f);
     if (row.map == OpcodeMap::k0f38) as_.Byte(0x38);
     if (row.map == OpcodeMap::k0f3a) as_.Byte(0x3a);
-    as_.Byte(row.opcode_register ? (row.opcode & ~7u) | (reg_number & 7) : row.opcode);
+    as_.Byte(row.opcode_register ? (opcode & ~7u) | (reg_number & 7) : opcode);
   }
   if (row.has_modrm) {
     if (mem != nullptr) {

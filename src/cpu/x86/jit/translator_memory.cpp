@@ -19,7 +19,7 @@ void Translator::Checks(unsigned i) {
   }
 }
 
-// The group's lowest address to S0; S1 is spoilt.
+// The group's lowest address to S0; S1 may be spoilt.
 void Translator::GroupAddress(const AccessGroup& group, unsigned at) {
   const AddressKey& key = group.key;
   if (unit_.mode().legacy()) {
@@ -45,25 +45,28 @@ void Translator::GroupAddress(const AccessGroup& group, unsigned at) {
   } else if (key.base != 0) {
     const unsigned reg = find(key.base);
     constant -= unit_.symbols(at)[reg].offset;
-    address.base = HostOf(reg);
+    address.base = HostOf(reg) != kNoReg ? HostOf(reg) : KeptIn(reg);
     if (address.base == kNoReg) {
       as_.Load(kS0, GprAt(reg));
       address.base = kS0;
+      Spoil(kS0);
     }
   }
   if (key.index != 0) {
     const unsigned reg = find(key.index);
     constant -= unit_.symbols(at)[reg].offset << key.scale;
-    address.index = HostOf(reg);
+    address.index = HostOf(reg) != kNoReg ? HostOf(reg) : KeptIn(reg);
     address.scale = key.scale;
     if (address.index == kNoReg) {
-      as_.Load(kS1, GprAt(reg));
-      address.index = kS1;
+      address.index = address.base == kS1 ? kS0 : kS1;
+      Spoil(address.index);
+      as_.Load(address.index, GprAt(reg));
     }
   }
   if (constant != static_cast<int32_t>(constant)) {
     // Rare: a constant of more than 32 bits.
     if (address.base != kNoReg || address.index != kNoReg) as_.Lea(kS0, address);
+    Spoil(kS1);
     as_.MovImm64(kS1, static_cast<uint64_t>(constant));
     address.base == kNoReg&& address.index == kNoReg ? as_.Mov(kS0, kS1)
                                                      : as_.Lea(kS0, {.base = kS0, .index = kS1});
@@ -91,7 +94,6 @@ bool Translator::IsLastCheck(unsigned number, unsigned at) const {
 void Translator::Check(unsigned number, unsigned at) {
   AccessGroup& group = unit_.group(number);
   SpoilFlags(unit_[at].live_before);
-  held_ = {};
   const auto span = static_cast<unsigned>(group.high - group.low);
   const bool early = group.shared || at != group.first;
   const Site site = {.flags = static_cast<uint8_t>(Loaded() | (group.write ? Site::kWrite : 0) |
@@ -107,11 +109,14 @@ void Translator::Check(unsigned number, unsigned at) {
   } else {
     GroupAddress(group, at);
   }
+  Spoil(kS0);
+  if (held_.reg == kS1) Spoil(kS1);
+  if (group.polymorphic || unit_.mode().legacy()) SpoilScratch();
   if (group.polymorphic) {
     // One access follows at once, and nothing of it needs a scratch register before.
     const UnitInsn& u = unit_[at];
     group.in_scratch = !group.shared && group.first == at && u.form->form == Form::kCopy &&
-                       u.live_before == 0 && KeepsHeld(u) && IsLastCheck(number, at);
+                       u.live_before == 0 && KeepsScratch(u) && IsLastCheck(number, at);
     AskTlb(number, span);
     out_.cold.back().site = site;
     out_.cold.back().at = static_cast<uint8_t>(at);
@@ -123,7 +128,11 @@ void Translator::Check(unsigned number, unsigned at) {
   as_.Sub(kS0, SlotPage(group.slot));
   as_.CmpImm(kS0, static_cast<int32_t>(4096 - span));
   uint8_t* from = as_.Jcc(kCcA, as_.run());
-  out_.cold.push_back({.kind = Cold::kFill, .from = from, .back = as_.run(), .site = site});
+  out_.cold.push_back({.kind = Cold::kFill,
+                       .from = from,
+                       .back = as_.run(),
+                       .site = site,
+                       .kept = static_cast<uint8_t>(kept_[1])});
 }
 
 // The TLB's answer to S1, and to memory for the group's other accesses.
@@ -153,52 +162,97 @@ void Translator::AskTlb(unsigned number, unsigned span) {
 
 void Translator::AddTo(HostReg to, const HostMem& sum) {
   as_.Lea(to, sum);
-  held_ = {};
+  Spoil(to);
 }
 
-// What is held stays held behind the instruction, unless what it calls says otherwise.
-bool Translator::KeepsHeld(const UnitInsn& u) const {
+void Translator::Spoil(HostReg scratch) {
+  kept_[scratch == kS1] = kNoRegister;
+  if (held_.reg == scratch) held_ = {};
+}
+
+void Translator::SpoilScratch() {
+  Spoil(kS0);
+  Spoil(kS1);
+}
+
+HostReg Translator::KeptIn(unsigned guest) const {
+  return kept_[0] == guest ? kS0 : kept_[1] == guest ? kS1 : kNoReg;
+}
+
+// It is about to be written in memory alone.
+void Translator::Forget(unsigned guest) {
+  for (unsigned& kept : kept_) {
+    if (kept == guest) kept = kNoRegister;
+  }
+}
+
+// A scratch register for a guest's register that lives in memory, other than `taken`. The caller
+// stores what it writes there. The flags stay.
+HostReg Translator::ToScratch(unsigned guest, HostReg taken, bool read) {
+  const HostReg kept = KeptIn(guest);
+  if (kept != kNoReg && kept != taken) return kept;
+  HostReg scratch = kS0;
+  if (taken == kS0 || (taken != kS1 && (held_.reg == kS0 || kept_[0] != kNoRegister) &&
+                       held_.reg != kS1 && (held_.reg == kS0 || kept_[1] == kNoRegister)))
+    scratch = kS1;
+  Spoil(scratch);
+  Forget(guest);
+  kept_[scratch == kS1] = guest;
+  if (read) as_.Load(scratch, GprAt(guest));
+  return scratch;
+}
+
+// Scratch registers are known behind the instruction: what it calls spoils the ones that it uses.
+bool Translator::KeepsScratch(const UnitInsn& u) const {
   if (unit_.mode().legacy()) return false;
-  const auto in_host = [](unsigned reg) { return reg == kNoRegister || HostOf(reg) != kNoReg; };
   switch (u.form->form) {
     case Form::kPush:
     case Form::kPop:
     case Form::kNothing:
     case Form::kJcc:
+    case Form::kLea:
       return true;
     case Form::kCopy:
-      return !u.form->x87_pointers;
-    case Form::kLea:
-      return u.insn.base != kBaseRip && in_host(u.insn.base) && in_host(u.insn.index) &&
-             in_host(u.insn.reg);
+      return !u.form->x87;
     default:
       return false;
   }
 }
 
-// The host's address of a checked access, in one of S0 and S1; the other is spoilt. The flags stay.
+// The host's address of a checked access, in one of S0 and S1; the other may be spoilt. The flags
+// stay.
 HostMem Translator::Map(const UnitInsn& u, const MemoryAccess& access) {
   const Insn& insn = u.insn;
   if (unit_.mode().legacy()) return LegacyMap(u, access);
   const bool held = held_.group == access.group;
-  const HostReg to = held ? held_.reg : kS0, spare = to == kS0 ? kS1 : kS0;
+  const bool in_s0 = kept_[0] != kNoRegister && (insn.base == kept_[0] || insn.index == kept_[0]);
+  const HostReg to = held ? held_.reg : in_s0 ? kS1 : kS0, spare = to == kS0 ? kS1 : kS0;
+  if (!held) Spoil(to);
+  const auto to_spare = [&](unsigned guest) {
+    if (KeptIn(guest) == spare) return;
+    Spoil(spare);
+    as_.Load(spare, GprAt(guest));
+    kept_[spare == kS1] = guest;
+  };
   held_ = {access.group, to};
   VERIFY(held || !unit_.group(static_cast<unsigned>(access.group)).in_scratch);
   if (!held) as_.Load(to, AddendOf(static_cast<unsigned>(access.group)));
   if (access.key.segment != 0) {
+    Spoil(spare);
     as_.Load(spare, SegmentBase(access.key.segment));
     AddTo(to, {.base = to, .index = spare});
   }
   int64_t disp = insn.disp;
   HostReg base = kNoReg;
   if (insn.base == kBaseRip) {
+    Spoil(spare);
     as_.Load(spare, PageBase());
     base = spare;
     disp += u.offset + insn.length;
   } else if (insn.base != kNoRegister) {
     base = HostOf(insn.base);
     if (base == kNoReg) {
-      as_.Load(spare, GprAt(insn.base));
+      to_spare(insn.base);
       base = spare;
     }
   }
@@ -211,11 +265,12 @@ HostMem Translator::Map(const UnitInsn& u, const MemoryAccess& access) {
     if (base != kNoReg) AddTo(to, {.base = to, .index = base});
     base = HostOf(insn.index);
     if (base == kNoReg) {
-      as_.Load(spare, GprAt(insn.index));
+      to_spare(insn.index);
       AddTo(to, {.base = to, .index = spare, .scale = insn.scale});
     }
   }
   if (disp != static_cast<int32_t>(disp)) {  // RIP-relative at the very edge
+    Spoil(spare);
     as_.MovImm64(spare, static_cast<uint64_t>(disp));
     AddTo(to, {.base = to, .index = spare});
     disp = 0;
@@ -228,8 +283,10 @@ HostMem Translator::Map(const UnitInsn& u, const MemoryAccess& access) {
 
 // Spoils S0 alone.
 HostMem Translator::StackAt(const MemoryAccess& access, HostReg base, int32_t disp) {
-  if (held_.group != access.group || held_.reg != kS0)
-    as_.Load(kS0, AddendOf(static_cast<unsigned>(access.group)));
+  if (held_.group == access.group && held_.reg == kS0)
+    return {.base = kS0, .index = base, .disp = disp};
+  Spoil(kS0);
+  as_.Load(kS0, AddendOf(static_cast<unsigned>(access.group)));
   held_ = {access.group, kS0};
   return {.base = kS0, .index = base, .disp = disp};
 }

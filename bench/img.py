@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """How fast disk images are: kvartz img and kvartz nbd beside qemu-img and qemu-nbd, interleaved in one run.
 
-Conversions are timed from start to end of the process, the files in the host's page cache. The NBD rows are 4 KiB requests
-with a stride that touches another cluster each time, of one public client (qemu-img bench) on the two servers. A ratio above
-1 means that Kvartz is faster.
+Conversions are timed from start to end of the process, the files in the host's page cache. The other rows are 4 KiB requests
+with a stride that touches another cluster each time: over NBD of one public client (qemu-img bench) on the two servers, and of
+each tool's own bench on the file. A ratio above 1 means that Kvartz is faster. Overhead is the time that a preallocated qcow2
+takes beside a raw file of the same size, of the same round.
 """
 
 import argparse
@@ -97,6 +98,21 @@ def nbd_row(servers, directory, preallocation, write, depth, count, rounds):
     return times
 
 
+def bench_row(programs, directory, images, write, depth, count, rounds):
+    """Seconds by program and image, which is a format with its options of creation."""
+    times = {(name, image): [] for name in programs for image in images}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            for image in images:
+                kind, options = image
+                run("qemu-img", "create", "-q", "-f", kind, *options, "bench.img", "10G", cwd=directory)
+                output = run(*program, "bench", "-f", kind, "-c", str(count), "-d", str(depth), "-s", "4k", "-S", str(STRIDE),
+                             *(["-w"] if write else []), "bench.img", cwd=directory)
+                times[name, image].append(float(output.split("Run completed in ")[1].split()[0]))
+                os.remove(f"{directory}/bench.img")
+    return times
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vmm", required=True, help="a program of the build whose kvartz is measured")
@@ -109,7 +125,7 @@ def main():
     kvartz = os.path.join(os.path.dirname(os.path.abspath(options.vmm)), "kvartz")
     programs = {"kvartz": [kvartz, "img"], "peer": ["qemu-img"]}
     servers = {"kvartz": [kvartz, "nbd"], "peer": ["qemu-nbd"]}
-    rows = []
+    rows, overhead_rows = [], []
 
     def add(name, times, target):
         median = {key: statistics.median(values) for key, values in times.items()}
@@ -127,16 +143,28 @@ def main():
                 name = f"NBD {'write' if write else 'read'} 4k, {'preallocated' if preallocation != 'off' else 'empty'}, depth {depth}"
                 target = 1.3 if write and preallocation == "off" else 1.0
                 add(name, nbd_row(servers, directory, preallocation, write, depth, options.requests, options.rounds), target)
+        raw, full, empty = (("raw", ()), ("qcow2", ("-o", "preallocation=metadata")), ("qcow2", ()))
+        for write in (False, True):
+            for depth in (1, 32):
+                what = f"{'write' if write else 'read'} 4k, %s, depth {depth}"
+                times = bench_row(programs, directory, (raw, full, empty), write, depth, options.requests, options.rounds)
+                for image, state in ((full, "preallocated"), (empty, "empty")):
+                    add("bench " + what % state, {name: times[name, image] for name in programs},
+                        1.3 if write and image is empty else 1.0)
+                overheads = {name: statistics.median(one / other - 1 for one, other in zip(times[name, full], times[name, raw]))
+                             for name in programs}
+                overhead_rows.append({"name": what % "preallocated", **overheads, "target": 0.1})
+                print("overhead over raw, " + what % "preallocated", overheads, flush=True)
     if options.results:
-        write_results(options, rows)
+        write_results(options, rows, overhead_rows)
 
 
-def write_results(options, rows):
+def write_results(options, rows, overhead_rows):
     about = {"date": datetime.date.today().isoformat(), "rounds": options.rounds, "size_mib": options.size,
              "requests": options.requests, "cpus": os.cpu_count(), "kernel": platform.release(),
              "peer": run("qemu-img", "--version").splitlines()[0]}
     with open(os.path.join(options.results, "img.json"), "w", encoding="utf-8") as file:
-        json.dump({"about": about, "rows": rows}, file, indent=1)
+        json.dump({"about": about, "rows": rows, "overheads": overhead_rows}, file, indent=1)
         file.write("\n")
     with open(os.path.join(options.results, "img.md"), "w", encoding="utf-8") as file:
         file.write("# Disk images: kvartz img and kvartz nbd beside QEMU's\n\n"
@@ -147,6 +175,11 @@ def write_results(options, rows):
         for row in rows:
             met = "yes" if row["ratio"] >= row["target"] else "**no**"
             file.write(f"| {row['name']} | {row['kvartz_s']:.3f} | {row['peer_s']:.3f} | {row['ratio']:.2f} | {row['target']} | {met} |\n")
+        file.write("\nWhat a preallocated qcow2 takes more than a raw file:\n\n"
+                   "| requests | Kvartz | QEMU | target | met |\n|---|---|---|---|---|\n")
+        for row in overhead_rows:
+            met = "yes" if row["kvartz"] <= row["target"] else "**no**"
+            file.write(f"| {row['name']} | {row['kvartz']:.1%} | {row['peer']:.1%} | {row['target']:.0%} | {met} |\n")
 
 
 if __name__ == "__main__":

@@ -51,8 +51,7 @@ consteval auto Join(const std::array<QmpMember, kSizes>&... parts) {
                                                const std::array<QmpMember, kSecond>& second) {
     return [&]<size_t... i, size_t... j>(std::index_sequence<i...>, std::index_sequence<j...>) {
       return std::array<QmpMember, kFirst + kSecond>{first[i]..., second[j]...};
-    }
-    (std::make_index_sequence<kFirst>(), std::make_index_sequence<kSecond>());
+    }(std::make_index_sequence<kFirst>(), std::make_index_sequence<kSecond>());
   };
   auto all = [&](auto& self, const auto& first, const auto&... rest) {
     if constexpr (sizeof...(rest) == 0) {

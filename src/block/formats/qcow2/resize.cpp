@@ -5,8 +5,8 @@
 #include <cerrno>
 
 #include "block/fiber_io.h"
-#include "block/formats/qcow2/create.h"
 #include "block/formats/qcow2/bitmaps.h"
+#include "block/formats/qcow2/create.h"
 #include "block/formats/qcow2/qcow2_node.h"
 #include "block/formats/qcow2/snapshots.h"
 

@@ -95,6 +95,49 @@ TEST_P(SpecialProgramTest, CodeIsWrittenAheadAndBehind) {
   EXPECT_EQ(end.state.gpr[kRax], expected);
 }
 
+// Registers that no host register is left for, loaded from pages that change each time: what checks
+// and their slow paths do with the scratch registers that hold them.
+GUEST_CODE(special_walk, R"(
+  mov $0x190000, %r15d
+  mov $0x191000, %r11d
+  mov %r11, (%r15)
+  mov %r15, (%r11)
+  movq $3, 8(%r15)
+  movq $5, 8(%r11)
+1: mov (%r15), %r15
+  add 8(%r15), %rax
+  mov 8(%r15), %r10
+  lea (%r10,%r10,2), %r10
+  mov %r10, %r11
+  add %r11d, %ebx
+  cmp %rbx, %r10
+  adc $0, %rbp
+  push %r11
+  pop %r10
+  mov 8(%r15,%r10,8), %r11     # 0: nothing is there
+  add %r10, %r11
+  mov %rcx, %r10
+  xor %r10, %rsi
+  add %r11, %rdi
+  dec %ecx
+  jnz 1b
+  out %al, $0xf4)")
+
+TEST_P(SpecialProgramTest, RegistersInMemoryWalkThroughPages) {
+  guest_.Load(CODE_OF(special_walk));
+  for (unsigned reg : {kRax, kRbx, kRbp, kRsi, kRdi}) guest_.initial.gpr[reg] = 0;
+  Outcome end = guest_.Run();
+  EXPECT_EQ(end.vector, -1);
+  EXPECT_EQ(end.state.gpr[kRax], kRounds / 2 * (3 + 5));
+  EXPECT_EQ(end.state.gpr[kRbx], kRounds / 2 * (9 + 15));
+  EXPECT_EQ(end.state.gpr[kRbp], kRounds - 1);
+  EXPECT_EQ(end.state.gpr[kRdi], kRounds / 2 * (9 + 15));
+  uint64_t mixed = 0;
+  for (uint64_t round = kRounds; round > 0; --round) mixed ^= round;
+  EXPECT_EQ(end.state.gpr[kRsi], mixed);
+  EXPECT_EQ(end.state.gpr[15], 0x190000);
+}
+
 // Of every form that can be read from memory when it runs.
 GUEST_CODE(special_immediates, R"(
 1: imul $0x9e3779b1, %ecx, %ebp

@@ -17,18 +17,18 @@ def build():
 
 
 def guest_command(vmm, words, *, cpus=1, memory_mib=1024, serial="stdio", options=()):
-    """A guest with the proofs' root file system, which nothing is written to."""
+    """A guest with the proofs' root file system; what it writes there is gone when it ends."""
     return [vmm, "-nodefaults", "-no-user-config", "-display", "none", "-serial", serial, "-no-reboot", "-M", "pc", "-cpu",
             "max", "-accel", "kvartz", "-m", str(memory_mib), "-smp", str(cpus), "-kernel", built("kernel"), "-initrd",
             built("initrd.img"), "-append", f"console=ttyS0 quiet panic=-1 root=/dev/vda {' '.join(words)}",
-            "-drive", f"file={built('root.img')},if=none,id=d,format=raw,readonly=on", "-device",
+            "-drive", f"file={built('root.img')},if=none,id=d,format=raw,snapshot=on", "-device",
             "virtio-blk-pci,drive=d", *options]
 
 
 def native_command(words):
     """The same programs in the same file system on this host; mounts end with it."""
-    return ["unshare", "--mount", "sh", "-c", 'mount -t proc proc "$0/proc" && exec chroot "$0" env -i "$@"', built("rootfs"),
-            *words, "/bin/sh", "/proof/start.sh"]
+    script = 'mount -t proc proc "$0/proc" && mount -t devpts devpts "$0/dev/pts" && exec chroot "$0" env -i "$@"'
+    return ["unshare", "--mount", "sh", "-c", script, built("rootfs"), *words, "/bin/sh", "/proof/start.sh"]
 
 
 class Process:

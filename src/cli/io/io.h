@@ -92,14 +92,12 @@ void PrintReport(const Console& console, const Arguments& arguments, const Repor
 // Cache and discard modes of a command line or of open, into `node`.
 Result<> ApplyOpenModes(const Arguments& arguments, block::NodeOptions& node);
 
-#define KVARTZ_IO_COMMANDS(X)                                                                     \
-  X(AioFlush)                                                                                     \
-  X(AioRead)                                                                                      \
-  X(AioWrite)                                                                                     \
-  X(Alloc)                                                                                        \
-  X(Close)                                                                                        \
-  X(Discard) X(Flush) X(Help) X(Info) X(Length) X(Map) X(Open) X(Quit) X(Read) X(Readv) X(Reopen) \
-      X(Sleep) X(Truncate) X(Write) X(Writev)
+// clang-format off
+#define KVARTZ_IO_COMMANDS(X) \
+  X(AioFlush) X(AioRead) X(AioWrite) X(Alloc) X(Close) X(Discard) X(Flush) X(Help) X(Info) \
+  X(Length) X(Map) X(Open) X(Quit) X(Read) X(Readv) X(Reopen) X(Sleep) X(Truncate) \
+  X(Write) X(Writev)
+// clang-format on
 #define KVARTZ_DECLARE_COMMAND(name) extern const Command k##name;
 KVARTZ_IO_COMMANDS(KVARTZ_DECLARE_COMMAND)
 #undef KVARTZ_DECLARE_COMMAND

@@ -118,24 +118,28 @@ RowForm::RowForm(const Row& row) : form(FormOf(row)), arithmetic(ArithmeticOf(ro
                   : name == "VZEROUPPER" || name == "VZEROALL";
   may_trap =
       name == "DIV" || name == "IDIV" || (row.attributes & (kAlign | kFp)) != 0 || x87_waiting;
-  for (int i = 0; i < row.operand_count; ++i) {
+  for (int8_t i = 0; i < row.operand_count; ++i) {
     switch (row.operands[i].kind) {
       case OperandKind::kRm:
       case OperandKind::kMem:
       case OperandKind::kXmmRm:
       case OperandKind::kYmmRm:
       case OperandKind::kMmRm:
-        memory_operand = static_cast<int8_t>(i);
+        memory_operand = i;
         rm_is_gpr = row.operands[i].kind == OperandKind::kRm;
+        if (rm_is_gpr) rm_operand = i;
         break;
       case OperandKind::kRmReg:
         rm_is_gpr = name != "FENCE";
+        if (rm_is_gpr) rm_operand = i;
         break;
       case OperandKind::kReg:
         reg_is_gpr = true;
+        reg_operand = i;
         break;
       case OperandKind::kVvvv:
         vvvv_is_gpr = true;
+        vvvv_operand = i;
         break;
       default:
         break;

@@ -64,8 +64,9 @@ struct RowForm {
   bool bit_of_string = false;     // BT and its like with a register: beside memory, any bit there
   int8_t memory_operand = -1;     // index of the operand that may be memory
   uint8_t takes_source = 0;       // of a row with an immediate: the opcode that takes r/m instead
-  // Which ModRM fields name general registers.
+  // Which ModRM fields name general registers, and the operands' indices then (else -1).
   bool reg_is_gpr = false, rm_is_gpr = false, vvvv_is_gpr = false;
+  int8_t reg_operand = -1, rm_operand = -1, vvvv_operand = -1;
 };
 
 }  // namespace kvartz::cpu::x86::jit

@@ -157,7 +157,13 @@ class Translator {
   void CopyOperands(const UnitInsn& u);
   void CopyEncoding(const UnitInsn& u, uint8_t opcode, const HostMem* mem, HostReg reg, HostReg rm,
                     HostReg vvvv);
-  bool CanReadFromMemory(const UnitInsn& u, unsigned rm_operand) const;
+  // An operand that is named in Cpu::gpr, where the guest's register lives.
+  struct InPlace {
+    unsigned guest = kNoRegister;  // none
+    uint8_t opcode;                // of the instruction then
+    bool swapped = false;          // it stands in ModRM's reg, and takes the place of rm
+  };
+  InPlace FindInPlace(const UnitInsn& u) const;
   void Lea(const UnitInsn& u);
   void MoveFromSegment(const UnitInsn& u);
   void ReadTsc(const UnitInsn& u);

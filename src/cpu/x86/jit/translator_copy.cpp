@@ -56,17 +56,32 @@ void Translator::CopyLoaded(const UnitInsn& u) {
   as_.RegReg(width, opcode, to, kS0);
 }
 
-// ModRM's register, that lives in memory.
-bool Translator::CanReadFromMemory(const UnitInsn& u, unsigned rm_operand) const {
+// One that is in a scratch register isn't named in memory: to read it there waits for its store.
+// Nor is one that is written, unless as a whole: the rest has to be written, too.
+Translator::InPlace Translator::FindInPlace(const UnitInsn& u) const {
   const Insn& insn = u.insn;
   const RowForm& form = *u.form;
-  if (!form.rm_is_gpr || insn.rm >= kHighByte || HostOf(insn.rm) != kNoReg ||
-      KeptIn(insn.rm) != kNoReg || rm_operand >= insn.row->operand_count)
-    return false;
-  const bool written = rm_operand == 0   ? form.writes_first
-                       : rm_operand == 1 ? form.writes_second
-                                         : false;
-  return insn.row->operands[rm_operand].kind == OperandKind::kRm && !written && !form.bit_of_string;
+  InPlace place = {.opcode = insn.row->opcode};
+  if (insn.has_memory() || !form.rm_is_gpr || insn.rm >= kHighByte) return place;
+  const bool pair = IsPlainPair(insn);
+  const auto moves = [&](uint8_t opcode) {
+    return pair && place.opcode == opcode && insn.operand_size == 8;
+  };
+  if (HostOf(insn.rm) == kNoReg) {
+    const bool writes =
+        (form.rm_operand == 0 && form.writes_first) || (form.rm_operand == 1 && form.writes_second);
+    const bool reads = !writes && insn.row->operands[form.rm_operand].kind == OperandKind::kRm &&
+                       !form.bit_of_string && KeptIn(insn.rm) == kNoReg;
+    if (reads || (moves(0x89) && HostOf(insn.reg) != kNoReg)) place.guest = insn.rm;
+  } else if (pair && HostOf(insn.reg) == kNoReg) {
+    const bool writes = form.reg_operand == 0 && form.writes_first;
+    if (writes ? moves(0x8b) : KeptIn(insn.reg) == kNoReg) {
+      place.guest = insn.reg;
+      place.swapped = true;
+      if (place.opcode != 0x85) place.opcode ^= 2;  // the other direction's
+    }
+  }
+  return place;
 }
 
 void Translator::CopyOperands(const UnitInsn& u) {
@@ -86,47 +101,13 @@ void Translator::CopyOperands(const UnitInsn& u) {
     as_.Byte(0xc0 | (high & 7) << 3 | (insn.reg & 3));
     as_.Byte(8);
   }
-  unsigned reg_operand = 9, rm_operand = 9, vvvv_operand = 9;
-  for (unsigned n = 0; n < insn.row->operand_count; ++n) {
-    switch (insn.row->operands[n].kind) {
-      case OperandKind::kReg:
-        reg_operand = n;
-        break;
-      case OperandKind::kRm:
-      case OperandKind::kRmReg:
-        rm_operand = n;
-        break;
-      case OperandKind::kVvvv:
-        vvvv_operand = n;
-        break;
-      default:
-        break;
-    }
+  const InPlace place = FindInPlace(u);
+  const bool in_place = place.guest != kNoRegister;
+  if (in_place) {
+    mem = GprAt(place.guest);
+    if (place.opcode == 0x89) Forget(place.guest);
   }
-  // A register that lives in memory is an operand in memory, if it isn't in a scratch register yet.
-  uint8_t opcode = insn.row->opcode;
-  unsigned in_memory = kNoRegister;
-  bool swapped = false;
-  if (!memory && CanReadFromMemory(u, rm_operand)) {
-    in_memory = insn.rm;
-  } else if (!memory && IsPlainPair(insn) && HostOf(insn.rm) != kNoReg &&
-             HostOf(insn.reg) == kNoReg && KeptIn(insn.reg) == kNoReg) {
-    // The other direction's opcode.
-    const bool written = reg_operand == 0 && form.writes_first;
-    if (!written || (opcode == 0x8b && insn.operand_size == 8)) {
-      in_memory = insn.reg;
-      swapped = true;
-      if (opcode != 0x85) opcode ^= 2;
-    }
-  } else if (!memory && opcode == 0x89 && IsPlainPair(insn) && insn.operand_size == 8 &&
-             HostOf(insn.rm) == kNoReg && HostOf(insn.reg) != kNoReg) {
-    in_memory = insn.rm;
-  }
-  if (in_memory != kNoRegister) {
-    mem = GprAt(in_memory);
-    if (opcode == 0x89) Forget(in_memory);
-  }
-  // Else it goes through a scratch register.
+  // Other registers that live in memory go through scratch ones.
   struct {
     unsigned guest;
     HostReg host;
@@ -134,7 +115,7 @@ void Translator::CopyOperands(const UnitInsn& u) {
   } temps[2];
   unsigned temp_count = 0;
   const bool narrow = insn.operand_size < 4;
-  const auto host = [&](bool is_gpr, unsigned reg, unsigned field_operand) {
+  const auto host = [&](bool is_gpr, unsigned reg, int field_operand) {
     if (!is_gpr || reg >= kHighByte) return static_cast<HostReg>(reg);
     if (HostOf(reg) != kNoReg) return HostOf(reg);
     const bool first = field_operand == 0;
@@ -153,14 +134,14 @@ void Translator::CopyOperands(const UnitInsn& u) {
     return scratch;
   };
   HostReg reg, rm = kNoReg;
-  if (swapped) {
+  if (place.swapped) {
     reg = HostOf(insn.rm);
   } else {
-    reg = high != kNoReg ? high : host(form.reg_is_gpr, insn.reg, reg_operand);
-    if (!memory && in_memory == kNoRegister) rm = host(form.rm_is_gpr, insn.rm, rm_operand);
+    reg = high != kNoReg ? high : host(form.reg_is_gpr, insn.reg, form.reg_operand);
+    if (!memory && !in_place) rm = host(form.rm_is_gpr, insn.rm, form.rm_operand);
   }
-  const HostReg vvvv = host(form.vvvv_is_gpr, insn.vvvv, vvvv_operand);
-  CopyEncoding(u, opcode, memory || in_memory != kNoRegister ? &mem : nullptr, reg, rm, vvvv);
+  const HostReg vvvv = host(form.vvvv_is_gpr, insn.vvvv, form.vvvv_operand);
+  CopyEncoding(u, place.opcode, memory || in_place ? &mem : nullptr, reg, rm, vvvv);
   for (unsigned t = 0; t < temp_count; ++t) {
     if (temps[t].written) as_.Store(GprAt(temps[t].guest), temps[t].host);
   }
@@ -172,16 +153,9 @@ void Translator::CopyEncoding(const UnitInsn& u, uint8_t opcode, const HostMem* 
   const Insn& insn = u.insn;
   const Row& row = *insn.row;
   const RowForm& form = *u.form;
-  const auto byte_register = [&](unsigned operand_kind_first, bool is_gpr, unsigned number) {
-    if (!is_gpr || number >= kHighByte) return false;
-    for (unsigned n = 0; n < row.operand_count; ++n) {
-      const OperandKind kind = row.operands[n].kind;
-      const bool match = operand_kind_first == 0
-                             ? kind == OperandKind::kReg
-                             : kind == OperandKind::kRm || kind == OperandKind::kRmReg;
-      if (match) return OperandSize(insn, row.operands[n]) == 1 && number >= 4;
-    }
-    return false;
+  const auto byte_register = [&](int operand, unsigned number) {
+    return operand >= 0 && number >= 4 && number < kHighByte &&
+           OperandSize(insn, row.operands[operand]) == 1;
   };
   // Fields as the host is to see them: 4-bit numbers.
   const unsigned reg_number =
@@ -212,8 +186,8 @@ void Translator::CopyEncoding(const UnitInsn& u, uint8_t opcode, const HostMem* 
     if (small || row.prefix == PrefixRule::k66) as_.Byte(0x66);
     if (row.prefix == PrefixRule::kF2) as_.Byte(0xf2);
     if (row.prefix == PrefixRule::kF3) as_.Byte(0xf3);
-    const bool forced = byte_register(0, form.reg_is_gpr, insn.reg) ||
-                        (mem == nullptr && byte_register(1, form.rm_is_gpr, insn.rm));
+    const bool forced = byte_register(form.reg_operand, insn.reg) ||
+                        (mem == nullptr && byte_register(form.rm_operand, insn.rm));
     if (row.opcode_register) {
       const unsigned rex = 0x40 | (insn.w() ? 8u : 0u) | reg_number >> 3;
       if (rex != 0x40 || forced) as_.Byte(rex);

@@ -191,10 +191,10 @@ void Translator::Forget(unsigned guest) {
 HostReg Translator::ToScratch(unsigned guest, HostReg taken, bool read) {
   const HostReg kept = KeptIn(guest);
   if (kept != kNoReg && kept != taken) return kept;
-  HostReg scratch = kS0;
-  if (taken == kS0 || (taken != kS1 && (held_.reg == kS0 || kept_[0] != kNoRegister) &&
-                       held_.reg != kS1 && (held_.reg == kS0 || kept_[1] == kNoRegister)))
-    scratch = kS1;
+  const auto loss = [&](HostReg reg) {
+    return reg == taken ? 3 : reg == held_.reg ? 2 : kept_[reg == kS1] != kNoRegister ? 1 : 0;
+  };
+  const HostReg scratch = loss(kS1) < loss(kS0) ? kS1 : kS0;
   Spoil(scratch);
   Forget(guest);
   kept_[scratch == kS1] = guest;

@@ -143,18 +143,19 @@ def main():
                 name = f"NBD {'write' if write else 'read'} 4k, {'preallocated' if preallocation != 'off' else 'empty'}, depth {depth}"
                 target = 1.3 if write and preallocation == "off" else 1.0
                 add(name, nbd_row(servers, directory, preallocation, write, depth, options.requests, options.rounds), target)
-        raw, full, empty = (("raw", ()), ("qcow2", ("-o", "preallocation=metadata")), ("qcow2", ()))
+        raw, empty, preallocated = ("raw", ()), ("qcow2", ()), ("qcow2", ("-o", "preallocation=metadata"))
         for write in (False, True):
             for depth in (1, 32):
-                what = f"{'write' if write else 'read'} 4k, %s, depth {depth}"
-                times = bench_row(programs, directory, (raw, full, empty), write, depth, options.requests, options.rounds)
-                for image, state in ((full, "preallocated"), (empty, "empty")):
-                    add("bench " + what % state, {name: times[name, image] for name in programs},
+                kind = "write" if write else "read"
+                times = bench_row(programs, directory, (raw, preallocated, empty), write, depth, options.requests, options.rounds)
+                for image, state in ((preallocated, "preallocated"), (empty, "empty")):
+                    add(f"bench {kind} 4k, {state}, depth {depth}", {name: times[name, image] for name in programs},
                         1.3 if write and image is empty else 1.0)
-                overheads = {name: statistics.median(one / other - 1 for one, other in zip(times[name, full], times[name, raw]))
+                overheads = {name: statistics.median(one / other - 1
+                                                     for one, other in zip(times[name, preallocated], times[name, raw]))
                              for name in programs}
-                overhead_rows.append({"name": what % "preallocated", **overheads, "target": 0.1})
-                print("overhead over raw, " + what % "preallocated", overheads, flush=True)
+                overhead_rows.append({"name": f"{kind} 4k, depth {depth}", **overheads, "target": 0.1})
+                print(f"overhead over raw, {kind} 4k, depth {depth}: {overheads}", flush=True)
     if options.results:
         write_results(options, rows, overhead_rows)
 

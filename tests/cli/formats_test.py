@@ -102,6 +102,16 @@ def crc32c(data):
 
 
 class VhdxLogTest(ImageTest):
+    def name_log(self, file, guid):
+        for offset in (64 << 10, 128 << 10):
+            file.seek(offset)
+            header = bytearray(file.read(4096))
+            header[48:64] = guid
+            header[4:8] = bytes(4)
+            header[4:8] = crc32c(header).to_bytes(4, "little")
+            file.seek(offset)
+            file.write(header)
+
     def killed(self):
         """A VHDX whose writer was killed: its log counts. The table on disk is as if it had never been written."""
         self.peers("create", "-q", "-f", "vhdx", "-o", "block_size=1M", "a.vhdx", "64M")
@@ -120,15 +130,7 @@ class VhdxLogTest(ImageTest):
         # It puts its log's name into the header for a moment only; and the table's sector isn't written yet.
         with open(self.path("a.vhdx"), "r+b") as file:
             file.seek(MIB + 4 * 8192 + 32)  # of the fifth entry: each has another
-            log_guid = file.read(16)
-            for offset in (64 << 10, 128 << 10):
-                file.seek(offset)
-                header = bytearray(file.read(4096))
-                header[48:64] = log_guid
-                header[4:8] = bytes(4)
-                header[4:8] = crc32c(header).to_bytes(4, "little")
-                file.seek(offset)
-                file.write(header)
+            self.name_log(file, file.read(16))
             file.seek(2 * MIB + 5 * 8)
             self.assertNotEqual(file.read(8), bytes(8))
             file.seek(2 * MIB + 5 * 8)
@@ -144,6 +146,24 @@ class VhdxLogTest(ImageTest):
         self.run_tool("qemu-io", "-f", "vhdx", *reads, "b.vhdx")
         self.peers("check", "a.vhdx")
         self.peers("compare", "a.vhdx", "b.vhdx")
+
+    def test_zeros_stay_within_the_file(self):
+        io = self.path(".bin", "qemu-io")
+        self.peers("create", "-q", "-f", "vhdx", "-o", "block_size=1M", "a.vhdx", "64M")
+        self.run_tool(io, "-f", "vhdx", "-c", "write -q -P 7 0 2M", "a.vhdx")
+        with open(self.path("a.vhdx"), "r+b") as file:
+            size = file.seek(0, 2)
+            words = lambda *pairs: b"".join(value.to_bytes(length, "little") for value, length in pairs)
+            entry = bytearray(4096)
+            entry[:64] = b"loge" + words((0, 4), (4096, 4), (0, 4), (1, 8), (1, 4), (0, 4)) + b"G" * 16 + words((size, 8), (size, 8))
+            entry[64:96] = b"zero" + words((0, 4), (1 << 42, 8), (size - MIB, 8), (1, 8))
+            entry[4:8] = crc32c(entry).to_bytes(4, "little")
+            file.seek(MIB)
+            file.write(entry)
+            self.name_log(file, b"G" * 16)
+        self.run_tool(io, "-f", "vhdx", "-c", "read -P 7 0 1M", "-c", "read -P 0 1M 1M", "a.vhdx")
+        with open(self.path("a.vhdx"), "rb") as file:
+            self.assertEqual(file.seek(0, 2), size)
 
     def test_of_garbage_is_refused(self):
         self.killed()

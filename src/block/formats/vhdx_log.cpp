@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string_view>
@@ -16,7 +17,7 @@ namespace {
 constexpr uint64_t kSector = 4096;
 constexpr uint32_t kMostLog = 64 << 20;  // held in memory; what writers make is 1 MiB
 constexpr uint64_t kMostWork = 16;       // times the log
-constexpr uint64_t kMostZeros = uint64_t{1} << 40;
+constexpr uint64_t kMostBytes = uint64_t{INT64_MAX} / 2;
 
 std::unexpected<Error> Bad(const std::string& what) {
   return Fail(ErrorCode::kInvalid, "VHDX: the log can't be replayed: " + what);
@@ -98,8 +99,8 @@ class Log {
 
 // Where the log's changes may go: not to the file's identifier, the headers or the log.
 bool MayChange(const Header& header, uint64_t offset, uint64_t length) {
-  if (offset % kSector != 0 || length % kSector != 0 || length == 0 || length > kMostZeros ||
-      offset > uint64_t{INT64_MAX} / 2)
+  if (offset % kSector != 0 || length % kSector != 0 || length == 0 || length > kMostBytes ||
+      offset > kMostBytes)
     return false;
   uint64_t end = offset + length, log_end = header.log_offset + header.log_length;
   return offset >= kRegionTableOffsets[0] && (end <= header.log_offset || offset >= log_end);
@@ -122,8 +123,12 @@ Result<> Apply(Node& file, const Header& header, const Entry& entry) {
       return Bad(fmt::format("descriptor {} of entry {} makes no sense", i,
                              uint64_t{entry.header.sequence_number}));
     if (zero) {
-      if (int rc = WriteZeroesAt(file, descriptor.file_offset, length))
-        return Fail(IoError(file, "write", descriptor.file_offset, rc));
+      // Zero anyway is what the file doesn't reach: an entry is no reason to fill the host's disk.
+      uint64_t offset = descriptor.file_offset;
+      if (offset >= file.size_bytes()) continue;
+      length = std::min(length, file.size_bytes() - offset);
+      if (int rc = WriteZeroesAt(file, offset, length, true))
+        return Fail(IoError(file, "write", offset, rc));
       continue;
     }
     if (sector + kSector > entry.bytes.size()) return Bad("an entry has too few data sectors");
@@ -159,7 +164,7 @@ Result<> ReplayLog(Node& file, const Header& header) {
   if (file.size_bytes() < last.flushed_file_offset)
     return Bad(fmt::format("the file was cut off: it had {} bytes at least",
                            uint64_t{last.flushed_file_offset}));
-  if (last.last_file_offset > uint64_t{INT64_MAX} / 2) return Bad("the file's size makes no sense");
+  if (last.last_file_offset > kMostBytes) return Bad("the file's size makes no sense");
   for (const Entry& entry : entries) TRY(Apply(file, header, entry));
   if (file.size_bytes() < last.last_file_offset) TRY(file.Resize({.size = last.last_file_offset}));
   return Flush(file);

@@ -33,15 +33,13 @@ inline void UseImage(Node& node) {
   }
 }
 
-inline int FuzzImage(const char* format, const uint8_t* data, size_t size) {
+inline void FuzzFile(const char* format, const UniqueFd& file, const NodeOptions& options) {
   static std::unique_ptr<EventLoop> loop = *EventLoop::Create();
-  UniqueFd fd(memfd_create("image", MFD_CLOEXEC));
-  if (write(fd.get(), data, size) != static_cast<ssize_t>(size)) std::abort();
-  std::string path = "/proc/self/fd/" + std::to_string(fd.get());
-  // Nor are its other files.
+  std::string path = "/proc/self/fd/" + std::to_string(file.get());
+  // The host's other files aren't either.
   OpenEnv env = {.loop = *loop, .follow_backing = false};
   RunInFiber(*loop, [&] {
-    Result<NodePtr> node = OpenFilename(env, path, format, {.locking = false});
+    Result<NodePtr> node = OpenFilename(env, path, format, options);
     if (!node) {
       if (node.error().what.empty()) std::abort();
       return;
@@ -49,6 +47,12 @@ inline int FuzzImage(const char* format, const uint8_t* data, size_t size) {
     UseImage(**node);
     (void)(*node)->Close();
   });
+}
+
+inline int FuzzImage(const char* format, const uint8_t* data, size_t size) {
+  UniqueFd file(memfd_create("image", MFD_CLOEXEC));
+  if (write(file.get(), data, size) != static_cast<ssize_t>(size)) std::abort();
+  FuzzFile(format, file, {.locking = false});
   return 0;
 }
 

@@ -4,7 +4,7 @@
 Conversions are timed from start to end of the process, the files in the host's page cache. The other rows are 4 KiB requests
 with a stride that touches another cluster each time: over NBD of one public client (qemu-img bench) on the two servers, and of
 each tool's own bench on the file. A ratio above 1 means that Kvartz is faster. Overhead is the time that a preallocated qcow2
-takes beside a raw file of the same size, of the same round.
+takes beside a raw file of the same size, of the same round and on the same processor: those of rented hosts differ in speed.
 """
 
 import argparse
@@ -33,8 +33,9 @@ CONVERSIONS = [
 ]
 
 
-def run(*command, cwd=None):
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
+def run(*command, cwd=None, processor=None):
+    pin = None if processor is None else lambda: os.sched_setaffinity(0, [processor])
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, preexec_fn=pin).stdout
 
 
 def prepare(directory, size):
@@ -98,7 +99,7 @@ def nbd_row(servers, directory, preallocation, write, depth, count, rounds):
     return times
 
 
-def bench_row(programs, directory, images, write, depth, count, rounds):
+def bench_row(programs, directory, images, write, depth, count, rounds, processor=None):
     """Seconds by program and image, which is a format with its options of creation."""
     times = {(name, image): [] for name in programs for image in images}
     for _ in range(rounds):
@@ -107,7 +108,7 @@ def bench_row(programs, directory, images, write, depth, count, rounds):
                 kind, options = image
                 run("qemu-img", "create", "-q", "-f", kind, *options, "bench.img", "10G", cwd=directory)
                 output = run(*program, "bench", "-f", kind, "-c", str(count), "-d", str(depth), "-s", "4k", "-S", str(STRIDE),
-                             *(["-w"] if write else []), "bench.img", cwd=directory)
+                             *(["-w"] if write else []), "bench.img", cwd=directory, processor=processor)
                 times[name, image].append(float(output.split("Run completed in ")[1].split()[0]))
                 os.remove(f"{directory}/bench.img")
     return times
@@ -147,10 +148,12 @@ def main():
         for write in (False, True):
             for depth in (1, 32):
                 kind = "write" if write else "read"
-                times = bench_row(programs, directory, (raw, preallocated, empty), write, depth, options.requests, options.rounds)
+                work = (write, depth, options.requests, options.rounds)
+                times = bench_row(programs, directory, (preallocated, empty), *work)
                 for image, state in ((preallocated, "preallocated"), (empty, "empty")):
                     add(f"bench {kind} 4k, {state}, depth {depth}", {name: times[name, image] for name in programs},
                         1.3 if write and image is empty else 1.0)
+                times = bench_row(programs, directory, (raw, preallocated), *work, processor=0)
                 overheads = {name: statistics.median(one / other - 1
                                                      for one, other in zip(times[name, preallocated], times[name, raw]))
                              for name in programs}

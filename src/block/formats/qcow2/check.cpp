@@ -331,7 +331,7 @@ int Checker::PutRefcount(uint64_t cluster, uint64_t value) {
     if (rc == 0) rc = meta_.RefcountSlice(cluster, &slice, &index);
   }
   if (rc != 0) return rc < 0 ? rc : -EIO;
-  SetRefcount(slice->data.get(), geo_.refcount_order, index, value);
+  SetRefcount(slice->data, geo_.refcount_order, index, value);
   meta_.cache().MarkDirty(slice);
   return 0;
 }

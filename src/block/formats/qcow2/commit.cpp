@@ -35,7 +35,7 @@ Metadata::Metadata(Node& file, Node* data_file, Header image_header, uint64_t ca
       data_file_(data_file),
       data_node_(data_file ? data_file : &file),
       geo_(header),
-      cache_(file, geo_.slice_bytes, cache_bytes),
+      cache_(file, geo_.cluster_size, geo_.slice_bytes, cache_bytes),
       slice_entries_(geo_.slice_bytes / geo_.l2_entry_bytes) {
   dirty_on_disk_ = (header.incompatible & kDirty) != 0;
 }
@@ -149,7 +149,7 @@ void Metadata::TakeSnapshot(Snapshot& snapshot) {
     bool refcounts = slice.kind == Slice::Kind::kRefblock;
     if (refcounts && lazy) return;
     file_.Debug(refcounts ? DebugEvent::kRefblockUpdate : DebugEvent::kL2Update);
-    Copy copy = {slice.offset, {slice.data.get(), slice.data.get() + geo_.slice_bytes}, &slice};
+    Copy copy = {slice.offset, {slice.data, slice.data + geo_.slice_bytes}, &slice};
     auto& copies = refcounts ? (slice.fresh ? snapshot.first : snapshot.second)
                              : (slice.fresh ? snapshot.second : snapshot.third);
     copies.push_back(std::move(copy));
@@ -290,8 +290,7 @@ int Metadata::CommitAll(bool clean) {
   // With lazy refcounts the counts come now, while the dirty bit still stands.
   std::vector<Copy> copies;
   cache_.ForEachDirty([&](Slice& slice) {
-    copies.push_back(
-        {slice.offset, {slice.data.get(), slice.data.get() + geo_.slice_bytes}, &slice});
+    copies.push_back({slice.offset, {slice.data, slice.data + geo_.slice_bytes}, &slice});
   });
   if (!copies.empty()) {
     if (int rc = WriteCopies(copies)) return rc;

@@ -158,9 +158,9 @@ int Metadata::MakeL2Table(uint64_t guest) {
       Slice* from = nullptr;
       rc = cache_.Load(old + at, Slice::Kind::kL2, &from);
       if (rc != 0) break;
-      copy.assign(from->data.get(), from->data.get() + geo_.slice_bytes);
+      copy.assign(from->data, from->data + geo_.slice_bytes);
       Slice* to = cache_.Insert(run.offset + at, Slice::Kind::kL2, true);
-      std::memcpy(to->data.get(), copy.data(), copy.size());
+      std::memcpy(to->data, copy.data(), copy.size());
       cache_.MarkDirty(to);
     }
   }
@@ -181,7 +181,7 @@ int Metadata::MakeL2Table(uint64_t guest) {
 }
 
 void Metadata::SetEntry(Slice* slice, uint64_t index, uint64_t entry, uint64_t sub_bits) {
-  uint8_t* at = slice->data.get() + index * geo_.l2_entry_bytes;
+  uint8_t* at = slice->data + index * geo_.l2_entry_bytes;
   StoreBe64(at, entry);
   if (geo_.subclusters > 1) StoreBe64(at + 8, sub_bits);
   cache_.MarkDirty(slice);

@@ -91,10 +91,10 @@ class Metadata {
   uint64_t slice_entries() const { return slice_entries_; }
   uint64_t slice_covers() const { return slice_entries_ << geo_.cluster_bits; }
   uint64_t Entry(const Slice& slice, uint64_t index) const {
-    return LoadBe64(slice.data.get() + index * geo_.l2_entry_bytes);
+    return LoadBe64(slice.data + index * geo_.l2_entry_bytes);
   }
   uint64_t SubBits(const Slice& slice, uint64_t index) const {
-    return geo_.subclusters == 1 ? 0 : LoadBe64(slice.data.get() + index * 16 + 8);
+    return geo_.subclusters == 1 ? 0 : LoadBe64(slice.data + index * 16 + 8);
   }
   // Marks the slice as dirty. `sub_bits`: of extended entries.
   void SetEntry(Slice* slice, uint64_t index, uint64_t entry, uint64_t sub_bits = 0);

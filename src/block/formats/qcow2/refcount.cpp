@@ -35,7 +35,7 @@ int Metadata::Refcount(uint64_t cluster, uint64_t* refcount) {
   Slice* slice = nullptr;
   uint64_t index = 0;
   int rc = RefcountSlice(cluster, &slice, &index);
-  *refcount = rc == 0 ? GetRefcount(slice->data.get(), geo_.refcount_order, index) : 0;
+  *refcount = rc == 0 ? GetRefcount(slice->data, geo_.refcount_order, index) : 0;
   return rc == kMissing ? 0 : rc;
 }
 
@@ -51,12 +51,12 @@ int Metadata::AddRefcounts(uint64_t offset, uint64_t clusters, int64_t delta) {
     }
     if (rc == kMissing) return Broken(fmt::format("cluster {} has no refcount", cluster));
     if (rc != 0) return rc;
-    uint64_t value = GetRefcount(slice->data.get(), geo_.refcount_order, index);
+    uint64_t value = GetRefcount(slice->data, geo_.refcount_order, index);
     if (delta < 0 && value < static_cast<uint64_t>(-delta))
       return Broken(fmt::format("cluster {} is used, but its refcount is 0", cluster));
     uint64_t result = value + static_cast<uint64_t>(delta);
     if (delta > 0 && result > geo_.max_refcount) return -EINVAL;
-    SetRefcount(slice->data.get(), geo_.refcount_order, index, result);
+    SetRefcount(slice->data, geo_.refcount_order, index, result);
     cache_.MarkDirty(slice);
   }
   return 0;
@@ -134,7 +134,7 @@ int Metadata::ScanForFree() {
   scanned_ = end;
   uint64_t start = from;
   for (uint64_t cluster = from; cluster < end; cluster++) {
-    if (GetRefcount(slice->data.get(), geo_.refcount_order, index + cluster - from) == 0) continue;
+    if (GetRefcount(slice->data, geo_.refcount_order, index + cluster - from) == 0) continue;
     AddFree(start, cluster - start);
     start = cluster + 1;
   }
@@ -157,7 +157,7 @@ int Metadata::FindEnd() {
       uint64_t index = 0;
       if (int rc = RefcountSlice(end_ - 1, &slice, &index)) return rc < 0 ? rc : -EIO;
       for (uint64_t i = per_slice; i > 0 && !used; i--) {
-        used = GetRefcount(slice->data.get(), geo_.refcount_order, i - 1) != 0;
+        used = GetRefcount(slice->data, geo_.refcount_order, i - 1) != 0;
         if (!used) end_--;
       }
     }
@@ -201,7 +201,7 @@ int Metadata::Claim(Run* run, Refblocks refblocks) {
     }
     if (rc != 0) break;
     // Tables whose refcounts are 0 are there on damaged images.
-    if (GetRefcount(slice->data.get(), geo_.refcount_order, index) != 0 ||
+    if (GetRefcount(slice->data, geo_.refcount_order, index) != 0 ||
         IsMetadata(cluster << geo_.cluster_bits, 1)) {
       if (claimed > 0) {
         AddFree(cluster + 1, end - cluster - 1);
@@ -210,7 +210,7 @@ int Metadata::Claim(Run* run, Refblocks refblocks) {
       first = cluster + 1;
       continue;
     }
-    SetRefcount(slice->data.get(), geo_.refcount_order, index, 1);
+    SetRefcount(slice->data, geo_.refcount_order, index, 1);
     cache_.MarkDirty(slice);
     claimed++;
   }
@@ -351,11 +351,11 @@ int Metadata::MakeRefblockLocked(uint64_t block_index) {
     }
     if (rc != 0) return rc;
     // The one that was there counts something here: not free after all.
-    if (GetRefcount(slice->data.get(), geo_.refcount_order, index) != 0)
+    if (GetRefcount(slice->data, geo_.refcount_order, index) != 0)
       return MakeRefblockLocked(block_index);
     slice->fresh = true;  // its count is on disk before the table points to it
   }
-  SetRefcount(slice->data.get(), geo_.refcount_order, index, 1);
+  SetRefcount(slice->data, geo_.refcount_order, index, 1);
   cache_.MarkDirty(slice);
   reftable_[block_index] = run.offset;
   guard_new_.insert(cluster);
@@ -384,7 +384,7 @@ int Metadata::GrowReftable(uint64_t block_index) {
     std::vector<Copy> copies;
     cache_.ForEachDirty([&](Slice& slice) {
       if (slice.kind != Slice::Kind::kRefblock) return;
-      copies.push_back({slice.offset, {slice.data.get(), slice.data.get() + geo_.slice_bytes}});
+      copies.push_back({slice.offset, {slice.data, slice.data + geo_.slice_bytes}});
     });
     rc = WriteCopies(copies);
   }

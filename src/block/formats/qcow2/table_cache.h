@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <unordered_map>
@@ -23,8 +24,8 @@ struct Slice {
   bool writing = false;  // a copy is on its way to the disk
   bool loading = false;
   uint32_t pins = 0;
-  std::unique_ptr<uint8_t[]> data;
-  Slice* newer = nullptr;  // by last use
+  uint8_t* data = nullptr;  // the cache's
+  Slice* newer = nullptr;   // by last use
   Slice* older = nullptr;
   Slice* next_dirty = nullptr;  // while it is dirty
   Slice* previous_dirty = nullptr;
@@ -39,7 +40,8 @@ struct CacheStatistics {
 // Loop-owned.
 class TableCache {
  public:
-  TableCache(Node& file, uint64_t slice_bytes, uint64_t limit_bytes);
+  // Bytes of a table, whose place is a multiple of it, of its slices, and of all that is held.
+  TableCache(Node& file, uint64_t table_bytes, uint64_t slice_bytes, uint64_t limit_bytes);
   ~TableCache();
 
   // Null: not cached.
@@ -50,7 +52,7 @@ class TableCache {
     statistics_.hits++;
     return it->second.get();
   }
-  // Fiber: 0 and the slice, from the file if need be, or -errno.
+  // Fiber: 0 and the slice, from the file if need be (with those around it), or -errno.
   int Load(uint64_t offset, Slice::Kind kind, Slice** slice);
   // A slice that is all zeros and not on disk; replaces what is cached of that offset.
   Slice* Insert(uint64_t offset, Slice::Kind kind, bool fresh);
@@ -71,12 +73,22 @@ class TableCache {
   void Unlink(Slice* slice);
   void LinkNewest(Slice* slice);
   void MakeRoom();
+  uint8_t* TakeMemory();
   Slice* Add(uint64_t offset, Slice::Kind kind);
+  Slice* AddLoading(uint64_t offset, Slice::Kind kind);
+  // That slice and those of its table next to it that aren't held, in the file's order.
+  std::vector<Slice*> AddAround(uint64_t offset, Slice::Kind kind);
+  int Read(const std::vector<Slice*>& run);
   void Remove(Slice* slice);
 
   Node& file_;
-  const uint64_t slice_bytes_;
+  const uint64_t table_bytes_, slice_bytes_;
   std::unordered_map<uint64_t, std::unique_ptr<Slice>> slices_;
+  struct FreeDeleter {
+    void operator()(uint8_t* memory) const { free(memory); }
+  };
+  std::vector<std::unique_ptr<uint8_t[], FreeDeleter>> memory_;  // of slices, kReadAhead each
+  std::vector<uint8_t*> unused_;                                 // slices of it
   Slice* newest_ = nullptr;
   Slice* oldest_ = nullptr;
   Slice* dirty_ = nullptr;

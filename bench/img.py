@@ -3,8 +3,7 @@
 
 Conversions are timed from start to end of the process, the files in the host's page cache. The other rows are 4 KiB requests
 with a stride that touches another cluster each time: over NBD of one public client (qemu-img bench) on the two servers, and of
-each tool's own bench on the file. A ratio above 1 means that Kvartz is faster. Overhead is the time that a preallocated qcow2
-takes beside a raw file of the same size, of the same round and on the same processor: those of rented hosts differ in speed.
+each tool's own bench on the file. A ratio above 1 means that Kvartz is faster.
 """
 
 import argparse
@@ -33,9 +32,8 @@ CONVERSIONS = [
 ]
 
 
-def run(*command, cwd=None, processor=None):
-    pin = None if processor is None else lambda: os.sched_setaffinity(0, [processor])
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, preexec_fn=pin).stdout
+def run(*command, cwd=None):
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
 
 
 def prepare(directory, size):
@@ -99,18 +97,15 @@ def nbd_row(servers, directory, preallocation, write, depth, count, rounds):
     return times
 
 
-def bench_row(programs, directory, images, write, depth, count, rounds, processor=None):
-    """Seconds by program and image, which is a format with its options of creation."""
-    times = {(name, image): [] for name in programs for image in images}
+def bench_row(programs, directory, preallocation, write, depth, count, rounds):
+    times = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
-            for image in images:
-                kind, options = image
-                run("qemu-img", "create", "-q", "-f", kind, *options, "bench.img", "10G", cwd=directory)
-                output = run(*program, "bench", "-f", kind, "-c", str(count), "-d", str(depth), "-s", "4k", "-S", str(STRIDE),
-                             *(["-w"] if write else []), "bench.img", cwd=directory, processor=processor)
-                times[name, image].append(float(output.split("Run completed in ")[1].split()[0]))
-                os.remove(f"{directory}/bench.img")
+            run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"preallocation={preallocation}", "bench.qcow2", "10G", cwd=directory)
+            output = run(*program, "bench", "-f", "qcow2", "-c", str(count), "-d", str(depth), "-s", "4k", "-S", str(STRIDE),
+                         *(["-w"] if write else []), "bench.qcow2", cwd=directory)
+            times[name].append(float(output.split("Run completed in ")[1].split()[0]))
+            os.remove(f"{directory}/bench.qcow2")
     return times
 
 
@@ -120,13 +115,13 @@ def main():
     parser.add_argument("--results")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--size", type=int, default=4096, help="of the images that are converted, MiB")
-    parser.add_argument("--requests", type=int, default=20000, help="of each NBD row")
+    parser.add_argument("--requests", type=int, default=20000, help="of each row of 4 KiB requests")
     parser.add_argument("--directory", help="where the images are (default: /var/tmp)", default="/var/tmp")
     options = parser.parse_args()
     kvartz = os.path.join(os.path.dirname(os.path.abspath(options.vmm)), "kvartz")
     programs = {"kvartz": [kvartz, "img"], "peer": ["qemu-img"]}
     servers = {"kvartz": [kvartz, "nbd"], "peer": ["qemu-nbd"]}
-    rows, overhead_rows = [], []
+    rows = []
 
     def add(name, times, target):
         median = {key: statistics.median(values) for key, values in times.items()}
@@ -139,36 +134,23 @@ def main():
         prepare(directory, options.size * MIB)
         for name, source, arguments, target in CONVERSIONS:
             add(name, convert_row(programs, directory, source, arguments, options.rounds), target)
-        for preallocation, write in (("metadata", False), ("metadata", True), ("off", False), ("off", True)):
-            for depth in (1, 32):
-                name = f"NBD {'write' if write else 'read'} 4k, {'preallocated' if preallocation != 'off' else 'empty'}, depth {depth}"
-                target = 1.3 if write and preallocation == "off" else 1.0
-                add(name, nbd_row(servers, directory, preallocation, write, depth, options.requests, options.rounds), target)
-        raw, empty, preallocated = ("raw", ()), ("qcow2", ()), ("qcow2", ("-o", "preallocation=metadata"))
-        for write in (False, True):
-            for depth in (1, 32):
-                kind = "write" if write else "read"
-                work = (write, depth, options.requests, options.rounds)
-                times = bench_row(programs, directory, (preallocated, empty), *work)
-                for image, state in ((preallocated, "preallocated"), (empty, "empty")):
-                    add(f"bench {kind} 4k, {state}, depth {depth}", {name: times[name, image] for name in programs},
-                        1.3 if write and image is empty else 1.0)
-                times = bench_row(programs, directory, (raw, preallocated), *work, processor=0)
-                overheads = {name: statistics.median(one / other - 1
-                                                     for one, other in zip(times[name, preallocated], times[name, raw]))
-                             for name in programs}
-                overhead_rows.append({"name": f"{kind} 4k, depth {depth}", **overheads, "target": 0.1})
-                print(f"overhead over raw, {kind} 4k, depth {depth}: {overheads}", flush=True)
+        for prefix, row, by_name in (("NBD", nbd_row, servers), ("bench", bench_row, programs)):
+            for preallocation, write in (("metadata", False), ("metadata", True), ("off", False), ("off", True)):
+                for depth in (1, 32):
+                    state = "preallocated" if preallocation != "off" else "empty"
+                    add(f"{prefix} {'write' if write else 'read'} 4k, {state}, depth {depth}",
+                        row(by_name, directory, preallocation, write, depth, options.requests, options.rounds),
+                        1.3 if write and preallocation == "off" else 1.0)
     if options.results:
-        write_results(options, rows, overhead_rows)
+        write_results(options, rows)
 
 
-def write_results(options, rows, overhead_rows):
+def write_results(options, rows):
     about = {"date": datetime.date.today().isoformat(), "rounds": options.rounds, "size_mib": options.size,
              "requests": options.requests, "cpus": os.cpu_count(), "kernel": platform.release(),
              "peer": run("qemu-img", "--version").splitlines()[0]}
     with open(os.path.join(options.results, "img.json"), "w", encoding="utf-8") as file:
-        json.dump({"about": about, "rows": rows, "overheads": overhead_rows}, file, indent=1)
+        json.dump({"about": about, "rows": rows}, file, indent=1)
         file.write("\n")
     with open(os.path.join(options.results, "img.md"), "w", encoding="utf-8") as file:
         file.write("# Disk images: kvartz img and kvartz nbd beside QEMU's\n\n"
@@ -179,11 +161,6 @@ def write_results(options, rows, overhead_rows):
         for row in rows:
             met = "yes" if row["ratio"] >= row["target"] else "**no**"
             file.write(f"| {row['name']} | {row['kvartz_s']:.3f} | {row['peer_s']:.3f} | {row['ratio']:.2f} | {row['target']} | {met} |\n")
-        file.write("\nWhat a preallocated qcow2 takes more than a raw file:\n\n"
-                   "| requests | Kvartz | QEMU | target | met |\n|---|---|---|---|---|\n")
-        for row in overhead_rows:
-            met = "yes" if row["kvartz"] <= row["target"] else "**no**"
-            file.write(f"| {row['name']} | {row['kvartz']:.1%} | {row['peer']:.1%} | {row['target']:.0%} | {met} |\n")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ struct ChainExtent {
   Extent extent;
   int depth = 0;
   Node* node = nullptr;  // of the chain, where it was found; null if nowhere
+
+  // Where `base` is null.
+  bool reads_as_zeros() const { return extent.zero || !extent.allocated; }
 };
 Result<ChainExtent> StatusAbove(Node& top, Node* base, uint64_t offset, uint64_t length);
 

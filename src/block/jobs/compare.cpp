@@ -12,8 +12,6 @@ namespace kvartz::block {
 namespace {
 constexpr uint64_t kPieceBytes = 2 << 20;
 constexpr uint64_t kSector = 512;
-
-bool ReadsAsZero(const ChainExtent& found) { return found.extent.zero || !found.extent.allocated; }
 }  // namespace
 
 CompareJob::CompareJob(std::string id, NodePtr first, NodePtr second, Mode mode)
@@ -59,14 +57,14 @@ Result<uint64_t> CompareJob::ComparePiece(uint64_t offset, uint64_t common) {
     result_.status_differs_at = offset;
     return length;
   }
-  if (ReadsAsZero(a) && ReadsAsZero(b)) return length;
+  if (a.reads_as_zeros() && b.reads_as_zeros()) return length;
   length = std::min(length, kPieceBytes);
   IoBatch reads;
-  if (!ReadsAsZero(a)) reads.Read(*first_, offset, {a_.get(), length});
-  if (!ReadsAsZero(b)) reads.Read(*second_, offset, {b_.get(), length});
+  if (!a.reads_as_zeros()) reads.Read(*first_, offset, {a_.get(), length});
+  if (!b.reads_as_zeros()) reads.Read(*second_, offset, {b_.get(), length});
   if (int rc = reads.Wait()) return Fail(IoError(*first_, "read both images, or", offset, rc));
-  if (ReadsAsZero(a)) std::memset(a_.get(), 0, length);
-  if (ReadsAsZero(b)) std::memset(b_.get(), 0, length);
+  if (a.reads_as_zeros()) std::memset(a_.get(), 0, length);
+  if (b.reads_as_zeros()) std::memset(b_.get(), 0, length);
   Differs(a_.get(), b_.get(), length, offset);
   return length;
 }
@@ -75,7 +73,7 @@ Result<uint64_t> CompareJob::CheckRest(Node& longer, uint64_t offset) {
   failed_to_examine_ = true;
   ChainExtent found = TRY(StatusAbove(longer, nullptr, offset, longer.size_bytes() - offset));
   failed_to_examine_ = false;
-  if (ReadsAsZero(found)) return found.extent.length;
+  if (found.reads_as_zeros()) return found.extent.length;
   uint64_t length = std::min(found.extent.length, kPieceBytes);
   TRY(ReadExactly(longer, offset, {a_.get(), length}));
   if (!IsZero({a_.get(), length})) {

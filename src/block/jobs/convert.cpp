@@ -112,8 +112,7 @@ Result<ConvertJob::Stretch> ConvertJob::Examine(Node& source, uint64_t offset, u
     return Fail(ErrorCode::kIo, fmt::format("'{}' ends too early", source.name()));
   uint64_t until = std::min(end, offset + found.extent.length);
   if (options_.only_allocated && !found.extent.allocated) return Stretch{Piece::Kind::kSkip, until};
-  bool zero = found.extent.zero || !found.extent.allocated;
-  return Stretch{zero ? Piece::Kind::kZero : Piece::Kind::kData, until};
+  return Stretch{found.reads_as_zeros() ? Piece::Kind::kZero : Piece::Kind::kData, until};
 }
 
 Result<ConvertJob::Piece> ConvertJob::NextPiece() {

@@ -20,7 +20,7 @@ int RangeCopier::Copy(uint64_t offset, uint64_t length, bool* reading) const {
     if (!found || found->extent.length == 0) return -EIO;
     uint64_t like = std::min(found->extent.length, length);
     bool skip = base && !found->extent.allocated;
-    bool zero = found->extent.zero || !found->extent.allocated;
+    bool zero = found->reads_as_zeros();
     if (compressed_unit > 0) {
       // A cluster is all zeros or written whole.
       uint64_t whole = like / compressed_unit * compressed_unit;

@@ -272,8 +272,7 @@ int Connection::Describe(const Context& context, uint64_t offset, uint64_t lengt
         flags = found->extent.allocated ? static_cast<uint32_t>(found->depth) + 1 : 0;
       } else {
         bool data = found->extent.data && found->extent.allocated;
-        flags = (data ? 0 : kStateHole) |
-                (found->extent.zero || !found->extent.allocated ? kStateZero : 0);
+        flags = (data ? 0 : kStateHole) | (found->reads_as_zeros() ? kStateZero : 0);
       }
     }
     emit(bytes, flags);
@@ -312,8 +311,7 @@ void Connection::StatusJob(Job* job) {
 void Connection::ReadJob(Job* job) {
   Node& node = *export_->node;
   Result<ChainExtent> found = StatusAbove(node, nullptr, job->request.offset, job->request.length);
-  job->hole = found && found->extent.length >= job->request.length &&
-              (found->extent.zero || !found->extent.allocated);
+  job->hole = found && found->extent.length >= job->request.length && found->reads_as_zeros();
   if (job->hole) return Finish(job, 0);
   export_->node->Start(&job->request);
 }

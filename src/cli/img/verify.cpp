@@ -41,7 +41,7 @@ Result<int> Run(Session& session, const Arguments& arguments) {
           TRY(block::StatusAbove(*node, nullptr, at, node->size_bytes() - at));
       if (found.extent.length == 0) break;
       uint64_t length = found.extent.length;
-      if (!found.extent.zero && found.extent.allocated) {
+      if (!found.reads_as_zeros()) {
         length = std::min(length, kPieceBytes);
         if (int rc = block::ReadAt(*node, at, {buffer.get(), length})) {
           session.Complain(block::IoError(*node, "read", at, rc).what);

@@ -72,7 +72,10 @@ class FormatRun final : public ModelRun {
   void Make(uint64_t size) {
     std::string options = "size=" + std::to_string(size) + kind_.options;
     trace = options + "\n";
-    if (kind_.peers) return ASSERT_EQ(disk_.Create(path_, options, format_), "");
+    if (kind_.peers) {
+      ASSERT_EQ(disk_.Create(path_, options, format_), "");
+      return;
+    }
     constexpr uint64_t kHeaderBytes = 1 << 20;
     std::string format =
         "cryptsetup -q luksFormat --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000"

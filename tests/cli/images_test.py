@@ -17,8 +17,8 @@ QCOW2_OPTIONS = ("compat=0.10", "compat=1.1", "lazy_refcounts=on", "extended_l2=
 OTHERS = {"raw": ([], ["preallocation=falloc"]), "vdi": ([], ["static=on"]),
           "vpc": (["force_size=on"], ["force_size=on", "subformat=fixed"]), "vhdx": ([], ["subformat=fixed"], ["block_size=2M"]),
           "vmdk": ([], ["subformat=monolithicFlat"], ["adapter_type=lsilogic"])}
-# What a format can't have larger; flat and fixed images are files of that size.
-LARGEST = {"vpc": 2000 * GIB, "vmdk": 2 * TIB, "vdi": 8 * TIB, "vhdx": 16 * TIB, "raw": 8 * TIB}
+# What a format can't have larger; flat and fixed images are files of that size, and the peer reads all of a VHDX to compare it.
+LARGEST = {"vpc": 2000 * GIB, "vmdk": 2 * TIB, "vdi": 8 * TIB, "vhdx": 256 * GIB, "raw": 8 * TIB}
 
 
 class Recipe:
@@ -55,7 +55,8 @@ class Recipe:
             self.options.append(f"refcount_bits={generator.choice([1, 2, 8, 16, 32, 64])}")
         # An L1 table has at most 32 MiB; and what is preallocated takes time.
         entry = 16 if extra == "extended_l2=on" else 8
-        self.size = min(self.size, (4 << 20) * self.cluster_size * (self.cluster_size // entry))
+        self.most = (4 << 20) * self.cluster_size * (self.cluster_size // entry)
+        self.size = min(self.size, self.most)
         if "preallocation" in extra:
             self.size = min(self.size, 32 * MIB)
         self.small_refcounts = any(option in ("refcount_bits=1", "refcount_bits=2") for option in self.options)
@@ -94,7 +95,8 @@ class ImagesTest(ImageTest):
             offset = generator.choice([0, size - length, generator.randrange(size - length + 1)]) // 512 * 512
             kind = generator.randrange(8)
             value = generator.randrange(1, 256)
-            compressed = recipe.format == "qcow2" and kind == 7
+            # Seen: QEMU 7.2 packs clusters of an image with subclusters, and the next write ends with an I/O error.
+            compressed = recipe.format == "qcow2" and kind == 7 and not (recipe.maker == "peer" and "extended_l2=on" in recipe.options)
             if compressed:
                 length = recipe.cluster_size
                 offset = offset // length * length
@@ -149,7 +151,7 @@ class ImagesTest(ImageTest):
                     self.run_tool("cp", "--sparse=always", "ref.raw", f"snapshot{snapshot}.raw")
                     snapshots[f"snapshot{snapshot}"] = f"snapshot{snapshot}.raw"
                 self.write(recipe, "a.img", "ref.raw")
-        elif qcow2 and generator.random() < 0.3 and 0 < recipe.size < 16 * TIB:
+        elif qcow2 and generator.random() < 0.3 and 0 < recipe.size < min(16 * TIB, recipe.most - 3 * MIB):
             self.tool(recipe.maker, "resize", "-q", "-f", "qcow2", "a.img", str(recipe.size + 3 * MIB))
             os.truncate(self.path("ref.raw"), recipe.size + 3 * MIB)
             recipe.size += 3 * MIB
@@ -159,13 +161,13 @@ class ImagesTest(ImageTest):
     def examine(self, recipe, snapshots):
         checkable = recipe.format in ("qcow2", "vdi", "vhdx", "vmdk")
         for who in ("peer", "ours"):
-            if checkable and (who == "peer" or recipe.format != "vhdx"):  # we have no checks of vhdx
+            if checkable:
                 self.tool(who, "check", "-q", "-f", recipe.format, "a.img")
             self.tool(who, "compare", "-q", "-f", recipe.format, "-F", "raw", "a.img", "ref.raw")
             for name, raw in snapshots.items():
                 self.tool(who, "convert", "-l", name, "-f", "qcow2", "-O", "raw", "a.img", "shown.raw")
                 self.run_tool("cmp", "shown.raw", raw)
-        self.ours("verify", "-q", "-f", recipe.format, "a.img", code=0 if checkable and recipe.format != "vhdx" else None)
+        self.ours("verify", "-q", "-f", recipe.format, "a.img", code=0 if checkable else None)
         infos = [json.loads(self.tool(who, "info", "-f", recipe.format, "--output=json", "a.img").stdout) for who in ("peer", "ours")]
         for key in ("virtual-size", "cluster-size", "format", "backing-filename", "snapshots"):
             self.assertEqual(infos[0].get(key), infos[1].get(key), key)
@@ -176,7 +178,7 @@ class ImagesTest(ImageTest):
         if recipe.size <= 64 * MIB:
             compress = ["-c"] if recipe.format == "qcow2" and recipe.generator.random() < 0.5 else []
             self.tool(recipe.examiner, "convert", *compress, "-f", recipe.format, "-O", recipe.format, "a.img", "copy.img")
-            if checkable and (recipe.maker == "peer" or recipe.format != "vhdx"):
+            if checkable:
                 self.tool(recipe.maker, "check", "-q", "-f", recipe.format, "copy.img")
             self.tool(recipe.maker, "compare", "-q", "-f", recipe.format, "-F", "raw", "copy.img", "ref.raw")
 

@@ -32,6 +32,18 @@ size_t ConcatNode::PartOf(uint64_t offset) const {
          1;
 }
 
+Result<CheckResult> ConcatNode::CheckParts(const ReportFn& report) {
+  CheckResult all;
+  for (const Part& part : parts_) {
+    if (!part.node->editor()) continue;
+    CheckResult one = TRY(part.node->editor()->Check(Repair::kNone, report));
+    all.corruptions += one.corruptions;
+    all.leaks += one.leaks;
+    all.check_errors += one.check_errors;
+  }
+  return all;
+}
+
 void ConcatNode::Drain() {
   do {
     for (const Part& part : parts_) part.node->Drain();

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "block/formats/format_checker.h"
 #include "block/node.h"
 
 namespace kvartz::block {
@@ -28,11 +29,14 @@ class ConcatNode final : public Node {
   Result<> MoveTo(EventLoop&) override { return Unsupported("being served by another thread"); }
   Result<ImageInfo> Info() override { return info_; }
   Result<uint64_t> AllocatedBytes() override;
+  ImageEditor* editor() override { return &editor_; }
 
  private:
   void Submit(Request* request) override;
   int Split(const Request& request);
   size_t PartOf(uint64_t offset) const;
+  // Of the parts that are images. What holds data only is as it should be.
+  Result<CheckResult> CheckParts(const ReportFn& report);
 
   const NodePtr file_;
   const char* const driver_;
@@ -41,6 +45,7 @@ class ConcatNode final : public Node {
   const ImageInfo info_;
   unsigned under_way_ = 0;
   bool starting_ = false;
+  FormatChecker editor_{*this, [this](const ReportFn& report) { return CheckParts(report); }};
 };
 
 }  // namespace kvartz::block

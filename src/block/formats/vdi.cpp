@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "block/fiber_io.h"
+#include "block/formats/format_checker.h"
 #include "block/formats/mapped_node.h"
 #include "block/formats/random_id.h"
 #include "block/graph.h"
@@ -77,27 +78,7 @@ class VdiNode final : public MappedNode {
   ImageEditor* editor() override { return &editor_; }
 
  private:
-  // Checks that no two blocks are in one place. Repairs nothing.
-  class Checker final : public ImageEditor {
-   public:
-    explicit Checker(VdiNode& node) : node_(node) {}
-    Result<CheckResult> Check(Repair repair, const ReportFn& report) override {
-      if (repair != Repair::kNone)
-        return Fail(ErrorCode::kUnsupported, "not supported yet: repair of format vdi");
-      return node_.CheckMap(report);
-    }
-    Result<> Amend(Options&, const ProgressFn&) override {
-      return node_.Unsupported("amended options");
-    }
-    Result<> RecordBacking(const std::string&, const std::string&) override {
-      return node_.Unsupported("a backing file");
-    }
-    Result<> MakeEmpty() override { return node_.Unsupported("being emptied"); }
-
-   private:
-    VdiNode& node_;
-  };
-
+  // That no two blocks are in one place.
   Result<CheckResult> CheckMap(const ReportFn& report) {
     CheckResult result;
     uint64_t held = next_;
@@ -176,7 +157,7 @@ class VdiNode final : public MappedNode {
   Header header_;
   std::vector<Le32> map_;
   uint64_t next_ = 0;  // the first block of the file that nothing is in, nor after it
-  Checker editor_{*this};
+  FormatChecker editor_{*this, [this](const ReportFn& report) { return CheckMap(report); }};
 };
 
 int Probe(std::span<const uint8_t> head) {

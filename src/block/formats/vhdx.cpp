@@ -13,6 +13,7 @@
 
 #include "base/crc32c.h"
 #include "block/fiber_io.h"
+#include "block/formats/format_checker.h"
 #include "block/formats/mapped_node.h"
 #include "block/formats/random_id.h"
 #include "block/formats/vhdx_log.h"
@@ -54,6 +55,7 @@ class VhdxNode final : public MappedNode {
         std::max(limits_.request_alignment, disk.logical_sector > 512 ? disk.logical_sector : 1);
   }
   const char* driver() const override { return "vhdx"; }
+  ImageEditor* editor() override { return &editor_; }
 
  private:
   int Find(uint64_t offset, Place& place) override {
@@ -102,10 +104,45 @@ class VhdxNode final : public MappedNode {
     return 0;
   }
 
+  // That each block is in a place of its own, within the file.
+  Result<CheckResult> CheckTable(const ReportFn& report) {
+    CheckResult result;
+    auto bad = [&](const std::string& line) {
+      report("ERROR: " + line);
+      result.corruptions++;
+    };
+    struct Used {
+      uint64_t offset, bytes;
+    };
+    std::vector<Used> used = {{0, kMiB},
+                              {header_.header.log_offset, header_.header.log_length},
+                              {regions_.bat_offset, regions_.bat_length},
+                              {regions_.metadata_offset, regions_.metadata_length}};
+    for (uint64_t block = 0; block < disk_.blocks(); block++) {
+      uint64_t entry = table_[disk_.EntryOf(block)], place = entry & kPlaceMask;
+      uint64_t state = entry & kStateMask;
+      if (state == kFullyPresent) {
+        used.push_back({place, block_bytes()});
+        if (place > file_->size_bytes() || block_bytes() > file_->size_bytes() - place)
+          bad(fmt::format("block {} is beyond the end of the file, at {:#x}", block, place));
+      } else if (state > kUnmapped) {
+        bad(fmt::format("block {} is in state {}", block, state));
+      }
+    }
+    std::ranges::sort(used, {}, &Used::offset);
+    for (size_t i = 1; i < used.size(); i++) {
+      if (used[i].offset - used[i - 1].offset < used[i - 1].bytes)
+        bad(fmt::format("what is at {:#x} reaches into what is at {:#x}", used[i - 1].offset,
+                        used[i].offset));
+    }
+    return result;
+  }
+
   CurrentHeader header_;
   const Regions regions_;
   const Disk disk_;
   std::vector<Le64> table_;
+  FormatChecker editor_{*this, [this](const ReportFn& report) { return CheckTable(report); }};
 };
 
 int Probe(std::span<const uint8_t> head) {

@@ -323,17 +323,4 @@ Result<CheckResult> SparseNode::CheckAll(const ReportFn& report) {
   return result;
 }
 
-Result<CheckResult> SparseNode::Checker::Check(Repair repair, const ReportFn& report) {
-  if (repair != Repair::kNone)
-    return Fail(ErrorCode::kUnsupported, "not supported yet: repair of format vmdk");
-  return node_.CheckAll(report);
-}
-Result<> SparseNode::Checker::Amend(Options&, const ProgressFn&) {
-  return node_.Unsupported("amended options");
-}
-Result<> SparseNode::Checker::RecordBacking(const std::string&, const std::string&) {
-  return node_.Unsupported("a backing file");
-}
-Result<> SparseNode::Checker::MakeEmpty() { return node_.Unsupported("being emptied"); }
-
 }  // namespace kvartz::block::vmdk

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "block/formats/format_checker.h"
 #include "block/formats/mapped_node.h"
 #include "block/formats/vmdk/layout.h"
 
@@ -50,18 +51,6 @@ class SparseNode final : public MappedNode {
   uint64_t End() const;
   Result<CheckResult> CheckAll(const ReportFn& report);
 
-  class Checker final : public ImageEditor {
-   public:
-    explicit Checker(SparseNode& node) : node_(node) {}
-    Result<CheckResult> Check(Repair repair, const ReportFn& report) override;
-    Result<> Amend(Options&, const ProgressFn&) override;
-    Result<> RecordBacking(const std::string&, const std::string&) override;
-    Result<> MakeEmpty() override;
-
-   private:
-    SparseNode& node_;
-  };
-
   const SparseHeader header_;
   const std::vector<Le32> directory_, redundant_;  // sectors of grain tables
   const Descriptor descriptor_;
@@ -70,7 +59,7 @@ class SparseNode final : public MappedNode {
   std::list<std::pair<uint32_t, Table>> tables_;
   std::unordered_map<uint32_t, std::list<std::pair<uint32_t, Table>>::iterator> by_number_;
   FiberMutex loading_;
-  Checker editor_{*this};
+  FormatChecker editor_{*this, [this](const ReportFn& report) { return CheckAll(report); }};
   std::optional<BackingWish> wish_;
   bool parent_checked_ = false;
 };

@@ -101,6 +101,26 @@ def crc32c(data):
     return crc ^ 0xffffffff
 
 
+class ChecksTest(ImageTest):
+    def test_vhdx(self):
+        self.ours("create", "-q", "-f", "vhdx", "-o", "block_size=1M", "a.vhdx", "8M")
+        self.run_tool(self.path(".bin", "qemu-io"), "-f", "vhdx", "-c", "write -q 0 3M", "a.vhdx")
+        self.ours("check", "-q", "a.vhdx")
+        table = 3 * MIB  # of block places, where our images have it
+        for block, entry, says in ((0, 1, "what is at"), (1, 0x40000000000 | 6, "block 1 is beyond the end"), (2, 7, "block 2 is in state 7")):
+            self.run_tool("cp", "a.vhdx", "b.vhdx")
+            with open(self.path("b.vhdx"), "r+b") as file:
+                file.seek(table + 8)
+                entry = file.read(8) if entry == 1 else entry.to_bytes(8, "little")
+                file.seek(table + 8 * block)
+                file.write(entry)
+            self.assertIn(says, self.ours("check", "b.vhdx", code=2).stderr)
+
+    def test_flat_vmdk(self):
+        self.ours("create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", "a.vmdk", "8M")
+        self.same("check", "a.vmdk")
+
+
 class VhdxLogTest(ImageTest):
     def name_log(self, file, guid):
         for offset in (64 << 10, 128 << 10):

@@ -192,6 +192,8 @@ class Node : public std::enable_shared_from_this<Node> {
     if (debugged_) OnDebug(event);
   }
   bool debugged() const { return debugged_; }
+  // "'a.img': format qcow2 doesn't support ..."
+  std::unexpected<Error> Unsupported(const char* what) const;
 
  protected:
   virtual void OnDebug(DebugEvent /*event*/) {}
@@ -204,9 +206,6 @@ class Node : public std::enable_shared_from_this<Node> {
   bool FinishLateOnes();
   // For MoveTo of a node whose own state doesn't depend on its loop.
   void SetLoop(EventLoop& loop);
-  // "format qcow2 of 'a.img' doesn't support ..."
-  std::unexpected<Error> Unsupported(const char* what) const;
-
   uint64_t size_bytes_ = 0;
   bool read_only_ = false;
   bool grows_ = false;

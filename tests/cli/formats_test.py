@@ -1,6 +1,7 @@
 """VDI, VHD, VMDK and VHDX, both ways: the peer reads what we write, and we what it wrote."""
 
 import random
+import struct
 import subprocess
 import unittest
 
@@ -107,13 +108,14 @@ class ChecksTest(ImageTest):
         self.run_tool(self.path(".bin", "qemu-io"), "-f", "vhdx", "-c", "write -q 0 3M", "a.vhdx")
         self.ours("check", "-q", "a.vhdx")
         table = 3 * MIB  # of block places, where our images have it
-        for block, entry, says in ((0, 1, "what is at"), (1, 0x40000000000 | 6, "block 1 is beyond the end"), (2, 7, "block 2 is in state 7")):
+        with open(self.path("a.vhdx"), "rb") as file:
+            file.seek(table + 8)
+            second = int.from_bytes(file.read(8), "little")
+        for block, entry, says in ((0, second, "what is at"), (1, 1 << 42 | 6, "block 1 is beyond the end"), (2, 7, "block 2 is in state 7")):
             self.run_tool("cp", "a.vhdx", "b.vhdx")
             with open(self.path("b.vhdx"), "r+b") as file:
-                file.seek(table + 8)
-                entry = file.read(8) if entry == 1 else entry.to_bytes(8, "little")
                 file.seek(table + 8 * block)
-                file.write(entry)
+                file.write(entry.to_bytes(8, "little"))
             self.assertIn(says, self.ours("check", "b.vhdx", code=2).stderr)
 
     def test_flat_vmdk(self):
@@ -173,10 +175,9 @@ class VhdxLogTest(ImageTest):
         self.run_tool(io, "-f", "vhdx", "-c", "write -q -P 7 0 2M", "a.vhdx")
         with open(self.path("a.vhdx"), "r+b") as file:
             size = file.seek(0, 2)
-            words = lambda *pairs: b"".join(value.to_bytes(length, "little") for value, length in pairs)
-            entry = bytearray(4096)
-            entry[:64] = b"loge" + words((0, 4), (4096, 4), (0, 4), (1, 8), (1, 4), (0, 4)) + b"G" * 16 + words((size, 8), (size, 8))
-            entry[64:96] = b"zero" + words((0, 4), (1 << 42, 8), (size - MIB, 8), (1, 8))
+            entry = bytearray(4096)  # one descriptor; tail 0, sequence number 1
+            entry[:96] = struct.pack("<4sIIIQII16sQQ4sIQQQ", b"loge", 0, len(entry), 0, 1, 1, 0, b"G" * 16, size, size,
+                                     b"zero", 0, 1 << 42, size - MIB, 1)
             entry[4:8] = crc32c(entry).to_bytes(4, "little")
             file.seek(MIB)
             file.write(entry)

@@ -22,18 +22,15 @@ class FormatChecker final : public ImageEditor {
                   std::string("not supported yet: repair of format ") + node_.driver());
     return check_(report);
   }
-  Result<> Amend(Options&, const ProgressFn&) override { return Refuse("amended options"); }
-  Result<> RecordBacking(const std::string&, const std::string&) override {
-    return Refuse("a backing file");
+  Result<> Amend(Options&, const ProgressFn&) override {
+    return node_.Unsupported("amended options");
   }
-  Result<> MakeEmpty() override { return Refuse("being emptied"); }
+  Result<> RecordBacking(const std::string&, const std::string&) override {
+    return node_.Unsupported("a backing file");
+  }
+  Result<> MakeEmpty() override { return node_.Unsupported("being emptied"); }
 
  private:
-  std::unexpected<Error> Refuse(const char* what) const {
-    return Fail(ErrorCode::kUnsupported,
-                "'" + node_.name() + "': format " + node_.driver() + " doesn't support " + what);
-  }
-
   const Node& node_;
   const CheckFn check_;
 };

@@ -36,7 +36,7 @@ inline void UseImage(Node& node) {
 inline void FuzzFile(const char* format, const UniqueFd& file, const NodeOptions& options) {
   static std::unique_ptr<EventLoop> loop = *EventLoop::Create();
   std::string path = "/proc/self/fd/" + std::to_string(file.get());
-  // The host's other files aren't either.
+  // The host's other files are not for the asking.
   OpenEnv env = {.loop = *loop, .follow_backing = false};
   RunInFiber(*loop, [&] {
     Result<NodePtr> node = OpenFilename(env, path, format, options);

@@ -34,10 +34,10 @@ constexpr size_t kChecksumAt = 4;  // of headers, region tables and log entries 
 enum : uint8_t { kHasLog = 1, kReadOnly = 2, kKeepChecksums = 4 };
 
 using Pages = std::map<uint64_t, std::vector<uint8_t>>;  // by offset; the others are zero
-const vhdx::Guid kLogGuid = vhdx::ParseGuid("6B76617274-7A20-6C6F-6720-677569642020");
+const vhdx::Guid kLogGuid = vhdx::ParseGuid("6B766172-747A-206C-6F67-206775696420");
 
 // A change of a block's table entry, and of the metadata by zeros over what is zero already.
-void AddLogEntry(Pages& pages, uint64_t offset, uint64_t number, uint64_t tail) {
+void AddLogEntry(Pages& pages, uint64_t offset, uint64_t number) {
   struct {
     vhdx::LogEntryHeader header;
     vhdx::LogDescriptor descriptors[2];
@@ -45,7 +45,6 @@ void AddLogEntry(Pages& pages, uint64_t offset, uint64_t number, uint64_t tail) 
   vhdx::LogEntryHeader& header = first.header;
   std::memcpy(header.signature.data(), "loge", 4);
   header.entry_length = 2 * kPage;
-  header.tail = static_cast<uint32_t>(tail);
   header.sequence_number = number;
   header.descriptor_count = 2;
   header.log_guid = kLogGuid;
@@ -86,8 +85,8 @@ Pages Template() {
     if (std::any_of(page.begin(), page.end(), [](uint8_t byte) { return byte != 0; }))
       pages[static_cast<uint64_t>(at)] = page;
   }
-  AddLogEntry(pages, 0, 7, 0);
-  AddLogEntry(pages, 2 * kPage, 8, 0);
+  AddLogEntry(pages, 0, 7);
+  AddLogEntry(pages, 2 * kPage, 8);
   return pages;
 }
 

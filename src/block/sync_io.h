@@ -18,11 +18,11 @@ auto RunInFiber(EventLoop& loop, Body body) -> std::invoke_result_t<Body> {
   bool done = false;
   if constexpr (std::is_void_v<Value>) {
     Fiber::Start([&] { body(); }, [&] { done = true; });
-    while (!done) loop.RunOnce(-1);
+    while (!done) loop.RunOnce(-1);  // NOLINT(bugprone-infinite-loop): the fiber's end
   } else {
     std::optional<Value> value;
     Fiber::Start([&] { value.emplace(body()); }, [&] { done = true; });
-    while (!done) loop.RunOnce(-1);
+    while (!done) loop.RunOnce(-1);  // NOLINT(bugprone-infinite-loop): the fiber's end
     return std::move(*value);
   }
 }

@@ -18,6 +18,9 @@ VARIANTS = [
     ("vmdk", "", False),
     ("vmdk", "zeroed_grain=on", False),
     ("vmdk", "subformat=monolithicFlat", False),
+    ("vmdk", "subformat=twoGbMaxExtentFlat", False),
+    ("vmdk", "subformat=twoGbMaxExtentSparse", False),
+    ("vmdk", "subformat=twoGbMaxExtentSparse,zeroed_grain=on", False),
     ("vmdk", "subformat=streamOptimized", True),
     ("vhdx", "", False),
     ("vhdx", "subformat=fixed", False),
@@ -45,7 +48,7 @@ class FormatsTest(ImageTest):
             raw = self.write_raw("a.raw", size, seed=size + 1)
             self.ours("convert", "-f", "raw", "-O", fmt, *options, raw, "a.img")
             self.peers("compare", "-f", "raw", "-F", fmt, raw, "a.img")
-            if fmt != "vpc" and "monolithicFlat" not in str(options):
+            if fmt != "vpc" and "Flat" not in str(options):
                 self.peers("check", "-f", fmt, "a.img")
 
     def test_we_read_what_the_peer_converts(self):
@@ -232,6 +235,44 @@ class VmdkParentsTest(ImageTest):
                     if "Flat" not in subformat:  # the peer doesn't look for its holes here
                         self.same("map", "-f", "vmdk", "--output=json", "top.vmdk")
                     self.same("info", "-f", "vmdk", "--output=json", "top.vmdk")
+
+    def test_parts_of_2_gib(self):
+        """The parent's and the child's don't end at the same places; the child is larger."""
+        io = self.path(".bin", "qemu-io")
+        for maker in (self.peers, self.ours):
+            for subformat in ("twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "monolithicSparse"):
+                maker("create", "-q", "-f", "vmdk", "-o", f"subformat={subformat}", "base.vmdk", "3G")
+                self.peer_io("base.vmdk", "write -P 1 2047M 2M", "write -P 2 3071M 1M", fmt="vmdk")
+                maker("create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", "-b", "base.vmdk", "-F", "vmdk", "top.vmdk",
+                      "5G")
+                self.run_tool(io, "-f", "vmdk", "-c", "write -P 4 2147483136 1k", "-c", "write -P 5 3145727k 70k", "-c", "write -P 6 4095M 2M",
+                              "-c", "write -z 2048k 1M", "top.vmdk")
+                wanted = ("read -P 1 2047M 1048064", "read -P 4 2147483136 1k", "read -P 1 2147484160 1048064", "read -P 2 3071M 1023k",
+                          "read -P 5 3145727k 70k", "read -P 0 3145797k 100k", "read -P 6 4095M 2M", "read -P 0 2048k 1M")
+                self.peer_io("top.vmdk", *wanted, fmt="vmdk")
+                self.run_tool(io, "-r", "-f", "vmdk", *(part for command in wanted for part in ("-c", command)), "top.vmdk")
+                self.peers("compare", "-f", "vmdk", "-F", "vmdk", "top.vmdk", "top.vmdk")
+                self.peers("check", "-f", "vmdk", "top.vmdk")
+                self.ours("check", "-f", "vmdk", "top.vmdk")
+                self.same("info", "-f", "vmdk", "--output=json", "top.vmdk")
+                if subformat != "twoGbMaxExtentFlat":
+                    self.same("map", "-f", "vmdk", "--output=json", "top.vmdk")
+                # Who writes to the parent is noticed, whoever it is.
+                self.run_tool(io, "-f", "vmdk", "-c", "write -P 7 0 64k", "base.vmdk")
+                self.assertIn("'base.vmdk' was changed since", self.ours("convert", "-O", "raw", "top.vmdk", "out.raw", code=1).stderr)
+                self.assertNotEqual(self.peers("convert", "-f", "vmdk", "-O", "raw", "top.vmdk", "out.raw", code=None).returncode, 0)
+
+    def test_streams_have_parents(self):
+        self.chain(self.peers)
+        for maker in (self.peers, self.ours):
+            self.ours("convert", "-c", "-O", "vmdk", "-o", "subformat=streamOptimized", "-B", "middle.vmdk", "-F", "vmdk", "top.vmdk",
+                      "s.vmdk")
+            maker("compare", "-f", "vmdk", "-F", "vmdk", "top.vmdk", "s.vmdk")
+        for options in ("subformat=monolithicFlat", "subformat=twoGbMaxExtentFlat"):
+            self.assertIn("can't have a backing file", self.ours("create", "-f", "vmdk", "-o", options, "-b", "base.vmdk", "-F", "vmdk", "x.vmdk",
+                                                                 code=1).stderr)
+            self.assertIn("zeroed_grain", self.ours("create", "-f", "vmdk", "-o", options + ",zeroed_grain=on", "x.vmdk", "1M", code=1).stderr)
+        self.assertIn("unknown subformat", self.ours("create", "-f", "vmdk", "-o", "subformat=vmfsFlat", "x.vmdk", "1M", code=1).stderr)
 
     def test_what_changed_is_refused(self):
         self.chain(self.peers)

@@ -131,6 +131,13 @@ class ImagesTest(LuksTest):
             self.ours("create", *self.secrets, "-f", "qcow2", "-o", words, "new.qcow2", "1M")
             self.assertEqual(self.read(self.peers, self.qcow2("new.qcow2")), hashlib.sha256(bytes(MIB)).hexdigest(), options)
 
+    def test_info_needs_no_key(self):
+        self.write(self.ours, self.write_raw("a.raw", MIB, seed=8), "qcow2", "a.qcow2", [])
+        self.ours("snapshot", *self.secrets, "--image-opts", "-c", "s1", self.qcow2("a.qcow2"))
+        self.ours("bitmap", *self.secrets, "--image-opts", "--add", self.qcow2("a.qcow2"), "b1")
+        self.same("info", "--output=json", "a.qcow2")
+        self.assertIn("b1", self.ours("info", "a.qcow2").stdout)
+
     def shows(self, raw, name):
         with open(self.path(raw), "rb") as file:
             sectors = {data for data in iter(lambda: file.read(512), b"") if data != bytes(512)}

@@ -103,7 +103,7 @@ Result<> Bitmaps::Load() {
   Result<std::vector<BitmapEntry>> entries = ParseBitmaps(directory, header.bitmap_count);
   if (!entries) return Fail(std::move(entries).error().In(fmt::format("'{}'", node_.name())));
   entries_ = std::move(*entries);
-  if (node_.options().for_check) return {};
+  if (node_.options().for_check || node_.options().no_io) return {};
   for (BitmapEntry& entry : entries_) {
     bool unknown = (entry.flags & ~(kBitmapInUse | kBitmapAuto | kBitmapExtraCompatible)) != 0 ||
                    (!entry.extra.empty() && !(entry.flags & kBitmapExtraCompatible));

@@ -169,9 +169,9 @@ BitmapStore* Qcow2Node::bitmaps() { return bitmaps_.get(); }
 ImageEditor* Qcow2Node::editor() { return editor_.get(); }
 
 Result<> Qcow2Node::Load() {
-  if (options_.no_io) return snapshots_->Load();
-  TRY(meta_->Load(!read_only_));
+  if (!options_.no_io) TRY(meta_->Load(!read_only_));
   TRY(snapshots_->Load());
+  if (options_.no_io) return bitmaps_->Load();
   if (read_only_ || options_.for_check) return bitmaps_->Load();
   // What later versions keep in step with the data and we don't know is no longer valid.
   constexpr uint64_t kKnown = kBitmapsValid | kRawExternal;

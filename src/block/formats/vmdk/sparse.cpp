@@ -9,8 +9,7 @@
 #include <memory>
 
 #include "block/fiber_io.h"
-#include "block/formats/random_id.h"
-#include "block/graph.h"
+#include "block/formats/vmdk/parent.h"
 
 namespace kvartz::block::vmdk {
 namespace {
@@ -43,16 +42,6 @@ struct Inflater {
 
 }  // namespace
 
-std::string WithCid(std::string text, uint32_t cid) {
-  size_t at = text.starts_with("CID=") ? 0 : text.find("\nCID=");
-  if (at == std::string::npos) return text;
-  at = text.find('=', at) + 1;
-  size_t end = text.find_first_not_of("0123456789abcdefABCDEF", at);
-  std::string number = fmt::format("{:08x}", cid);
-  // Within the place that it has, where that is long enough.
-  return text.replace(at, (end == std::string::npos ? text.size() : end) - at, number);
-}
-
 SparseNode::SparseNode(NodePtr file, bool read_only, const SparseHeader& header,
                        std::vector<Le32> directory, std::vector<Le32> redundant,
                        Descriptor descriptor, std::string text)
@@ -64,28 +53,9 @@ SparseNode::SparseNode(NodePtr file, bool read_only, const SparseHeader& header,
       descriptor_(std::move(descriptor)),
       text_(std::move(text)) {}
 
-Result<uint32_t> CidOf(Node& image) {
-  Node& real = *SkipFilters(&image);
-  if (real.driver() == std::string_view("vmdk")) {
-    ImageInfo info = TRY(real.Info());
-    for (const InfoField& field : info.specific) {
-      const auto* cid = std::get_if<uint64_t>(&field.value.value);
-      if (cid && field.name == "cid") return static_cast<uint32_t>(*cid);
-    }
-  }
-  return Fail(ErrorCode::kInvalid,
-              fmt::format("'{}' can't be below a VMDK: it is none, or has no CID", image.name()));
-}
-
 Result<> SparseNode::SetBacking(NodePtr backing) {
   if (backing && !parent_checked_) {
-    if (!has_parent()) return Unsupported("a backing file that it wasn't made with");
-    uint32_t cid = TRY(CidOf(*backing));
-    if (cid != descriptor_.parent_cid) {
-      return Fail(ErrorCode::kInvalid,
-                  fmt::format("'{}' was changed since '{}' was made on it (CID {:08x}, not {:08x})",
-                              backing->name(), name(), cid, descriptor_.parent_cid));
-    }
+    TRY(CheckParent(*this, descriptor_, *backing));
     parent_checked_ = true;
   }
   return MappedNode::SetBacking(std::move(backing));
@@ -103,7 +73,11 @@ Result<std::shared_ptr<SparseNode>> SparseNode::Open(NodePtr file, const NodeOpt
     text.resize(header.descriptor_size * kSector);
     TRY(ReadExactly(*file, header.descriptor_offset * kSector,
                     {reinterpret_cast<uint8_t*>(text.data()), text.size()}));
-    descriptor = TRY(ParseDescriptor(text));
+    // Of a part of an image, its maker may have left the place empty.
+    if (text.starts_with('\0'))
+      text.clear();
+    else
+      descriptor = TRY(ParseDescriptor(text));
   }
   bool footer = header.gd_offset == kGdAtEnd;
   if (footer) {
@@ -268,10 +242,7 @@ int SparseNode::WriteCompressed(uint64_t index, std::span<const uint8_t> block) 
 // Another content, another CID: so a child notices.
 int SparseNode::BeginWriting() {
   if (text_.empty()) return 0;
-  auto id = RandomId();
-  uint32_t cid;
-  std::memcpy(&cid, id.data(), sizeof cid);
-  std::string text = WithCid(text_, cid & 0xfffffffe);
+  std::string text = WithCid(text_, NewCid());
   text.resize(text_.size());  // of zeros at its end
   text_ = text;
   return WriteAt(*file_, header_.descriptor_offset * kSector,
@@ -281,11 +252,7 @@ int SparseNode::BeginWriting() {
 Result<ImageInfo> SparseNode::Info() {
   ImageInfo info = TRY(MappedNode::Info());
   info.compressed = is_compressed();
-  if (has_parent() && !parent_hint().empty()) {
-    info.backing_filename = parent_hint();
-    info.backing_format = "vmdk";
-    info.full_backing_filename = ResolveRelative(name(), parent_hint());
-  }
+  TellParent(*this, descriptor_, info);
   if (text_.empty()) return info;
   Descriptor now = TRY(ParseDescriptor(text_));
   InfoValue::Object extent = {{"filename", {name()}},

@@ -24,10 +24,11 @@ class SparseNode final : public MappedNode {
 
   const char* driver() const override { return "vmdk"; }
   Result<ImageInfo> Info() override;
-  bool has_parent() const { return descriptor_.parent_cid != kNoParent; }
-  const std::string& parent_hint() const { return descriptor_.parent_hint; }
+  const Descriptor& descriptor() const { return descriptor_; }
   // The first one is the parent, as the image left it.
   Result<> SetBacking(NodePtr backing) override;
+  // Of a part of an image: what it shows of that one's parent.
+  Result<> SetPartOfBacking(NodePtr part) { return MappedNode::SetBacking(std::move(part)); }
   std::optional<BackingWish> TakeBackingWish() override { return std::exchange(wish_, {}); }
   void set_backing_wish(BackingWish wish) { wish_ = std::move(wish); }
   ImageEditor* editor() override { return &editor_; }
@@ -63,10 +64,5 @@ class SparseNode final : public MappedNode {
   std::optional<BackingWish> wish_;
   bool parent_checked_ = false;
 };
-
-// Fiber: the CID of a VMDK, whose children record it. Errors: it is none.
-Result<uint32_t> CidOf(Node& image);
-// A descriptor's text, with another CID in place of the one that it has.
-std::string WithCid(std::string text, uint32_t cid);
 
 }  // namespace kvartz::block::vmdk

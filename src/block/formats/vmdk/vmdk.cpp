@@ -3,13 +3,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "block/backing.h"
 #include "block/fiber_io.h"
-#include "block/formats/concat_node.h"
-#include "block/formats/random_id.h"
+#include "block/formats/vmdk/parent.h"
 #include "block/formats/vmdk/sparse.h"
+#include "block/formats/vmdk/split.h"
 #include "block/graph.h"
 
 namespace kvartz::block {
@@ -43,8 +42,8 @@ Result<std::string> ExtentPath(const Node& file, const std::string& name, bool a
   return slash == std::string::npos ? name : file.name().substr(0, slash + 1) + name;
 }
 
-Result<ConcatNode::Part> OpenExtent(const OpenEnv& env, const NodeOptions& node, const Node& file,
-                                    const ExtentLine& line, bool anywhere) {
+Result<SplitNode::Part> OpenExtent(const OpenEnv& env, const NodeOptions& node, const Node& file,
+                                   const ExtentLine& line, bool anywhere) {
   bool flat = line.type == "FLAT" || line.type == "VMFS";
   if (line.access == "NOACCESS" || (!flat && line.type != "SPARSE"))
     return Fail(
@@ -56,12 +55,13 @@ Result<ConcatNode::Part> OpenExtent(const OpenEnv& env, const NodeOptions& node,
   Options options;
   options.Set("driver", "file");
   options.Set("filename", TRY(ExtentPath(file, line.filename, anywhere)));
-  ConcatNode::Part part = {TRY(OpenNode(env, std::move(options), below)), 0,
-                           line.sectors * kSector};
+  SplitNode::Part part = {TRY(OpenNode(env, std::move(options), below)), 0, line.sectors * kSector,
+                          line.type};
   if (flat) {
     part.base = line.offset * kSector;
   } else {
-    part.node = TRY(SparseNode::Open(std::move(part.node), below));
+    part.sparse = TRY(SparseNode::Open(std::move(part.node), below));
+    part.node = part.sparse;
   }
   if (part.base > part.node->size_bytes() || part.length > part.node->size_bytes() - part.base) {
     return Fail(
@@ -72,49 +72,32 @@ Result<ConcatNode::Part> OpenExtent(const OpenEnv& env, const NodeOptions& node,
   return part;
 }
 
-Result<NodePtr> OpenDescriptor(const OpenEnv& env, const NodeOptions& node, NodePtr file,
-                               bool anywhere) {
+Result<std::shared_ptr<SplitNode>> OpenSplit(const OpenEnv& env, const NodeOptions& node,
+                                             NodePtr file, bool anywhere) {
   std::string text(std::min<uint64_t>(file->size_bytes(), kLargestDescriptor + 1), '\0');
   TRY(ReadExactly(*file, 0, {reinterpret_cast<uint8_t*>(text.data()), text.size()}));
   Descriptor descriptor = TRY(ParseDescriptor(text));
-  if (descriptor.parent_cid != kNoParent) {
-    return Fail(ErrorCode::kUnsupported,
-                fmt::format("not supported yet: VMDK of several files with a parent ('{}')",
-                            descriptor.parent_hint));
-  }
   if (!env.follow_data_file && !anywhere)
     return Fail(ErrorCode::kPermission,
                 "VMDK: it is in files of other names, which are not opened for an untrusted image");
-  std::vector<ConcatNode::Part> parts;
-  InfoValue::Array extents;
+  std::vector<SplitNode::Part> parts;
   for (const ExtentLine& line : descriptor.extents) {
     if (line.sectors == 0) continue;
     parts.push_back(TRY(OpenExtent(env, node, *file, line, anywhere)));
-    const NodePtr& part = parts.back().node;
-    InfoValue::Object extent = {{"filename", {part->name()}},
-                                {"format", {line.type}},
-                                {"virtual-size", {parts.back().length}}};
-    if (line.type == "SPARSE") extent.push_back({"cluster-size", {TRY(part->Info()).cluster_size}});
-    extents.push_back({std::move(extent)});
   }
   if (parts.empty()) return Fail(ErrorCode::kInvalid, "VMDK: the descriptor names no extent");
-  ImageInfo info = {.format = "vmdk"};
-  for (const auto& part : parts) info.virtual_size += part.length;
-  info.specific = {{"create-type", {descriptor.create_type}},
-                   {"cid", {uint64_t{descriptor.cid}}},
-                   {"parent-cid", {uint64_t{descriptor.parent_cid}}},
-                   {"extents", {std::move(extents)}}};
-  return std::make_shared<ConcatNode>(std::move(file), "vmdk", std::move(parts), std::move(info),
-                                      node.read_only);
+  return std::make_shared<SplitNode>(std::move(file), std::move(descriptor), std::move(text),
+                                     std::move(parts), node.read_only);
 }
 
-// In one file, which may stand on others.
-Result<NodePtr> OpenSparse(const OpenEnv& env, const NodeOptions& node, Options& options,
-                           NodePtr file) {
-  auto image = TRY(SparseNode::Open(std::move(file), node));
-  std::string parent = image->has_parent() ? image->parent_hint() : "";
+// It may stand on others.
+template <typename Image>
+Result<NodePtr> WithParent(const OpenEnv& env, const NodeOptions& node, Options& options,
+                           std::shared_ptr<Image> image) {
+  const bool has_parent = image->descriptor().parent_cid != kNoParent;
+  std::string parent = has_parent ? image->descriptor().parent_hint : "";
   Backing backing = TRY(TakeBacking(env, node, options, image->name(), parent, "vmdk"));
-  const bool wanted = image->has_parent() && !node.no_backing && !node.no_io;
+  const bool wanted = has_parent && !node.no_backing && !node.no_io;
   if (wanted && parent.empty() && !backing.node && !backing.wish)
     return Fail(ErrorCode::kInvalid, "VMDK: it stands on another image, but doesn't say which");
   if (backing.node) TRY(image->SetBacking(std::move(backing.node)));
@@ -122,15 +105,20 @@ Result<NodePtr> OpenSparse(const OpenEnv& env, const NodeOptions& node, Options&
   return image;
 }
 
+Result<NodePtr> OpenWithParent(const OpenEnv& env, const NodeOptions& node, Options& options,
+                               NodePtr file, bool anywhere) {
+  std::string head(std::min<uint64_t>(kDescriptorStart.size(), file->size_bytes()), '\0');
+  TRY(ReadExactly(*file, 0, {reinterpret_cast<uint8_t*>(head.data()), head.size()}));
+  if (head == kDescriptorStart)
+    return WithParent(env, node, options, TRY(OpenSplit(env, node, std::move(file), anywhere)));
+  return WithParent(env, node, options, TRY(SparseNode::Open(std::move(file), node)));
+}
+
 Result<NodePtr> Open(const OpenEnv& env, const NodeOptions& node, Options& options) {
   bool anywhere = TRY(options.TakeBool("follow-extents", false));
   NodePtr file = TRY(MappedNode::OpenFile(env, node, options, "vmdk", MappedNode::Others::kLeave));
-  std::string head(std::min<uint64_t>(kDescriptorStart.size(), file->size_bytes()), '\0');
-  TRY(ReadExactly(*file, 0, {reinterpret_cast<uint8_t*>(head.data()), head.size()}));
   std::string name = file->name();
-  Result<NodePtr> opened = head == kDescriptorStart
-                               ? OpenDescriptor(env, node, std::move(file), anywhere)
-                               : OpenSparse(env, node, options, std::move(file));
+  Result<NodePtr> opened = OpenWithParent(env, node, options, std::move(file), anywhere);
   if (!opened) return Fail(std::move(opened).error().In(fmt::format("disk image '{}'", name)));
   TRY(options.RefuseRest("vmdk", {"file", "backing", "follow-extents"}));
   return opened;
@@ -142,12 +130,13 @@ struct Wishes {
   bool zeroed_grain = false;
   std::string parent;  // empty: none
   uint32_t parent_cid = kNoParent;
+
+  bool is_flat() const {
+    return subformat == "monolithicFlat" || subformat == "twoGbMaxExtentFlat";
+  }
 };
 
 std::string DescriptorText(const Wishes& wishes, const std::string& extent_lines) {
-  auto id = RandomId();
-  uint32_t cid;
-  std::memcpy(&cid, id.data(), sizeof cid);
   bool is_ide = wishes.adapter == "ide";
   uint64_t heads = is_ide ? 16 : 255;
   return fmt::format(
@@ -156,7 +145,7 @@ std::string DescriptorText(const Wishes& wishes, const std::string& extent_lines
       "# The Disk Data Base\n#DDB\n\nddb.virtualHWVersion = \"{}\"\nddb.geometry.cylinders = "
       "\"{}\"\n"
       "ddb.geometry.heads = \"{}\"\nddb.geometry.sectors = \"63\"\nddb.adapterType = \"{}\"\n",
-      kDescriptorStart, cid & 0xfffffffe, wishes.parent_cid, wishes.subformat,
+      kDescriptorStart, NewCid(), wishes.parent_cid, wishes.subformat,
       wishes.parent.empty() ? "" : fmt::format("parentFileNameHint=\"{}\"\n", wishes.parent),
       extent_lines, wishes.hardware_version, wishes.size / (63 * heads * kSector), heads,
       wishes.adapter);
@@ -166,8 +155,9 @@ std::string BaseName(const std::string& filename) {
   return filename.substr(filename.rfind('/') + 1);
 }
 
-// Header, descriptor, redundant tables, tables, data.
-Result<> CreateSparse(const OpenEnv& env, const std::string& filename, const Wishes& wishes) {
+// Header, descriptor (empty: none), redundant tables, tables, data.
+Result<> CreateSparse(const OpenEnv& env, const std::string& filename, const Wishes& wishes,
+                      uint64_t size, const std::string& descriptor) {
   bool stream = wishes.subformat == "streamOptimized";
   SparseHeader header = {};
   header.magic = kMagic;
@@ -175,22 +165,22 @@ Result<> CreateSparse(const OpenEnv& env, const std::string& filename, const Wis
   header.flags = kNewlineTest | kRedundantTable | (stream ? kCompressed | kMarkers : 0) |
                  (wishes.zeroed_grain ? kZeroedGrains : 0);
   header.compression = stream ? 1 : 0;
-  header.capacity = wishes.size / kSector;
+  header.capacity = size / kSector;
   header.grain_size = kGrainSectors;
   header.entries_per_table = kEntriesPerTable;
   header.line_ends = {'\n', ' ', '\r', '\n'};
-  header.descriptor_offset = 1;
-  header.descriptor_size = kDescriptorSectors;
+  if (!descriptor.empty()) {
+    header.descriptor_offset = 1;
+    header.descriptor_size = kDescriptorSectors;
+  }
+  header.rgd_offset = 1 + header.descriptor_size;
   uint64_t grains = (header.capacity + kGrainSectors - 1) / kGrainSectors;
   uint64_t tables = (grains + kEntriesPerTable - 1) / kEntriesPerTable;
   uint64_t directory_sectors = RoundUp(tables * sizeof(Le32), kSector) / kSector;
-  header.rgd_offset = header.descriptor_offset + header.descriptor_size;
   header.gd_offset = header.rgd_offset + directory_sectors + tables * kTableSectors;
   header.overhead =
       RoundUp(header.gd_offset + directory_sectors + tables * kTableSectors, kGrainSectors);
-  std::string text = DescriptorText(
-      wishes, fmt::format("RW {} SPARSE \"{}\"\n", uint64_t{header.capacity}, BaseName(filename)));
-  if (text.size() > kDescriptorSectors * kSector)
+  if (descriptor.size() > kDescriptorSectors * kSector)
     return Fail(ErrorCode::kInvalid, "the image's name is too long for a VMDK");
   NodePtr file = TRY(CreateFile(env, filename));
   TRY(file->Resize({.size = header.overhead * kSector, .exact = false}));
@@ -203,20 +193,38 @@ Result<> CreateSparse(const OpenEnv& env, const std::string& filename, const Wis
           *file, at * kSector,
           {reinterpret_cast<const uint8_t*>(directory.data()), directory.size() * sizeof(Le32)}));
   }
-  TRY(WriteExactly(*file, kSector, {reinterpret_cast<const uint8_t*>(text.data()), text.size()}));
+  if (!descriptor.empty())
+    TRY(WriteExactly(*file, kSector,
+                     {reinterpret_cast<const uint8_t*>(descriptor.data()), descriptor.size()}));
   TRY(WriteExactly(*file, 0, {reinterpret_cast<const uint8_t*>(&header), sizeof header}));
   return file->Close();
 }
 
-Result<> CreateFlat(const OpenEnv& env, const std::string& filename, const Wishes& wishes) {
-  std::string stem =
-      filename.ends_with(".vmdk") ? filename.substr(0, filename.size() - 5) : filename;
-  std::string flat = stem + "-flat.vmdk";
-  NodePtr data = TRY(CreateFile(env, flat));
-  TRY(data->Resize({.size = wishes.size}));
-  TRY(data->Close());
-  std::string text = DescriptorText(
-      wishes, fmt::format("RW {} FLAT \"{}\" 0\n", wishes.size / kSector, BaseName(flat)));
+// Extents of up to 2 GiB, or one of any size, beside a descriptor.
+Result<> CreateSplit(const OpenEnv& env, const std::string& filename, const Wishes& wishes) {
+  constexpr uint64_t kExtentBytes = uint64_t{2} << 30;
+  const bool flat = wishes.is_flat(), one = wishes.subformat == "monolithicFlat";
+  const size_t dot = filename.size() - BaseName(filename).size() +
+                     std::min(BaseName(filename).rfind('.'), BaseName(filename).size());
+  const std::string stem = filename.substr(0, dot), suffix = filename.substr(dot);
+  std::string lines;
+  uint64_t done = 0;
+  for (int number = 1; done < wishes.size || number == 1; number++) {
+    uint64_t size = one ? wishes.size : std::min(wishes.size - done, kExtentBytes);
+    std::string extent = one ? fmt::format("{}-flat{}", stem, suffix)
+                             : fmt::format("{}-{}{:03}{}", stem, flat ? 'f' : 's', number, suffix);
+    if (flat) {
+      NodePtr data = TRY(CreateFile(env, extent));
+      TRY(data->Resize({.size = size}));
+      TRY(data->Close());
+    } else {
+      TRY(CreateSparse(env, extent, wishes, size, ""));
+    }
+    lines += fmt::format("RW {} {} \"{}\"{}\n", size / kSector, flat ? "FLAT" : "SPARSE",
+                         BaseName(extent), flat ? " 0" : "");
+    done += size;
+  }
+  std::string text = DescriptorText(wishes, lines);
   NodePtr file = TRY(CreateFile(env, filename));
   TRY(WriteExactly(*file, 0, {reinterpret_cast<const uint8_t*>(text.data()), text.size()}));
   return file->Close();
@@ -230,7 +238,7 @@ Result<> TakeParent(const OpenEnv& env, const std::string& filename, Options& op
   if (format != "vmdk")
     return Fail(ErrorCode::kInvalid,
                 fmt::format("a VMDK's backing file is a VMDK, not {}", format));
-  if (wishes.subformat != "monolithicSparse")
+  if (wishes.is_flat())
     return Fail(ErrorCode::kInvalid,
                 fmt::format("subformat {} can't have a backing file", wishes.subformat));
   if (wishes.parent.find_first_of("\"\n\r") != std::string::npos)
@@ -264,19 +272,22 @@ Result<> Create(const OpenEnv& env, const std::string& filename, Options& option
   if (wishes.hardware_version.find_first_not_of("0123456789") != std::string::npos)
     return Fail(ErrorCode::kInvalid,
                 fmt::format("hwversion '{}' is no number", wishes.hardware_version));
+  if (wishes.is_flat() && wishes.zeroed_grain)
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("subformat {} has no grains: zeroed_grain=on", wishes.subformat));
+  if (wishes.is_flat() || wishes.subformat == "twoGbMaxExtentSparse")
+    return CreateSplit(env, filename, wishes);
+  if (wishes.subformat != "monolithicSparse" && wishes.subformat != "streamOptimized")
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("unknown subformat '{}' of format vmdk", wishes.subformat));
   // Places are 32-bit numbers of sectors, and tables and data share them.
   constexpr uint64_t kMostBytes = uint64_t{2} << 40;
-  if (wishes.subformat == "monolithicFlat") return CreateFlat(env, filename, wishes);
   if (wishes.size > kMostBytes)
     return Fail(ErrorCode::kInvalid,
                 fmt::format("format vmdk: a sparse disk has at most {} bytes", kMostBytes));
-  if (wishes.subformat == "monolithicSparse" || wishes.subformat == "streamOptimized")
-    return CreateSparse(env, filename, wishes);
-  if (wishes.subformat == "twoGbMaxExtentSparse" || wishes.subformat == "twoGbMaxExtentFlat")
-    return Fail(ErrorCode::kUnsupported,
-                fmt::format("not supported yet: making VMDK of subformat {}", wishes.subformat));
-  return Fail(ErrorCode::kInvalid,
-              fmt::format("unknown subformat '{}' of format vmdk", wishes.subformat));
+  std::string extent =
+      fmt::format("RW {} SPARSE \"{}\"\n", wishes.size / kSector, BaseName(filename));
+  return CreateSparse(env, filename, wishes, wishes.size, DescriptorText(wishes, extent));
 }
 
 constexpr OptionRow kCreateOptions[] = {
@@ -286,7 +297,7 @@ constexpr OptionRow kCreateOptions[] = {
     {"hwversion", OptionRow::Type::kString, "VMDK hardware version", "undefined"},
     {"subformat", OptionRow::Type::kString,
      "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | "
-     "streamOptimized} "},
+     "twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} "},
     {"zeroed_grain", OptionRow::Type::kBool,
      "Enable efficient zero writes using the zeroed-grain GTE feature"},
 };

@@ -16,11 +16,12 @@ import subprocess
 import tempfile
 import time
 
+import img
+
 MIB = 1 << 20
 LAYERS = 100
 # Each of these places has an L2 table of its own; all of them together fill the default cache.
 HUGE, PLACES = 16 << 40, 8192
-STRIDE = 1003520  # 245 * 4096: another cluster each time, all of them in the end
 TARGETS = {"way": 1.1, "qcow2_percent": 10, "chain_ms": 20, "chain_mib": 32}
 
 
@@ -47,11 +48,10 @@ def qcow2_percent(kvartz, directory, write, depth, requests, rounds):
         subprocess.run([kvartz, "img", "create", "-q", "-f", kind, *options, f"bench.{kind}", "10G"], cwd=directory, check=True)
     for turn in range(rounds + 1):
         for kind, seconds in times.items():
-            output = subprocess.run([kvartz, "img", "bench", "-f", kind, "-c", str(requests), "-d", str(depth), "-S", str(STRIDE),
-                                     *(["-w"] if write else []), f"bench.{kind}"], cwd=directory, check=True, capture_output=True,
-                                    text=True, preexec_fn=lambda: os.sched_setaffinity(0, [0])).stdout
+            taken = img.request_seconds([kvartz, "img"], kind, f"bench.{kind}", requests, depth, write, cwd=directory,
+                                        preexec_fn=lambda: os.sched_setaffinity(0, [0]))
             if turn > 0:  # the first one fills the host's page cache
-                seconds.append(float(output.split("Run completed in ")[1].split()[0]))
+                seconds.append(taken)
     return 100 * (statistics.median(qcow2 / raw for qcow2, raw in zip(times["qcow2"], times["raw"])) - 1)
 
 

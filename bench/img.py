@@ -32,8 +32,8 @@ CONVERSIONS = [
 ]
 
 
-def run(*command, cwd=None):
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
+def run(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
 
 
 def prepare(directory, size):
@@ -70,6 +70,13 @@ def convert_row(programs, directory, source, arguments, rounds):
     return times
 
 
+def request_seconds(program, fmt, image, count, depth, write, **options):
+    """What 4 KiB requests to an image take, by its `bench`."""
+    output = run(*program, "bench", "-f", fmt, "-c", str(count), "-d", str(depth), "-s", "4k", "-S", str(STRIDE),
+                 *(["-w"] if write else []), image, **options)
+    return float(output.split("Run completed in ")[1].split()[0])
+
+
 class Server:
     def __init__(self, program, directory, image):
         self.pid_file = f"{directory}/pid"
@@ -90,9 +97,7 @@ def nbd_row(servers, directory, preallocation, write, depth, count, rounds):
         for name, program in servers.items():
             run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"preallocation={preallocation}", "nbd.qcow2", "10G", cwd=directory)
             server = Server(program, directory, "nbd.qcow2")
-            output = run("qemu-img", "bench", "-f", "raw", "-c", str(count), "-d", str(depth), "-s", "4k", "-S", str(STRIDE),
-                         *(["-w"] if write else []), f"nbd+unix:///?socket={directory}/socket")
-            times[name].append(float(output.split("Run completed in ")[1].split()[0]))
+            times[name].append(request_seconds(["qemu-img"], "raw", f"nbd+unix:///?socket={directory}/socket", count, depth, write))
             server.stop()
     return times
 
@@ -102,9 +107,7 @@ def bench_row(programs, directory, preallocation, write, depth, count, rounds):
     for _ in range(rounds):
         for name, program in programs.items():
             run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"preallocation={preallocation}", "bench.qcow2", "10G", cwd=directory)
-            output = run(*program, "bench", "-f", "qcow2", "-c", str(count), "-d", str(depth), "-s", "4k", "-S", str(STRIDE),
-                         *(["-w"] if write else []), "bench.qcow2", cwd=directory)
-            times[name].append(float(output.split("Run completed in ")[1].split()[0]))
+            times[name].append(request_seconds(program, "qcow2", "bench.qcow2", count, depth, write, cwd=directory))
             os.remove(f"{directory}/bench.qcow2")
     return times
 

@@ -170,6 +170,9 @@ class Node : public std::enable_shared_from_this<Node> {
   // Fiber: bytes that it takes on the host.
   virtual Result<uint64_t> AllocatedBytes();
 
+  // What this kind of node counts besides (BlockStatsSpecific of QEMU); empty: nothing.
+  virtual InfoValue::Object Counts() const { return {}; }
+
   // What only some formats have; null: this one doesn't.
   virtual SnapshotStore* snapshots() { return nullptr; }
   virtual BitmapStore* bitmaps() { return nullptr; }

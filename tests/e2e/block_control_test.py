@@ -37,7 +37,7 @@ def disks_tell_of_their_writes_and_are_committed(context):
     written = create(context, "written.qcow2", 8 * MIB)
     vm, qmp = start(
         context, "-S", "-drive", f"file={overlay},format=qcow2,if=none,id=c", "-blockdev",
-        f"driver=file,node-name=nf,filename={written}", "-blockdev", "driver=qcow2,node-name=n,file=nf", "-blockdev",
+        f"driver=file,node-name=nf,filename={written},discard=unmap", "-blockdev", "driver=qcow2,node-name=n,file=nf,discard=unmap", "-blockdev",
         f"driver=qcow2,node-name=b,read-only=on,file.driver=file,file.node-name=bf,file.filename={low}", "-blockdev",
         f"driver=file,node-name=df,filename={create(context, 'vd.qcow2', backing=low)}", "-blockdev",
         "driver=qcow2,node-name=d,file=df,backing=b", "-device", "virtio-blk-pci,drive=d,id=vd", *context.kernel(""))
@@ -67,6 +67,13 @@ def disks_tell_of_their_writes_and_are_committed(context):
     if not 5 * MIB <= reach <= os.stat(written).st_size:
         raise Failure(f"the file's writes reach {reach}, it has {os.stat(written).st_size} bytes")
     expect_equal((rows["n"]["parent"]["node-name"], "backing" in rows["d"]), ("nf", False), "the rows of nodes")
+    expect_equal(rows["nf"]["driver-specific"], {"driver": "file", "discard-nb-ok": 0, "discard-nb-failed": 0, "discard-bytes-ok": 0},
+                 "discards before there are any")
+    tool("qemu-io", "-f", "raw", "-c", "discard 2M 1M", "-c", "flush", uri)
+    rows = {row.get("node-name"): row for row in qmp.call("query-blockstats", **{"query-nodes": True})}
+    discards = rows["n"]["parent"]["driver-specific"]
+    expect_equal((discards["discard-bytes-ok"], discards["discard-nb-ok"] > 0, discards["discard-nb-failed"], "driver-specific" in rows["n"]),
+                 (MIB, True, 0, False), "discards of the file")
     qmp.call("nbd-server-stop")
 
     hmp = lambda line: qmp.call("human-monitor-command", **{"command-line": line})

@@ -89,6 +89,11 @@ class FileNode final : public Node {
   Result<> Resize(const ResizeOptions& options) override;
   Result<> SetReadOnly(bool read_only) override;
   Result<uint64_t> AllocatedBytes() override;
+  InfoValue::Object Counts() const override {
+    return {{"discard-nb-ok", {discards_.ok}},
+            {"discard-nb-failed", {discards_.failed}},
+            {"discard-bytes-ok", {discards_.ok_bytes}}};
+  }
   Result<> MoveTo(EventLoop& loop) override {
     SetLoop(loop);
     return {};
@@ -128,6 +133,9 @@ class FileNode final : public Node {
   const bool ignore_flush_;
   uint32_t memory_alignment_ = 1;
   bool can_punch_ = true;  // until the host refuses
+  struct {
+    uint64_t ok = 0, failed = 0, ok_bytes = 0;
+  } discards_;
   bool can_zero_ = true;
   std::vector<std::unique_ptr<Op>> ops_;  // as many as were ever under way at once
   Op* free_ = nullptr;
@@ -206,6 +214,7 @@ void FileNode::Submit(Request* request) {
     case Request::Kind::kWriteZeroes: {
       bool discard = request->kind == Request::Kind::kDiscard;
       bool punch = limits_.discard_granularity != 0 && can_punch_ && (discard || request->unmap);
+      if (discard && !punch) discards_.failed++;
       if (request->length == 0 || (discard && !punch)) return FinishLater(request, 0);
       if (request->no_fallback && !punch && !can_zero_) return FinishLater(request, -ENOTSUP);
       if (uint64_t end = request->offset + request->length; !discard && end > size_bytes_) {
@@ -319,6 +328,12 @@ void FileNode::OnDone(Op* op, int64_t result) {
       break;
   }
   bool discard = op->request->kind == Request::Kind::kDiscard;
+  if (discard && result == 0) {
+    discards_.ok++;
+    discards_.ok_bytes += op->request->length;
+  } else if (discard) {
+    discards_.failed++;
+  }
   if (result == 0) return discard ? Finish(op, 0) : FinishWrite(op);
   if (result != -EOPNOTSUPP && result != -EINVAL) return Finish(op, static_cast<int>(result));
   // The host can't (EINVAL: not for these bounds). A discard is a hint; zeros are made another way.

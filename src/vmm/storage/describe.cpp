@@ -142,6 +142,11 @@ json::object StatisticsFields(const block::DiskStatistics& counted, uint64_t hig
 json::object NodeStatistics(const block::Node& node) {
   json::object row{{"node-name", node.node_name()},
                    {"stats", StatisticsFields({}, node.highest_write(), Counts::kReach)}};
+  if (block::InfoValue::Object counts = node.Counts(); !counts.empty()) {
+    json::object& specific = row["driver-specific"].emplace_object();
+    specific = ToJson(counts);
+    specific["driver"] = node.driver();
+  }
   const block::Node* data = node.data_file() ? node.data_file() : node.file();
   if (data) row["parent"] = NodeStatistics(*data);
   return row;

@@ -116,6 +116,26 @@ class HostileTest(ImageTest):
                 with open(self.path("evil.qcow2"), "wb") as file:
                     file.write(good)
 
+    def test_giant_bitmap_directories(self):
+        self.peers("bitmap", "--add", "evil.qcow2", "b")
+        with open(self.path("evil.qcow2"), "rb") as file:
+            good = file.read()
+        extension = good.index(struct.pack(">II", 0x23852875, 24)) + 8
+        # Whether they say that they are in step with the data, or nothing.
+        for autoclear in (1, 0):
+            for offset, form, value in ((0, ">I", 0xffffffff), (8, ">Q", 1 << 40), (8, ">Q", 1 << 63), (16, ">Q", 1 << 62)):
+                with self.subTest(autoclear=autoclear, offset=offset, value=value):
+                    with open(self.path("evil.qcow2"), "wb") as file:
+                        file.write(good)
+                        file.truncate(8 << 40)  # which has room for it
+                    self.put(88, ">Q", autoclear)
+                    self.put(extension + offset, form, value)
+                    for words in (("check", "evil.qcow2"), ("bitmap", "--add", "evil.qcow2", "c"), ("check", "-r", "all", "evil.qcow2")):
+                        done = self.victim(*words, code=None)
+                        self.assertIn(done.returncode, (0, 1, 2, 3), done.stderr)
+                        self.assertNotIn("memory", done.stderr)
+                    self.assertIn(self.victim("-f", "qcow2", "-c", "write 10M 64k", "evil.qcow2", code=None, tool="qemu-io").returncode, (0, 1))
+
     def test_snapshot_tables_of_garbage(self):
         self.peers("snapshot", "-c", "one", "evil.qcow2")
         table = self.get(64, ">Q")

@@ -15,9 +15,7 @@ namespace kvartz::block::qcow2 {
 namespace {
 
 constexpr uint32_t kMinGranularityBits = 9, kMaxGranularityBits = 31;
-constexpr uint64_t kMaxDirectoryBytes = uint64_t{kMaxBitmaps} * 2048;
-constexpr uint64_t kMaxContentsBytes = 512 << 20;  // of one bitmap
-constexpr uint64_t kAllOnes = 1;                   // table entry without a cluster
+constexpr uint64_t kAllOnes = 1;  // table entry without a cluster
 constexpr size_t kMaxNameBytes = 1023;
 
 Error TablesError(const Node& node, int rc) {
@@ -91,8 +89,7 @@ Result<> Bitmaps::Load() {
   marked_ = false;
   // Written by somebody who doesn't keep bitmaps in step: they say nothing any more.
   if (header.bitmap_count == 0 || !(header.autoclear & kBitmapsValid)) return {};
-  if (header.bitmap_count > kMaxBitmaps || header.bitmaps_size > kMaxDirectoryBytes ||
-      meta.geometry().InCluster(header.bitmaps_offset) != 0 ||
+  if (meta.geometry().InCluster(header.bitmaps_offset) != 0 ||
       header.bitmaps_offset > node_.file()->size_bytes() ||
       header.bitmaps_size > node_.file()->size_bytes() - header.bitmaps_offset) {
     return Fail(ErrorCode::kInvalid, fmt::format("'{}': broken bitmaps extension", node_.name()));
@@ -137,7 +134,7 @@ Result<> Bitmaps::LoadContents(const BitmapEntry& entry, DirtyBitmap& bitmap) {
   Metadata& meta = node_.metadata();
   const Geometry& geo = meta.geometry();
   uint64_t bytes = bitmap.stored_bytes();
-  if (entry.table_entries != geo.Clusters(bytes) || bytes > kMaxContentsBytes ||
+  if (entry.table_entries != geo.Clusters(bytes) || bytes > kMaxBitmapBytes ||
       geo.InCluster(entry.table_offset) != 0 || entry.table_offset > kMaxImageBytes) {
     return Fail(ErrorCode::kInvalid,
                 fmt::format("'{}': bitmap '{}' has a broken table", node_.name(), entry.info.name));
@@ -167,7 +164,7 @@ Result<> Bitmaps::StoreContents(BitmapEntry& entry, const DirtyBitmap& bitmap) {
   Metadata& meta = node_.metadata();
   const Geometry& geo = meta.geometry();
   uint64_t bytes = bitmap.stored_bytes();
-  if (bytes > kMaxContentsBytes)
+  if (bytes > kMaxBitmapBytes)
     return Fail(ErrorCode::kNoSpace, fmt::format("bitmap '{}' is too large", entry.info.name));
   std::vector<uint8_t> table(geo.RoundUp(geo.Clusters(bytes) * 8));
   std::vector<uint8_t> cluster(geo.cluster_size);
@@ -198,7 +195,7 @@ Result<> Bitmaps::CollectContents(const BitmapEntry& entry, std::vector<Run>& re
   const Geometry& geo = meta.geometry();
   if (entry.table_offset == 0) return {};
   uint64_t bytes = uint64_t{entry.table_entries} * 8;
-  if (bytes > kMaxContentsBytes || geo.InCluster(entry.table_offset) != 0) return {};
+  if (bytes > kMaxBitmapBytes || geo.InCluster(entry.table_offset) != 0) return {};
   std::vector<uint8_t> table(bytes);
   if (int rc = meta.ReadBytes(entry.table_offset, table)) return Fail(TablesError(node_, rc));
   for (uint32_t i = 0; i < entry.table_entries; i++) {
@@ -310,7 +307,7 @@ Result<> Bitmaps::Add(const BitmapInfo& bitmap) {
   }
   auto contents =
       std::make_shared<DirtyBitmap>(bitmap.name, node_.size_bytes(), bitmap.granularity);
-  if (contents->stored_bytes() > kMaxContentsBytes)
+  if (contents->stored_bytes() > kMaxBitmapBytes)
     return Fail(ErrorCode::kInvalid, "the granularity is too fine for a disk of this size");
   contents->set_enabled(bitmap.enabled);
   entries_.push_back({bitmap});

@@ -213,7 +213,9 @@ int Checker::CountBitmaps() {
   }
   for (const BitmapEntry& entry : *entries) {
     uint64_t bytes = uint64_t{entry.table_entries} * 8;
-    if (geo_.InCluster(entry.table_offset) != 0 || entry.table_offset > held ||
+    const uint64_t contents = uint64_t{entry.table_entries} << geo_.cluster_bits;
+    if (contents >= kMaxBitmapBytes + geo_.cluster_size ||
+        geo_.InCluster(entry.table_offset) != 0 || entry.table_offset > held ||
         bytes > held - entry.table_offset) {
       Corruption("bitmap '{}' has a broken table", entry.info.name);
       continue;

@@ -92,6 +92,10 @@ Result<> ParseExtension(uint32_t type, std::span<const uint8_t> data, Header& he
       BitmapsExtensionDisk disk;
       if (data.size() != sizeof(disk)) return Bad("a bitmaps extension of {} bytes", data.size());
       std::memcpy(&disk, data.data(), sizeof(disk));
+      if (disk.nb_bitmaps > kMaxBitmaps || disk.directory_size > kMaxBitmapDirectoryBytes) {
+        return Bad("{} bitmaps in a directory of {} bytes", uint32_t{disk.nb_bitmaps},
+                   uint64_t{disk.directory_size});
+      }
       header.bitmap_count = disk.nb_bitmaps;
       header.bitmaps_size = disk.directory_size;
       header.bitmaps_offset = disk.directory_offset;

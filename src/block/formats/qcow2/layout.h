@@ -20,6 +20,8 @@ constexpr uint64_t kMaxReftableBytes = 8 << 20;
 constexpr uint32_t kMaxSnapshots = 65536;
 constexpr uint32_t kMaxBackingName = 1023;
 constexpr uint32_t kMaxBitmaps = 65535;
+constexpr uint64_t kMaxBitmapDirectoryBytes = uint64_t{kMaxBitmaps} * 2048;
+constexpr uint64_t kMaxBitmapBytes = 512 << 20;         // of one, as it is stored
 constexpr uint64_t kMaxImageBytes = uint64_t{1} << 56;  // what fits into an entry's offset
 
 // Section "Header".

@@ -5,8 +5,8 @@ import json
 import os
 import subprocess
 
-from disks import (MIB, Shell, WAIT_FOR_DISK, chain, check, contents, create, disk, inserted, job_event, load_ends, start,
-                   tool)
+from disks import (MIB, Shell, WAIT_FOR_DISK, add_image, chain, check, contents, create, disk, inserted, job_event, load_ends,
+                   start, tool)
 from harness import Failure, expect_equal, test
 
 
@@ -88,6 +88,75 @@ def disks_tell_of_their_writes_and_are_committed(context):
     tool("qemu-io", "-c", "read -P 1 0 1M", "-c", "read -P 2 1M 1M", "-c", "read -P 1 2M 2M", base)
     expect_equal([part["depth"] for part in json.loads(tool("qemu-img", "map", "--output=json", overlay))
                   if part["depth"] == 0], [], "what the overlay still has")
+
+
+@test(seconds=120)
+def jobs_of_a_transaction_end_together(context):
+    """Of a disk on an I/O thread and one on none."""
+    images = [create(context, name, 4 * MIB) for name in ("vd.qcow2", "n.qcow2")]
+    for image in images:
+        tool("qemu-io", "-c", "write -q -P 1 0 4M", image)
+    vm, qmp = start(context, "-S", "-object", "iothread,id=io", *disk(images[0], "iothread=io"), *context.kernel(""))
+    add_image(qmp, "n", images[1])
+    for node in "d", "n":
+        qmp.call("block-dirty-bitmap-add", node=node, name="b")
+        add_image(qmp, f"t{node}", create(context, f"t{node}.qcow2", 4 * MIB))
+
+    def backups(speed, mode="grouped", **more):
+        actions = [{"type": "blockdev-backup", "data": {"job-id": f"j{node}", "device": node, "target": f"t{node}", "sync": "full",
+                                                        "auto-dismiss": False, "speed": limit, **more}}
+                   for node, limit in (("d", 0), ("n", speed))]
+        qmp.call("transaction", actions=actions, properties={"completion-mode": mode})
+
+    states = lambda: {row["id"]: row["status"] for row in qmp.call("query-jobs")}
+
+    def until(wanted):
+        while states() != wanted:
+            qmp.event("JOB_STATUS_CHANGE")
+
+    def dismiss():
+        until({"jd": "concluded", "jn": "concluded"})
+        errors = {row["id"]: row.get("error", "") for row in qmp.call("query-jobs")}
+        for job in "jd", "jn":
+            qmp.call("job-dismiss", id=job)
+        return errors
+
+    # The first waits for the second, and goes with it.
+    backups(65536)
+    until({"jd": "waiting", "jn": "running"})
+    qmp.call("job-cancel", id="jn")
+    dismiss()
+    expect_equal({qmp.event("BLOCK_JOB_CANCELLED")["device"] for _ in range(2)}, {"jd", "jn"}, "what is cancelled")
+    backups(65536)
+    until({"jd": "waiting", "jn": "running"})
+    qmp.call("block-job-set-speed", device="jn", speed=0)
+    expect_equal({qmp.event("BLOCK_JOB_COMPLETED")["device"] for _ in range(2)}, {"jd", "jn"}, "what is completed")
+    expect_equal(dismiss(), {"jd": "", "jn": ""}, "the errors of what succeeded")
+    # One that is to be finalized by hand holds both.
+    backups(0, **{"auto-finalize": False})
+    until({"jd": "pending", "jn": "pending"})
+    qmp.call("job-finalize", id="jd")
+    expect_equal(dismiss(), {"jd": "", "jn": ""}, "the errors of what was finalized")
+    # Each by itself.
+    backups(65536, mode="individual")
+    until({"jd": "concluded", "jn": "running"})
+    qmp.call("job-cancel", id="jn")
+    dismiss()
+    # An error of one: its target fails.
+    qmp.call("blockdev-del", **{"node-name": "tn"})
+    qmp.call("blockdev-add", **{"driver": "qcow2", "node-name": "tn", "file": {
+        "driver": "blkdebug", "inject-error": [{"event": "none", "iotype": "write", "errno": 5}],
+        "image": {"driver": "file", "filename": context.path("tn.qcow2")}}})
+    backups(0)
+    errors = dismiss()
+    expect_equal((errors["jd"], bool(errors["jn"])), ("", True), "the errors of what failed")
+    events = [qmp.event("BLOCK_JOB_CANCELLED")["device"] for _ in range(2)]
+    expect_equal(sorted(events), ["jd", "jn"], "what is cancelled at last")
+    refused(qmp, "transaction", actions=[{"type": "block-dirty-bitmap-clear", "data": {"node": "n", "name": "b"}}],
+            properties={"completion-mode": "grouped"})
+    qmp.call("quit")
+    vm.expect_exit(0)
+    tool("qemu-img", "compare", images[0], context.path("td.qcow2"))
 
 
 @test(seconds=120)

@@ -187,7 +187,8 @@ class Qmp:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(seconds)
         self._connect(vm, path, time.monotonic() + seconds)
-        self._lines = self._socket.makefile("rw", encoding="utf-8", newline="\n")
+        # Of "rw", each write would forget what was read ahead.
+        self._lines = self._socket.makefile("r", encoding="utf-8", newline="\n")
         self.events = []
         self.greeting = self._receive()
 
@@ -196,7 +197,6 @@ class Qmp:
             try:
                 return self._socket.connect(path)
             except (FileNotFoundError, ConnectionRefusedError):
-                # Nothing announces that a server listens: look again when the VMM printed something or a moment passed.
                 # Nothing announces that a server listens: look again in a moment, or when the VMM says something.
                 if time.monotonic() > deadline or not vm.runs_until(time.monotonic() + 0.02):
                     raise Failure(f"nobody listens on {path}; {vm.tail()}") from None
@@ -212,8 +212,7 @@ class Qmp:
 
     def send_text(self, text):
         """Sends any text; returns the answer to it (events are kept)."""
-        self._lines.write(text + "\n")
-        self._lines.flush()
+        self._socket.sendall((text + "\n").encode())
         while True:
             message = self._receive()
             if "event" not in message:

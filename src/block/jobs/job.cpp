@@ -87,11 +87,13 @@ Result<> Job::Run() {
   if (result) {
     ready_ = false;
     SetStatus(Status::kWaiting);
+    while (grouped_ && !cancelled_) resumed_.Wait();
+    result = CheckCancelled();
+  }
+  if (result) {
     SetStatus(Status::kPending);
-    if (!auto_finalize_) {
-      Tell(Event::Kind::kPending);
-      while (!finalize_ && !cancelled_) resumed_.Wait();
-    }
+    if (!auto_finalize_) Tell(Event::Kind::kPending);
+    while ((!auto_finalize_ || finalized_by_hand_) && !finalize_ && !cancelled_) resumed_.Wait();
     result = CheckCancelled();
     finalizing_ = true;
     if (result) result = DoFinalize();
@@ -114,7 +116,8 @@ Result<> Job::CheckCancelled() const {
 }
 
 void Job::Cancel(Force force) {
-  if (finalizing_) return;  // it has as good as ended
+  if (finalizing_ || status_ == Status::kAborting || status_ == Status::kConcluded)
+    return;  // it has as good as ended
   if (force == Force::kNo && soft_cancelled_) return;
   soft_cancelled_ = !cancelled_ && force == Force::kNo && ready_;
   cancelled_ = true;
@@ -145,6 +148,12 @@ void Job::Complete() {
 
 void Job::Finalize() {
   finalize_ = true;
+  resumed_.WakeAll();
+}
+
+void Job::Release(bool manual) {
+  grouped_ = false;
+  finalized_by_hand_ = manual;
   resumed_.WakeAll();
 }
 

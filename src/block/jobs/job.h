@@ -94,6 +94,9 @@ class Job {
   // Of a job that is ready: ends it.
   void Complete();
   void Finalize();  // of one that is pending
+  // Of a group: its work done, it waits for Release, and then also for Finalize, if `manual`.
+  void set_grouped() { grouped_ = true; }
+  void Release(bool manual);
   void set_auto_finalize(bool finalize) { auto_finalize_ = finalize; }
   void set_auto_dismiss(bool dismiss) { auto_dismiss_ = dismiss; }
 
@@ -146,6 +149,7 @@ class Job {
   uint64_t done_ = 0, total_ = 0;
   bool paused_ = false, cancelled_ = false, soft_cancelled_ = false, ready_ = false;
   bool complete_ = false, finalize_ = false, finalizing_ = false;
+  bool grouped_ = false, finalized_by_hand_ = false;
   bool auto_finalize_ = true, auto_dismiss_ = true;
   bool io_failed_ = false, io_no_space_ = false, idle_ = false;
   std::string error_;

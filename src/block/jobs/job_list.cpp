@@ -39,6 +39,8 @@ struct JobList::Entry {
   std::shared_ptr<Job> job;
   JobStatus status = JobStatus::kCreated;  // as of its last event
   bool auto_dismiss = true;
+  bool auto_finalize = true;
+  std::shared_ptr<JobGroup> group = nullptr;
   bool ended = false;  // its fiber has
   Result<> result = {};
 };
@@ -69,6 +71,9 @@ Result<> JobList::Start(std::shared_ptr<Job> job, const JobSettings& settings) {
   auto entry = std::make_shared<Entry>();
   entry->job = job;
   entry->auto_dismiss = settings.auto_dismiss;
+  entry->auto_finalize = settings.auto_finalize;
+  entry->group = settings.group;
+  if (entry->group) job->set_grouped();
   entries_.push_back(entry);
   job->set_auto_finalize(settings.auto_finalize);
   job->set_auto_dismiss(settings.auto_dismiss);
@@ -89,6 +94,11 @@ Result<> JobList::Start(std::shared_ptr<Job> job, const JobSettings& settings) {
 
 void JobList::OnEvent(const std::shared_ptr<Entry>& entry, const Job::Event& event) {
   entry->status = event.info.status;
+  if (entry->group) {
+    if (event.kind == Job::Event::Kind::kEnded)
+      entry->group->failed |= event.info.cancelled || !event.info.error.empty();
+    LookAtGroup(entry->group);
+  }
   if (!observer_) return;
   switch (event.kind) {
     case Job::Event::Kind::kStatus:
@@ -102,6 +112,30 @@ void JobList::OnEvent(const std::shared_ptr<Entry>& entry, const Job::Event& eve
     case Job::Event::Kind::kFailure:
       return observer_->JobFailedIo(event.info, event.failure);
   }
+}
+
+void JobList::ForGroup(const std::shared_ptr<JobGroup>& group,
+                       const std::function<void(Job&)>& body) {
+  for (const auto& entry : entries_) {
+    if (entry->group != group || entry->ended) continue;
+    entry->job->loop().Post([job = entry->job, body] { body(*job); });
+  }
+}
+
+void JobList::LookAtGroup(const std::shared_ptr<JobGroup>& group) {
+  if (group->failed) return ForGroup(group, [](Job& job) { job.Cancel(Job::Force::kYes); });
+  bool manual = false;
+  for (const auto& entry : entries_) {
+    if (entry->group != group) continue;
+    if (entry->status != JobStatus::kWaiting) return;
+    manual = manual || !entry->auto_finalize;
+  }
+  if (group->complete) ForGroup(group, [manual](Job& job) { job.Release(manual); });
+}
+
+void JobList::CloseGroup(const std::shared_ptr<JobGroup>& group) {
+  group->complete = true;
+  LookAtGroup(group);
 }
 
 void JobList::Ended(const std::shared_ptr<Entry>& entry) {
@@ -177,10 +211,10 @@ Result<> JobList::Complete(const std::string& id) {
 }
 
 Result<> JobList::Finalize(const std::string& id) {
-  return Steer(id, JobVerb::kFinalize, [&](Job& job) -> Result<> {
-    job.Finalize();
-    return {};
-  });
+  std::shared_ptr<Entry> entry = TRY(Get(id, JobVerb::kFinalize));
+  CallOn(loop_, entry->job->loop(), [&] { entry->job->Finalize(); });
+  if (entry->group) ForGroup(entry->group, [](Job& job) { job.Finalize(); });
+  return {};
 }
 
 Result<> JobList::Dismiss(const std::string& id) {

@@ -23,9 +23,17 @@ class JobObserver {
   ~JobObserver() = default;
 };
 
+// Jobs that end together: none is finalized before the work of all is done, and if one fails or is
+// cancelled, so are the others (but for what can't be undone any more). Owned by the main loop.
+struct JobGroup {
+  bool complete = false;  // no more will join: JobList::CloseGroup
+  bool failed = false;
+};
+
 struct JobSettings {
   bool auto_finalize = true;  // false: waits for Finalize before it changes the graph
   bool auto_dismiss = true;   // false: stays as concluded until Dismiss
+  std::shared_ptr<JobGroup> group = nullptr;
 };
 
 // Owned by the main loop. Fiber: all but what is const. Errors: kNotFound ("Job not found"),
@@ -47,11 +55,13 @@ class JobList {
   // A ready mirror ends as completed, its target consistent, unless `force`.
   Result<> Cancel(const std::string& id, bool force);
   Result<> Complete(const std::string& id);
-  Result<> Finalize(const std::string& id);
+  Result<> Finalize(const std::string& id);  // and the others of its group
   Result<> Dismiss(const std::string& id);
   Result<> SetSpeed(const std::string& id, uint64_t bytes_per_sec);
   std::vector<JobInfo> List();
   Result<JobInfo> Info(const std::string& id);
+
+  void CloseGroup(const std::shared_ptr<JobGroup>& group);
 
   // Returns when none is left that runs.
   void CancelAll();
@@ -65,6 +75,9 @@ class JobList {
   Result<> Steer(const std::string& id, JobVerb verb, Body body);
   void OnEvent(const std::shared_ptr<Entry>& entry, const Job::Event& event);
   void Ended(const std::shared_ptr<Entry>& entry);
+  // With what is to be done to the jobs of a group that haven't ended, on their loops.
+  void ForGroup(const std::shared_ptr<JobGroup>& group, const std::function<void(Job&)>& body);
+  void LookAtGroup(const std::shared_ptr<JobGroup>& group);
   void Forget(const std::shared_ptr<Entry>& entry);
   void Tell(const JobInfo& info);
 

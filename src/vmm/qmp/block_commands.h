@@ -50,8 +50,11 @@ struct ImageWish {
 };
 Result<block::NodePtr> OpenWish(Storage& storage, const ImageWish& wish);
 
-// The job's id: its id.
-Result<std::string> StartBackupCommand(Storage& storage, const boost::json::object& arguments);
-Result<std::string> StartDriveBackup(Storage& storage, const boost::json::object& arguments);
+// The job's id. `group`: whose other jobs it ends with; may be null.
+using JobGroupPtr = std::shared_ptr<block::JobGroup>;
+Result<std::string> StartBackupCommand(Storage& storage, const boost::json::object& arguments,
+                                       const JobGroupPtr& group);
+Result<std::string> StartDriveBackup(Storage& storage, const boost::json::object& arguments,
+                                     const JobGroupPtr& group);
 
 }  // namespace kvartz::vmm

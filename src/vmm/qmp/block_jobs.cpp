@@ -84,9 +84,10 @@ Result<> TakeCommon(Storage& storage, const json::object& arguments, const NodeP
 // ---- backup
 
 Result<std::string> Backup(Storage& storage, const json::object& arguments, const NodePtr& source,
-                           const NodePtr& target) {
+                           const NodePtr& target, const JobGroupPtr& group) {
   block::BackupSettings settings;
   TRY(TakeCommon(storage, arguments, source, &settings));
+  settings.job.group = group;
   settings.source = source;
   settings.target = target;
   settings.sync = TRY(block::ParseSync(Text(arguments, "sync")));
@@ -101,11 +102,11 @@ Result<std::string> Backup(Storage& storage, const json::object& arguments, cons
 }
 
 Value BlockdevBackup(Vm& vm, const json::object& arguments) {
-  TRY(StartBackupCommand(vm.storage(), arguments));
+  TRY(StartBackupCommand(vm.storage(), arguments, nullptr));
   return Done();
 }
 Value DriveBackup(Vm& vm, const json::object& arguments) {
-  TRY(StartDriveBackup(vm.storage(), arguments));
+  TRY(StartDriveBackup(vm.storage(), arguments, nullptr));
   return Done();
 }
 
@@ -258,17 +259,19 @@ const std::span<const QmpMember> kDriveBackupMembers = kDriveBackup;
 
 std::span<const QmpCommand> BlockJobCommands() { return kCommands; }
 
-Result<std::string> StartBackupCommand(Storage& storage, const json::object& arguments) {
+Result<std::string> StartBackupCommand(Storage& storage, const json::object& arguments,
+                                       const JobGroupPtr& group) {
   NodePtr source = TRY(storage.RequireNode(Text(arguments, "device")));
   NodePtr target = TRY(storage.RequireNode(Text(arguments, "target")));
-  return Backup(storage, arguments, source, target);
+  return Backup(storage, arguments, source, target, group);
 }
 
-Result<std::string> StartDriveBackup(Storage& storage, const json::object& arguments) {
+Result<std::string> StartDriveBackup(Storage& storage, const json::object& arguments,
+                                     const JobGroupPtr& group) {
   NodePtr source = TRY(storage.RequireNode(Text(arguments, "device")));
   NodePtr target = TRY(OpenTarget(storage, arguments, source, ""));
   return WithTarget(storage, std::move(target), [&](const NodePtr& opened) {
-    return Backup(storage, arguments, source, opened);
+    return Backup(storage, arguments, source, opened, group);
   });
 }
 

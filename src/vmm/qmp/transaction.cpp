@@ -22,35 +22,37 @@ struct Outcome {
   std::function<Result<>()> undo = nullptr;
   std::function<Result<>()> commit = nullptr;
 };
-using Action = Result<Outcome> (*)(Storage& storage, const json::object& data);
+// `group`: of the jobs that it starts; null: each ends by itself.
+using Action = Result<Outcome> (*)(Storage& storage, const json::object& data,
+                                   const JobGroupPtr& group);
 
-Result<Outcome> Snapshot(Storage& storage, const json::object& data) {
+Result<Outcome> Snapshot(Storage& storage, const json::object& data, const JobGroupPtr&) {
   TakenSnapshot taken = TRY(TakeSnapshot(storage, data));
   return Outcome{.undo = [&storage, taken] {
     return storage.registry().UndoSnapshot(taken.node, taken.overlay);
   }};
 }
 
-Result<Outcome> SnapshotSync(Storage& storage, const json::object& data) {
+Result<Outcome> SnapshotSync(Storage& storage, const json::object& data, const JobGroupPtr&) {
   TakenSnapshot taken = TRY(TakeSnapshotSync(storage, data));
   return Outcome{.undo = [&storage, taken] {
     return storage.registry().UndoSnapshot(taken.node, taken.overlay);
   }};
 }
 
-template <Result<std::string> (*kStart)(Storage&, const json::object&)>
-Result<Outcome> Backup(Storage& storage, const json::object& data) {
-  std::string id = TRY(kStart(storage, data));
+template <Result<std::string> (*kStart)(Storage&, const json::object&, const JobGroupPtr&)>
+Result<Outcome> Backup(Storage& storage, const json::object& data, const JobGroupPtr& group) {
+  std::string id = TRY(kStart(storage, data, group));
   return Outcome{.undo = [&storage, id] { return storage.jobs().Cancel(id, true); }};
 }
 
-Result<Outcome> Add(Storage& storage, const json::object& data) {
+Result<Outcome> Add(Storage& storage, const json::object& data, const JobGroupPtr&) {
   TRY(BitmapAdd(storage, data));
   return Outcome{.undo = [&storage, data] { return BitmapRemove(storage, data); }};
 }
 
 // At the end: what is removed can't be brought back.
-Result<Outcome> Remove(Storage& storage, const json::object& data) {
+Result<Outcome> Remove(Storage& storage, const json::object& data, const JobGroupPtr&) {
   NamedBitmap bitmap = TRY(NamedBitmapOf(storage, data));
   TRY(RequireBitmap(storage.registry(), bitmap.node, bitmap.name));
   return Outcome{.commit = [&storage, data] { return BitmapRemove(storage, data); }};
@@ -67,20 +69,20 @@ Result<std::function<Result<>()>> Restorer(Storage& storage, const json::object&
   };
 }
 
-Result<Outcome> Clear(Storage& storage, const json::object& data) {
+Result<Outcome> Clear(Storage& storage, const json::object& data, const JobGroupPtr&) {
   auto restore = TRY(Restorer(storage, data, "name"));
   TRY(BitmapClear(storage, data));
   return Outcome{.undo = std::move(restore)};
 }
 
-Result<Outcome> Merge(Storage& storage, const json::object& data) {
+Result<Outcome> Merge(Storage& storage, const json::object& data, const JobGroupPtr&) {
   auto restore = TRY(Restorer(storage, data, "target"));
   TRY(BitmapMerge(storage, data));
   return Outcome{.undo = std::move(restore)};
 }
 
 template <bool kEnabled>
-Result<Outcome> Enable(Storage& storage, const json::object& data) {
+Result<Outcome> Enable(Storage& storage, const json::object& data, const JobGroupPtr&) {
   NamedBitmap bitmap = TRY(NamedBitmapOf(storage, data));
   bool before = TRY(RequireBitmap(storage.registry(), bitmap.node, bitmap.name))->enabled();
   TRY(EnableBitmap(storage.registry(), bitmap.node, bitmap.name, kEnabled));
@@ -89,7 +91,7 @@ Result<Outcome> Enable(Storage& storage, const json::object& data) {
   }};
 }
 
-Result<Outcome> Abort(Storage&, const json::object&) {
+Result<Outcome> Abort(Storage&, const json::object&, const JobGroupPtr&) {
   return Fail(ErrorCode::kState, "Transaction aborted using Abort action");
 }
 
@@ -98,16 +100,17 @@ struct ActionRow {
   const char* type;
   const std::span<const QmpMember>& members;
   Action run;
+  bool in_groups = true;  // completion-mode=grouped; what isn't undone when a job fails later: no
 };
 const std::span<const QmpMember> kNoMembers;
 constexpr ActionRow kActions[] = {
     {"abort", kNoMembers, Abort},
-    {"block-dirty-bitmap-add", kBitmapAddMembers, Add},
-    {"block-dirty-bitmap-clear", kBitmapNameMembers, Clear},
-    {"block-dirty-bitmap-disable", kBitmapNameMembers, Enable<false>},
-    {"block-dirty-bitmap-enable", kBitmapNameMembers, Enable<true>},
-    {"block-dirty-bitmap-merge", kBitmapMergeMembers, Merge},
-    {"block-dirty-bitmap-remove", kBitmapNameMembers, Remove},
+    {"block-dirty-bitmap-add", kBitmapAddMembers, Add, false},
+    {"block-dirty-bitmap-clear", kBitmapNameMembers, Clear, false},
+    {"block-dirty-bitmap-disable", kBitmapNameMembers, Enable<false>, false},
+    {"block-dirty-bitmap-enable", kBitmapNameMembers, Enable<true>, false},
+    {"block-dirty-bitmap-merge", kBitmapMergeMembers, Merge, false},
+    {"block-dirty-bitmap-remove", kBitmapNameMembers, Remove, false},
     {"blockdev-backup", kBlockdevBackupMembers, Backup<StartBackupCommand>},
     {"blockdev-snapshot", kSnapshotMembers, Snapshot},
     {"blockdev-snapshot-sync", kSnapshotSyncMembers, SnapshotSync},
@@ -117,17 +120,23 @@ constexpr ActionRow kActions[] = {
 constexpr QmpMember kActionMembers[] = {{"type", kQmpString}, {"data", kQmpOptions}};
 constexpr QmpType kAction{.kind = Kind::kObject, .members = kActionMembers};
 constexpr QmpType kActionList{.kind = Kind::kArray, .element = &kAction};
-constexpr const char* const kCompletionModes[] = {"individual"};
+constexpr const char* const kCompletionModes[] = {"individual", "grouped"};
 constexpr QmpType kCompletionMode{.kind = Kind::kEnum, .words = kCompletionModes};
 constexpr QmpMember kPropertyMembers[] = {{"completion-mode", kCompletionMode, kOptional}};
 constexpr QmpType kProperties{.kind = Kind::kObject, .members = kPropertyMembers};
 constexpr QmpMember kTransactionMembers[] = {{"actions", kActionList},
                                              {"properties", kProperties, kOptional}};
 
-Result<const ActionRow*> CheckAction(const json::object& action, size_t index) {
+Result<const ActionRow*> CheckAction(const json::object& action, size_t index, bool grouped) {
   std::string type = Text(action, "type");
   for (const ActionRow& row : kActions) {
     if (type != row.type) continue;
+    if (grouped && !row.in_groups) {
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("Action '{}' does not support Transaction property completion-mode = "
+                              "grouped",
+                              type));
+    }
     TRY(CheckQmpMembers(row.members, action.at("data").as_object(),
                         fmt::format("actions.{}.data", index)));
     return &row;
@@ -139,14 +148,19 @@ Result<const ActionRow*> CheckAction(const json::object& action, size_t index) {
 Value Transaction(Vm& vm, const json::object& arguments) {
   Storage& storage = vm.storage();
   const json::array& actions = arguments.at("actions").as_array();
+  const json::value* properties = arguments.if_contains("properties");
+  const bool grouped =
+      properties && Text(properties->as_object(), "completion-mode", "individual") == "grouped";
   std::vector<const ActionRow*> rows;
   for (size_t i = 0; i < actions.size(); ++i)
-    rows.push_back(TRY(CheckAction(actions[i].as_object(), i)));
+    rows.push_back(TRY(CheckAction(actions[i].as_object(), i, grouped)));
+  JobGroupPtr group = grouped ? std::make_shared<block::JobGroup>() : nullptr;
   // No request of a guest comes between the actions.
   block::Registry::Quiesced quiesced(storage.registry());
   std::vector<Outcome> outcomes;
   for (size_t i = 0; i < rows.size(); ++i) {
-    Result<Outcome> outcome = rows[i]->run(storage, actions[i].as_object().at("data").as_object());
+    Result<Outcome> outcome =
+        rows[i]->run(storage, actions[i].as_object().at("data").as_object(), group);
     if (outcome) {
       outcomes.push_back(std::move(*outcome));
       continue;
@@ -159,6 +173,7 @@ Value Transaction(Vm& vm, const json::object& arguments) {
     storage.registry().CollectUnused();
     return Fail(std::move(outcome).error());
   }
+  if (group) storage.jobs().CloseGroup(group);
   for (const Outcome& outcome : outcomes) {
     if (outcome.commit) TRY(outcome.commit());
   }

@@ -3,9 +3,11 @@
 
 #include <csignal>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/log.h"
+#include "base/print.h"
 #include "base/text.h"
 #include "cli/tool.h"
 
@@ -19,15 +21,14 @@ constexpr Tool kTools[] = {
 };
 
 int Usage(int code) {
-  fmt::print(code ? stderr : stdout, "usage: kvartz TOOL [argument...]\n\n");
+  Print(code ? stderr : stdout, "usage: kvartz TOOL [argument...]\n\n");
   for (const Tool& tool : kTools)
-    fmt::print(code ? stderr : stdout, "  {:<8} {} (as {})\n", tool.verb, tool.help, tool.alias);
-  fmt::print(code ? stderr : stdout, "\n'kvartz TOOL --help' says more.\n");
+    Print(code ? stderr : stdout, "  {:<8} {} (as {})\n", tool.verb, tool.help, tool.alias);
+  Print(code ? stderr : stdout, "\n'kvartz TOOL --help' says more.\n");
   return code;
 }
 
-int Main(std::vector<std::string> words) {
-  signal(SIGPIPE, SIG_IGN);
+int Run(std::vector<std::string> words) {
   std::string_view called = words.empty() ? std::string_view() : words[0];
   called = called.substr(called.rfind('/') + 1);
   for (const Tool& tool : kTools) {
@@ -50,9 +51,18 @@ int Main(std::vector<std::string> words) {
     return tool.run({std::move(name), std::move(words)});
   }
   std::string_view nearest = NearestName(verb, names);
-  fmt::print(stderr, "kvartz: there is no tool '{}'{}; see kvartz --help\n", verb,
-             nearest.empty() ? "" : fmt::format(" (did you mean '{}'?)", nearest));
+  Print(stderr, "kvartz: there is no tool '{}'{}; see kvartz --help\n", verb,
+        nearest.empty() ? "" : fmt::format(" (did you mean '{}'?)", nearest));
   return 1;
+}
+
+int Main(std::vector<std::string> words) {
+  OccupyStandardStreams();
+  signal(SIGPIPE, SIG_IGN);
+  int code = Run(std::move(words));
+  if (FinishOutput()) return code;
+  Print(stderr, "kvartz: cannot write to standard output\n");
+  return code ? code : 1;
 }
 
 }  // namespace

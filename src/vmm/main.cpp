@@ -7,6 +7,7 @@
 #include <csignal>
 
 #include "base/log.h"
+#include "base/print.h"
 #include "vmm/command_line.h"
 #include "vmm/process.h"
 #include "vmm/vm.h"
@@ -37,7 +38,7 @@ Result<int> RunMachine(VmConfig config, Daemon& daemon) {
   bool engine_was_chosen = !config.accels.empty();
   std::unique_ptr<Vm> vm = TRY(Vm::Create(std::move(config)));
   // Who named no engine is told which one it is.
-  if (!engine_was_chosen) fmt::print(stderr, "kvartz-vmm: {}\n", vm->engine_reason());
+  if (!engine_was_chosen) Print(stderr, "kvartz-vmm: {}\n", vm->engine_reason());
   TRY(daemon.Ready());
   return vm->Run();
 }
@@ -50,16 +51,17 @@ void SetUpHeap() {
 }
 
 int Main(int argc, char** argv) {
+  OccupyStandardStreams();
   SetUpHeap();
   signal(SIGPIPE, SIG_IGN);
   Result<CommandLine> line = ParseCommandLine(std::span(argv + 1, static_cast<size_t>(argc - 1)));
   auto refuse = [](const Error& error) {
-    fmt::print(stderr, "kvartz-vmm: {}\n", error.what);
+    Print(stderr, "kvartz-vmm: {}\n", error.what);
     return 1;
   };
   if (!line) return refuse(line.error());
   if (!line->information.empty()) {
-    fmt::print("{}", line->information);
+    Print("{}", line->information);
     return 0;
   }
   Daemon daemon;

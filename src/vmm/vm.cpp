@@ -10,6 +10,7 @@
 #include <csignal>
 
 #include "base/log.h"
+#include "base/print.h"
 #include "cpu/polling.h"
 #include "device/virtio/virtio_balloon.h"
 #include "host/net/net_factory.h"
@@ -213,8 +214,7 @@ Result<> Vm::WatchSignals() {
 void Vm::OnSignal() {
   signalfd_siginfo info;
   if (read(signals_.get(), &info, sizeof(info)) != sizeof(info)) return;
-  fmt::print(stderr, "kvartz-vmm: terminating on signal {} from pid {}\n", info.ssi_signo,
-             info.ssi_pid);
+  Print(stderr, "kvartz-vmm: terminating on signal {} from pid {}\n", info.ssi_signo, info.ssi_pid);
   Quit(Cause::kHostSignal);
 }
 

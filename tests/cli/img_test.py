@@ -28,6 +28,25 @@ class WordsTest(ImageTest):
         error = json.loads(done.stderr)
         self.assertEqual((error["class"], error["exit-code"]), ("not-found", 1))
 
+    def test_output_that_nobody_takes(self):
+        self.ours("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+        for number in range(30):  # more than is printed at once
+            self.ours("snapshot", "-c", f"snapshot{number}", "a.qcow2")
+
+        def code(redirection):
+            done = self.run_tool("bash", "-c", f"{self.path('.bin', 'qemu-img')} info --output=json a.qcow2 {redirection}", code=None)
+            self.assertNotIn("terminate", done.stderr)
+            return done.returncode
+
+        self.assertEqual(code("| true; exit ${PIPESTATUS[0]}"), 0)
+        self.assertEqual(code("> /dev/full"), 1)
+        self.assertEqual(code(">&-"), 0)
+        # What is printed doesn't land in the image.
+        self.run_tool("bash", "-c", f"{self.path('.bin', 'qemu-img')} create -f raw a.raw 1M >&-")
+        with open(self.path("a.raw"), "rb") as file:
+            self.assertEqual(file.read(), bytes(MIB))
+        self.run_tool("bash", "-c", f"{self.path('.bin', 'qemu-img')} info nope 2>&-", code=1)
+
     def test_raw(self):
         self.write_raw("a.raw", 10 * MIB, seed=1)
         self.write_raw("b.raw", 9 * MIB, seed=2)

@@ -2,6 +2,7 @@
 // format has no checks.
 #include <fmt/core.h>
 
+#include "base/print.h"
 #include "cli/img/img.h"
 #include "cli/img/output.h"
 
@@ -60,7 +61,7 @@ void PrintJson(const std::string& filename, const std::string& format, const Che
   add("allocated-clusters", check.allocated_clusters);
   add("fragmented-clusters", check.fragmented_clusters);
   add("compressed-clusters", check.compressed_clusters);
-  fmt::print("{}\n", JsonText({std::move(object)}));
+  Print("{}\n", JsonText({std::move(object)}));
 }
 
 Result<Repair> TakeRepair(const Arguments& arguments) {
@@ -84,7 +85,7 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   block::ImageEditor* editor = node->editor();
   Result<CheckResult> check = Fail(ErrorCode::kUnsupported, "");
   auto report = [&](const std::string& line) {
-    if (!session.quiet && output == Output::kHuman) fmt::print(stderr, "{}\n", line);
+    if (!session.quiet && output == Output::kHuman) Print(stderr, "{}\n", line);
   };
   if (editor) check = editor->Check(repair, report);
   if (!check && check.error().code == ErrorCode::kUnsupported) {

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "base/print.h"
 #include "block/crypto/secret.h"
 #include "block/graph.h"
 #include "block/jobs/job.h"
@@ -56,7 +57,7 @@ class Session {
 
   template <typename... Args>
   void Say(fmt::format_string<Args...> format, Args&&... args) const {
-    if (!quiet) fmt::print(format, std::forward<Args>(args)...);
+    if (!quiet) Print(format, std::forward<Args>(args)...);
   }
   // One line to standard error, with the program's name.
   void Complain(const std::string& text) const;

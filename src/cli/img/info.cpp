@@ -5,6 +5,7 @@
 #include <memory>
 #include <set>
 
+#include "base/print.h"
 #include "cli/img/img.h"
 #include "cli/img/output.h"
 
@@ -69,25 +70,25 @@ InfoValue ToValue(const Layer& layer) {
 
 void PrintHuman(const Layer& layer) {
   const ImageInfo& info = layer.info;
-  fmt::print("image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {}\n",
-             layer.filename, info.format, SizeText(info.virtual_size), info.virtual_size,
-             layer.allocated ? SizeText(*layer.allocated) : "unavailable");
-  if (info.encrypted) fmt::print("encrypted: yes\n");
-  if (info.cluster_size) fmt::print("cluster_size: {}\n", info.cluster_size);
-  if (info.dirty) fmt::print("cleanly shut down: no\n");
+  Print("image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {}\n", layer.filename,
+        info.format, SizeText(info.virtual_size), info.virtual_size,
+        layer.allocated ? SizeText(*layer.allocated) : "unavailable");
+  if (info.encrypted) Print("encrypted: yes\n");
+  if (info.cluster_size) Print("cluster_size: {}\n", info.cluster_size);
+  if (info.dirty) Print("cleanly shut down: no\n");
   if (!info.backing_filename.empty()) {
-    fmt::print("backing file: {}", info.backing_filename);
+    Print("backing file: {}", info.backing_filename);
     if (info.full_backing_filename.empty()) {
-      fmt::print(" (cannot determine actual path)");
+      Print(" (cannot determine actual path)");
     } else if (info.full_backing_filename != info.backing_filename) {
-      fmt::print(" (actual path: {})", info.full_backing_filename);
+      Print(" (actual path: {})", info.full_backing_filename);
     }
-    fmt::print("\n");
-    if (!info.backing_format.empty()) fmt::print("backing file format: {}\n", info.backing_format);
+    Print("\n");
+    if (!info.backing_format.empty()) Print("backing file format: {}\n", info.backing_format);
   }
-  if (!info.snapshots.empty()) fmt::print("Snapshot list:\n{}", SnapshotTable(info.snapshots));
+  if (!info.snapshots.empty()) Print("Snapshot list:\n{}", SnapshotTable(info.snapshots));
   if (!info.specific.empty())
-    fmt::print("Format specific information:\n{}", HumanText(info.specific, 1));
+    Print("Format specific information:\n{}", HumanText(info.specific, 1));
 }
 
 // One name for a file, whatever it is called.
@@ -118,18 +119,18 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   }
   if (output == Output::kHuman) {
     for (size_t i = 0; i < layers.size(); i++) {
-      if (i > 0) fmt::print("\n");
+      if (i > 0) Print("\n");
       PrintHuman(layers[i]);
     }
     return 0;
   }
   if (!chain) {
-    fmt::print("{}\n", JsonText(ToValue(layers[0])));
+    Print("{}\n", JsonText(ToValue(layers[0])));
     return 0;
   }
   InfoValue::Array all;
   for (const Layer& layer : layers) all.push_back(ToValue(layer));
-  fmt::print("{}\n", JsonText({std::move(all)}));
+  Print("{}\n", JsonText({std::move(all)}));
   return 0;
 }
 

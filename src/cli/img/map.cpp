@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <boost/json.hpp>
 
+#include "base/print.h"
 #include "cli/img/img.h"
 
 namespace kvartz::cli::img {
@@ -53,8 +54,8 @@ class Printer {
  public:
   explicit Printer(Output output) : output_(output) {
     if (output_ == Output::kHuman)
-      fmt::print("{:<16}{:<16}{:<16}{}\n", "Offset", "Length", "Mapped to", "File");
-    if (output_ == Output::kJson) fmt::print("[");
+      Print("{:<16}{:<16}{:<16}{}\n", "Offset", "Length", "Mapped to", "File");
+    if (output_ == Output::kJson) Print("[");
   }
   Result<> Add(const Entry& entry) {
     if (output_ == Output::kJson) {
@@ -67,24 +68,24 @@ class Printer {
           ErrorCode::kUnsupported,
           "File contains external, encrypted or compressed clusters; --output=json shows them");
     }
-    fmt::print("{:<16}{:<16}{:<16}{}\n", Hex(entry.start), Hex(entry.length), Hex(entry.offset),
-               entry.filename);
+    Print("{:<16}{:<16}{:<16}{}\n", Hex(entry.start), Hex(entry.length), Hex(entry.offset),
+          entry.filename);
     return {};
   }
   void Finish() {
-    if (output_ == Output::kJson) fmt::print("]\n");
+    if (output_ == Output::kJson) Print("]\n");
   }
 
  private:
   static std::string Hex(uint64_t value) { return value ? fmt::format("{:#x}", value) : "0"; }
   void AddJson(const Entry& entry) {
-    fmt::print(
+    Print(
         "{}{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, "
         "\"data\": {}",
         first_ ? "" : ",\n", entry.start, entry.length, entry.depth, entry.present, entry.zero,
         entry.data);
-    if (entry.has_offset) fmt::print(", \"offset\": {}", entry.offset);
-    fmt::print("}}");
+    if (entry.has_offset) Print(", \"offset\": {}", entry.offset);
+    Print("}}");
     first_ = false;
   }
   const Output output_;

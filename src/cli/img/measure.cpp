@@ -1,6 +1,7 @@
 // img measure.
 #include <fmt/core.h>
 
+#include "base/print.h"
 #include "cli/img/img.h"
 #include "cli/img/output.h"
 
@@ -39,15 +40,14 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   }
   block::MeasureResult result = TRY(driver->measure(given.options, source.get()));
   if (output == Output::kHuman) {
-    fmt::print("required size: {}\nfully allocated size: {}\n", result.required,
-               result.fully_allocated);
-    if (result.has_bitmaps && result.bitmaps) fmt::print("bitmaps size: {}\n", result.bitmaps);
+    Print("required size: {}\nfully allocated size: {}\n", result.required, result.fully_allocated);
+    if (result.has_bitmaps && result.bitmaps) Print("bitmaps size: {}\n", result.bitmaps);
     return 0;
   }
   block::InfoValue::Object object = {Field("required", result.required),
                                      Field("fully-allocated", result.fully_allocated)};
   if (result.has_bitmaps) object.push_back(Field("bitmaps", result.bitmaps));
-  fmt::print("{}\n", JsonText({std::move(object)}));
+  Print("{}\n", JsonText({std::move(object)}));
   return 0;
 }
 

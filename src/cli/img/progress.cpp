@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "base/clock.h"
+#include "base/print.h"
 #include "cli/img/img.h"
 
 namespace kvartz::cli::img {
@@ -36,7 +37,7 @@ Progress::Progress(Show show, double step_percent)
 }
 
 Progress::~Progress() {
-  if (show_) fmt::print("\n");
+  if (show_) Print("\n");
   fflush(stdout);
 }
 
@@ -44,7 +45,7 @@ void Progress::Update(uint64_t done, uint64_t total) {
   double percent =
       total == 0 ? 100
                  : std::min(100.0, 100.0 * static_cast<double>(done) / static_cast<double>(total));
-  if (g_asked.exchange(false)) fmt::print(stderr, "    ({:.2f}/100%)\n", percent);
+  if (g_asked.exchange(false)) Print(stderr, "    ({:.2f}/100%)\n", percent);
   if (!show_ || finished_ || (percent < 100 && percent < last_ + step_percent_)) return;
   last_ = percent;
   finished_ = percent >= 100;
@@ -57,7 +58,7 @@ void Progress::Update(uint64_t done, uint64_t total) {
   }
   // Spaces over what a longer line left behind.
   if (isatty(STDOUT_FILENO)) remaining.resize(14, ' ');
-  fmt::print("    ({:.2f}/100%){}\r", percent, remaining);
+  Print("    ({:.2f}/100%){}\r", percent, remaining);
   fflush(stdout);
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/print.h"
 #include "cli/img/img.h"
 
 namespace kvartz::cli::img {
@@ -13,7 +14,7 @@ Session::Session(std::string program, EventLoop& loop)
 
 void Session::Complain(const std::string& text) const {
   fflush(stdout);
-  fmt::print(stderr, "{}: {}\n", program_, text);
+  Print(stderr, "{}: {}\n", program_, text);
 }
 
 Result<> Session::AddObjects(const Arguments& arguments) {
@@ -185,19 +186,19 @@ void PrintCreateHelp(const block::Driver& driver, HelpOf of) {
   }
   std::sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
   if (of == HelpOf::kAmend) {
-    fmt::print("Amend options for '{}':\n", driver.name);
+    Print("Amend options for '{}':\n", driver.name);
   } else {
-    fmt::print("Supported {} options:\n", driver.name);
+    Print("Supported {} options:\n", driver.name);
   }
   for (const block::OptionRow& row : rows) {
     const char* type = row.type == Type::kString ? "str"
                        : row.type == Type::kBool ? "bool (on/off)"
                        : row.type == Type::kSize ? "size"
                                                  : "num";
-    fmt::print("  {:<22} - {}\n", fmt::format("{}=<{}>", row.name, type), row.help);
+    Print("  {:<22} - {}\n", fmt::format("{}=<{}>", row.name, type), row.help);
   }
   if (of == HelpOf::kAmend) return;
-  fmt::print(
+  Print(
       "\nThe protocol level may support further options.\nSpecify the target filename to include "
       "those options.\n");
 }

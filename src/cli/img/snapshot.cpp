@@ -4,6 +4,7 @@
 #include <ctime>
 
 #include "base/clock.h"
+#include "base/print.h"
 #include "cli/img/img.h"
 #include "cli/img/output.h"
 
@@ -49,8 +50,7 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   block::NodePtr node = TRY(session.Open(image, options));
   block::SnapshotStore* store = node->snapshots();
   if (list) {
-    if (store && !store->List().empty())
-      fmt::print("Snapshot list:\n{}", SnapshotTable(store->List()));
+    if (store && !store->List().empty()) Print("Snapshot list:\n{}", SnapshotTable(store->List()));
     return 0;
   }
   if (!store)

@@ -3,6 +3,7 @@
 
 #include <boost/json.hpp>
 
+#include "base/print.h"
 #include "base/text.h"
 #include "block/driver.h"
 #include "block/sync_io.h"
@@ -56,11 +57,11 @@ class Program {
     json_ = standard->Has("json");
     untrusted_ = standard->Has("untrusted");
     if (standard->Has("version")) {
-      fmt::print("{} version 7.2.0 (Kvartz {})\n", call_.name, kVersion);
+      Print("{} version 7.2.0 (Kvartz {})\n", call_.name, kVersion);
       return 0;
     }
     if (standard->Has("help") || (!standard->operands.empty() && standard->operands[0] == "help")) {
-      fmt::print("{}", Help(call_.name));
+      Print("{}", Help(call_.name));
       return 0;
     }
     if (standard->Has("trace"))
@@ -90,7 +91,7 @@ class Program {
     Result<Arguments> arguments = ParseArguments(specs, words);
     if (!arguments) return Refuse(Misuse(arguments.error().what).error(), 1);
     if (arguments->Has("help")) {
-      fmt::print("{}", VerbHelp(call_.name, verb));
+      Print("{}", VerbHelp(call_.name, verb));
       return 0;
     }
     ListenForProgressSignal();
@@ -118,9 +119,9 @@ class Program {
       boost::json::object object = {{"error", error.what},
                                     {"class", kNames[static_cast<int>(error.code)]},
                                     {"exit-code", code}};
-      fmt::print(stderr, "{}\n", boost::json::serialize(object));
+      Print(stderr, "{}\n", boost::json::serialize(object));
     } else {
-      fmt::print(stderr, "{}: {}\n", call_.name, error.what);
+      Print(stderr, "{}: {}\n", call_.name, error.what);
     }
     return code;
   }

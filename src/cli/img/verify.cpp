@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "base/print.h"
 #include "block/fiber_io.h"
 #include "cli/img/img.h"
 
@@ -21,7 +22,7 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   int code = 0;
   if (node->editor()) {
     auto report = [&](const std::string& line) {
-      if (!session.quiet) fmt::print(stderr, "{}\n", line);
+      if (!session.quiet) Print(stderr, "{}\n", line);
     };
     Result<block::CheckResult> checked = node->editor()->Check(block::Repair::kNone, report);
     if (checked) {

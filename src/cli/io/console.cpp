@@ -4,6 +4,7 @@
 #include <cmath>
 #include <ctime>
 
+#include "base/print.h"
 #include "block/options.h"
 #include "cli/img/overlay.h"
 #include "cli/io/io.h"
@@ -53,7 +54,7 @@ bool Console::Run(const std::string& line) {
   if (words.empty()) return true;
   auto complain = [](const std::string& text) {
     fflush(stdout);
-    fmt::print(stderr, "{}\n", text);
+    Print(stderr, "{}\n", text);
     return false;
   };
   const Command* command = FindCommand(words[0]);
@@ -107,7 +108,7 @@ Result<> Console::Close() {
 }
 
 bool Refuse(const std::string& text) {
-  fmt::print("{}\n", text);
+  Print("{}\n", text);
   return false;
 }
 
@@ -153,12 +154,12 @@ void PrintReport(const Console& console, const Arguments& arguments, const Repor
                                             : fmt::format("{:02}.{:02} sec", whole, hundredths);
   double rate = static_cast<double>(report.bytes) / seconds, operations = 1 / seconds;
   if (numbers) {
-    fmt::print("{},1,{},{:.3f},{:.3f}\n", report.bytes, time, rate, operations);
+    Print("{},1,{},{:.3f},{:.3f}\n", report.bytes, time, rate, operations);
     return;
   }
-  fmt::print("{0} {1}/{1} bytes at offset {2}\n{3}, 1 ops; {4} ({5}/sec and {6:.4f} ops/sec)\n",
-             report.verb, report.bytes, report.offset, BytesText(static_cast<double>(report.bytes)),
-             time, BytesText(rate), operations);
+  Print("{0} {1}/{1} bytes at offset {2}\n{3}, 1 ops; {4} ({5}/sec and {6:.4f} ops/sec)\n",
+        report.verb, report.bytes, report.offset, BytesText(static_cast<double>(report.bytes)),
+        time, BytesText(rate), operations);
 }
 
 // ---- help and quit ----
@@ -167,14 +168,14 @@ namespace {
 
 Outcome RunHelp(Console&, const Arguments& arguments) {
   if (arguments.operands.empty()) {
-    for (const Command* command : Commands()) fmt::print("{}\n", SynopsisOf(*command));
-    fmt::print("\nUse 'help commandname' for extended help.\n");
+    for (const Command* command : Commands()) Print("{}\n", SynopsisOf(*command));
+    Print("\nUse 'help commandname' for extended help.\n");
     return true;
   }
   const Command* command = FindCommand(arguments.operands[0]);
   if (!command) return Refuse(fmt::format("command {} not found", arguments.operands[0]));
-  fmt::print("{}\n", SynopsisOf(*command));
-  if (!command->options.empty()) fmt::print("\n{}\n", OptionsHelp(command->options));
+  Print("{}\n", SynopsisOf(*command));
+  if (!command->options.empty()) Print("\n{}\n", OptionsHelp(command->options));
   return true;
 }
 

@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "base/print.h"
 #include "block/fiber_io.h"
 #include "cli/img/output.h"
 #include "cli/io/io.h"
@@ -64,17 +65,17 @@ Outcome RunReopen(Console& console, const Arguments& arguments) {
 // ---- what it is like ----
 
 Outcome RunLength(Console& console, const Arguments&) {
-  fmt::print("{}\n", BytesText(static_cast<double>(console.node->size_bytes())));
+  Print("{}\n", BytesText(static_cast<double>(console.node->size_bytes())));
   return true;
 }
 
 Outcome RunInfo(Console& console, const Arguments&) {
   block::ImageInfo info = TRY(console.node->Info());
-  fmt::print("format name: {}\ncluster size: {}\nvm state offset: {}\n", info.format,
-             BytesText(static_cast<double>(info.cluster_size)),
-             BytesText(static_cast<double>(info.vm_state_offset)));
+  Print("format name: {}\ncluster size: {}\nvm state offset: {}\n", info.format,
+        BytesText(static_cast<double>(info.cluster_size)),
+        BytesText(static_cast<double>(info.vm_state_offset)));
   if (!info.specific.empty())
-    fmt::print("Format specific information:\n{}", img::HumanText(info.specific, 1));
+    Print("Format specific information:\n{}", img::HumanText(info.specific, 1));
   return true;
 }
 
@@ -96,10 +97,10 @@ Outcome RunMap(Console& console, const Arguments&) {
   for (uint64_t offset = 0; offset < size;) {
     block::Extent extent = TRY(Alike(*console.node, offset, size - offset));
     if (extent.length == 0) return Refuse("Unexpected end of image");
-    fmt::print("{0} ({1:#x}) bytes {2} at offset {3} ({4:#x})\n",
-               BytesText(static_cast<double>(extent.length)), extent.length,
-               extent.allocated ? "    allocated" : "not allocated",
-               BytesText(static_cast<double>(offset)), offset);
+    Print("{0} ({1:#x}) bytes {2} at offset {3} ({4:#x})\n",
+          BytesText(static_cast<double>(extent.length)), extent.length,
+          extent.allocated ? "    allocated" : "not allocated",
+          BytesText(static_cast<double>(offset)), offset);
     offset += extent.length;
   }
   return true;
@@ -124,8 +125,8 @@ Outcome RunAlloc(Console& console, const Arguments& arguments) {
     if (extent.allocated) allocated += extent.length;
     done += extent.length;
   }
-  fmt::print("{}/{} bytes allocated at offset {}\n", allocated, count,
-             BytesText(static_cast<double>(*start)));
+  Print("{}/{} bytes allocated at offset {}\n", allocated, count,
+        BytesText(static_cast<double>(*start)));
   return true;
 }
 

@@ -7,6 +7,7 @@
 
 #include <cerrno>
 
+#include "base/print.h"
 #include "block/sync_io.h"
 #include "cli/tool.h"
 
@@ -110,7 +111,7 @@ Result<int> RunAll(Console& console, const Arguments& arguments) {
     good = console.Run(commands[i]) && good;
   LineReader lines(console.session.loop());
   while (commands.empty() && !console.quit) {
-    fmt::print("{}> ", console.session.program());
+    Print("{}> ", console.session.program());
     fflush(stdout);
     std::optional<std::string> line = lines.Next();
     if (!line) break;
@@ -125,13 +126,13 @@ Result<int> RunAll(Console& console, const Arguments& arguments) {
 int RunIo(const ToolCall& call) {
   auto refuse = [&](const Error& error) {
     fflush(stdout);
-    fmt::print(stderr, "{}: {}\n", call.name, error.what);
+    Print(stderr, "{}: {}\n", call.name, error.what);
     return 1;
   };
   Result<Arguments> arguments = ParseArguments(io::kOptions, call.words);
   if (!arguments) return refuse(img::Misuse(arguments.error().what).error());
   if (arguments->Has("help")) {
-    fmt::print(
+    Print(
         "usage: {} [options] [-c command]... [FILE]\n"
         "Reads and writes a disk image by commands.\n\n{}\n"
         "'{} -c help' lists the commands.\n",
@@ -139,7 +140,7 @@ int RunIo(const ToolCall& call) {
     return 0;
   }
   if (arguments->Has("version")) {
-    fmt::print("{} version 7.2.0 (Kvartz {})\n", call.name, kVersion);
+    Print("{} version 7.2.0 (Kvartz {})\n", call.name, kVersion);
     return 0;
   }
   Result<std::unique_ptr<EventLoop>> loop = EventLoop::Create();

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "base/fd.h"
+#include "base/print.h"
 #include "block/fiber_io.h"
 #include "cli/io/io.h"
 
@@ -58,7 +59,7 @@ void Dump(const Transfer& transfer) {
       hex += fmt::format("{:02x} ", byte);
       text += isalnum(byte) ? static_cast<char>(byte) : '.';
     }
-    fmt::print("{:08x}:  {} {}\n", transfer.report.offset + at, hex, text);
+    Print("{:08x}:  {} {}\n", transfer.report.offset + at, hex, text);
   }
 }
 
@@ -232,7 +233,7 @@ Outcome RunAioRead(Console& console, const Arguments& arguments) {
 // The contents of a file, over and over.
 bool FillFromFile(const std::string& path, std::span<uint8_t> bytes) {
   auto failed = [&](const char* why) {
-    fmt::print(stderr, "{}: {}\n", path, why);
+    Print(stderr, "{}: {}\n", path, why);
     return false;
   };
   UniqueFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));

@@ -9,6 +9,7 @@
 #include <csignal>
 #include <cstdlib>
 
+#include "base/print.h"
 #include "block/nbd/address.h"
 #include "block/nbd/client.h"
 #include "block/nbd/server.h"
@@ -263,8 +264,8 @@ class NbdProgram {
     Result<> ready = WritePidFile();
     if (ready) {
       if (arguments_.Has("verbose"))
-        fmt::print(stderr, "{}: ready ({} bytes)\n", call_.name,
-                   server.exports()[0]->node->size_bytes());
+        Print(stderr, "{}: ready ({} bytes)\n", call_.name,
+              server.exports()[0]->node->size_bytes());
       background.Ready();
       if (!stopped_early()) loop.Run();
     }
@@ -291,30 +292,30 @@ class NbdProgram {
       return client.List();
     };
     Offered offered = TRY(block::RunInFiber(*loop, ask));
-    fmt::print("exports available: {}\n", offered.size());
-    for (const auto& one : offered) Print(one);
+    Print("exports available: {}\n", offered.size());
+    for (const auto& one : offered) Show(one);
     return 0;
   }
 
-  static void Print(const block::nbd::OfferedExport& one) {
+  static void Show(const block::nbd::OfferedExport& one) {
     constexpr const char* kFlagNames[] = {nullptr,      "readonly", "flush",  "fua",
                                           "rotational", "trim",     "zeroes", "df",
                                           "multi",      "resize",   "cache",  "fast-zero"};
-    fmt::print(" export: '{}'\n", one.name);
-    if (!one.description.empty()) fmt::print("  description: {}\n", one.description);
+    Print(" export: '{}'\n", one.name);
+    if (!one.description.empty()) Print("  description: {}\n", one.description);
     if (one.flags & block::nbd::kHasFlags) {
-      fmt::print("  size:  {}\n  flags: {:#x} (", one.size, one.flags);
+      Print("  size:  {}\n  flags: {:#x} (", one.size, one.flags);
       for (size_t bit = 1; bit < std::size(kFlagNames); bit++) {
-        if (one.flags >> bit & 1) fmt::print(" {}", kFlagNames[bit]);
+        if (one.flags >> bit & 1) Print(" {}", kFlagNames[bit]);
       }
-      fmt::print(" )\n");
+      Print(" )\n");
     }
     if (one.min_block)
-      fmt::print("  min block: {}\n  opt block: {}\n  max block: {}\n", one.min_block,
-                 one.preferred_block, one.max_block);
+      Print("  min block: {}\n  opt block: {}\n  max block: {}\n", one.min_block,
+            one.preferred_block, one.max_block);
     if (one.contexts.empty()) return;
-    fmt::print("  available meta contexts: {}\n", one.contexts.size());
-    for (const std::string& context : one.contexts) fmt::print("   {}\n", context);
+    Print("  available meta contexts: {}\n", one.contexts.size());
+    for (const std::string& context : one.contexts) Print("   {}\n", context);
   }
 
   static std::atomic<bool>& Stopped() {
@@ -344,18 +345,18 @@ class NbdProgram {
 
 int RunNbd(const ToolCall& call) {
   auto refuse = [&](const Error& error) {
-    fmt::print(stderr, "{}: {}\n", call.name, error.what);
+    Print(stderr, "{}: {}\n", call.name, error.what);
     return 1;
   };
   Result<Arguments> arguments = ParseArguments(kOptions, call.words);
   if (!arguments) return refuse(img::Misuse(arguments.error().what).error());
   if (arguments->Has("help")) {
-    fmt::print("usage: {} [options] FILENAME...\nOffers a disk image to NBD clients.\n\n{}",
-               call.name, OptionsHelp(kOptions));
+    Print("usage: {} [options] FILENAME...\nOffers a disk image to NBD clients.\n\n{}", call.name,
+          OptionsHelp(kOptions));
     return 0;
   }
   if (arguments->Has("version")) {
-    fmt::print("{} 7.2.0 (Kvartz {})\n", call.name, kVersion);
+    Print("{} 7.2.0 (Kvartz {})\n", call.name, kVersion);
     return 0;
   }
   Result<int> code = NbdProgram(call, std::move(*arguments)).Run();

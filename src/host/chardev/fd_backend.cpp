@@ -14,6 +14,7 @@
 #include <optional>
 
 #include "base/log.h"
+#include "base/print.h"
 #include "host/chardev/backend.h"
 #include "host/chardev/chardev.h"
 #include "host/chardev/terminal.h"
@@ -346,7 +347,7 @@ Result<std::unique_ptr<CharBackend>> MakePtyBackend(Chardev& chardev, EventLoop&
   }
   UniqueFd writer = TRY(Duplicate(master.get()));
   // Management programs and people read the path from here.
-  fmt::print("char device redirected to {} (label {})\n", path, chardev.id());
+  Print("char device redirected to {} (label {})\n", path, chardev.id());
   fflush(stdout);
   return std::make_unique<PtyBackend>(chardev, loop, std::move(master), std::move(writer),
                                       std::move(opens), path);

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "base/log.h"
+#include "base/print.h"
 #include "host/chardev/backend.h"
 #include "host/chardev/chardev.h"
 #include "host/chardev/telnet.h"
@@ -186,7 +187,7 @@ class SocketBackend final : public CharBackend {
   }
 
   Result<> WaitForClient() {
-    fmt::print(stderr, "kvartz-vmm: info: waiting for a client on {}\n", Name(config()));
+    Print(stderr, "kvartz-vmm: info: waiting for a client on {}\n", Name(config()));
     for (;;) {
       pollfd wait{listener_.get(), POLLIN, 0};
       if (poll(&wait, 1, -1) < 0 && errno != EINTR) return Fail(ErrnoError(errno, "poll"));

@@ -15,6 +15,12 @@ namespace kvartz::block {
 class ThrottleGroup;
 
 // Who opens, and what that may reach. Kept by what goes on opening (backing files).
+// How files are made, where the host's file system can.
+struct NewFileOptions {
+  bool nocow = false;             // written in place (btrfs)
+  uint64_t extent_size_hint = 0;  // bytes (XFS); 0: none
+};
+
 struct OpenEnv {
   EventLoop& loop;
   // The contents of --object secret,id=...; may be null.
@@ -27,6 +33,7 @@ struct OpenEnv {
   std::function<std::shared_ptr<ThrottleGroup>(const std::string& id)> throttle_group = {};
   // What CreateFile gives instead of making a file (blockdev-create); may be null.
   NodePtr create_on = {};
+  NewFileOptions new_files = {};
   // Files that an image names may be opened. false: an image that needs one is refused.
   bool follow_backing = true;
   bool follow_data_file = true;
@@ -68,6 +75,9 @@ struct Driver {
   std::span<const OptionRow> amend_options = {};
   bool new_is_zero = true;  // what was just made reads as zeros
 };
+
+// What CreateImage takes of files besides create_options.
+std::span<const OptionRow> FileCreateOptions();
 
 // Null: there is none.
 const Driver* FindDriver(std::string_view name);

@@ -216,6 +216,9 @@ Result<> CreateImage(const OpenEnv& env, const std::string& format, const std::s
   std::vector<std::string_view> known = {"size"};
   if (driver->has_backing) known.insert(known.end(), {"backing_file", "backing_fmt"});
   for (const OptionRow& row : driver->create_options) known.push_back(row.name);
+  OpenEnv with_files = env;
+  with_files.new_files.nocow = TRY(options.TakeBool("nocow", false));
+  with_files.new_files.extent_size_hint = TRY(options.TakeSize("extent_size_hint", 0));
   Options unknown;
   for (const auto& [key, value] : options.all()) {
     if (std::find(known.begin(), known.end(), key) == known.end()) unknown.Set(key, value.text);
@@ -231,7 +234,7 @@ Result<> CreateImage(const OpenEnv& env, const std::string& format, const std::s
     TRY(below->Close());
   }
   if (!options.Has("size")) return Fail(ErrorCode::kInvalid, "an image needs a size");
-  return driver->create(env, filename, options);
+  return driver->create(with_files, filename, options);
 }
 
 std::string ResolveRelative(const std::string& of, const std::string& filename) {

@@ -28,6 +28,16 @@ class WordsTest(ImageTest):
         error = json.loads(done.stderr)
         self.assertEqual((error["class"], error["exit-code"]), ("not-found", 1))
 
+    def test_options_of_new_images(self):
+        for fmt, options in (("qcow2", "cluster_size=4k,preallocation=metadata,lazy_refcounts=on,nocow=on"),
+                             ("qcow2", "encryption=off,compat=0.10,extent_size_hint=0"), ("raw", "nocow=on"),
+                             ("vmdk", "toolsversion=10,subformat=twoGbMaxExtentSparse,zeroed_grain=on"),
+                             ("vhdx", "block_size=1M,log_size=2M,block_state_zero=on"), ("vdi", "static=off,nocow=off")):
+            with self.subTest(fmt=fmt, options=options):
+                self.same("create", "-f", fmt, "-o", options, "a.img", "20M")
+        self.assertIn("no number", self.ours("create", "-f", "vmdk", "-o", "toolsversion=x", "b.img", "1M", code=1).stderr)
+        self.assertIn("encrypt.format=luks", self.ours("create", "-f", "qcow2", "-o", "encryption=on", "b.img", "1M", code=1).stderr)
+
     def test_output_that_nobody_takes(self):
         self.ours("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
         for number in range(30):  # more than is printed at once
@@ -82,6 +92,22 @@ class WordsTest(ImageTest):
 
 
 class Qcow2Test(ImageTest):
+    def test_preallocated_overlays_show_their_base(self):
+        """With subclusters: a cluster has its place, and still nothing of its own."""
+        self.write_raw("base.raw", MIB + 512, seed=3)
+        for preallocation in ("metadata", "falloc", "full"):
+            words = ("-f", "qcow2", "-b", "base.raw", "-F", "raw", "-o", f"extended_l2=on,preallocation={preallocation}")
+            for maker in (self.ours, self.peers):
+                maker("create", "-q", *words, "a.qcow2", str(MIB + 512))
+                self.same("map", "--output=json", "a.qcow2")
+                self.run_tool(self.path(".bin", "qemu-io"), "-f", "qcow2", "-c", "write -P 7 70k 512", "-c", "write -z 300k 100k", "a.qcow2")
+                self.run_tool("cp", "base.raw", "wanted.raw")
+                self.peer_io("wanted.raw", "write -P 7 70k 512", "write -z 300k 100k", fmt="raw")
+                self.peers("compare", "-f", "qcow2", "-F", "raw", "a.qcow2", "wanted.raw")
+                self.ours("compare", "-f", "qcow2", "-F", "raw", "a.qcow2", "wanted.raw")
+                self.peers("check", "a.qcow2")
+        self.same("create", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "-o", "preallocation=metadata", "b.qcow2")
+
     def chain(self):
         self.peers("create", "-q", "-f", "qcow2", "base.qcow2", "20M")
         self.peer_io("base.qcow2", "write -P 1 0 1M", "write -P 2 5M 300k", "write -P 3 12M 64k")

@@ -136,8 +136,6 @@ Result<> CreateRaw(const OpenEnv& env, const std::string& filename, Options& opt
   resize.preallocation = TRY(ParsePreallocation(options.Take("preallocation", "off")));
   if (resize.preallocation == Preallocation::kMetadata)
     return Fail(ErrorCode::kInvalid, "preallocation=metadata: a raw image has none");
-  if (TRY(options.TakeBool("nocow", false)))
-    return Fail(ErrorCode::kUnsupported, "not supported yet: nocow=on");
   NodePtr file = TRY(CreateFile(env, filename));
   resize.size = (resize.size + 511) / 512 * 512;
   TRY(file->Resize(resize));
@@ -153,7 +151,6 @@ Result<MeasureResult> MeasureRaw(Options& options, Node* source) {
 constexpr OptionRow kCreateOptions[] = {
     {"preallocation", OptionRow::Type::kString,
      "Preallocation mode (allowed values: off, falloc, full)"},
-    {"nocow", OptionRow::Type::kBool, "Turn off copy-on-write (valid only on btrfs)"},
 };
 
 }  // namespace

@@ -249,6 +249,7 @@ struct Plan {
   Disk disk;
   uint64_t log_bytes = kDefaultLogBytes;
   bool fixed = false;
+  bool zeros = false;  // blocks that aren't there are marked so
   uint64_t log_offset() const { return kMiB; }
   uint64_t metadata_offset() const { return log_offset() + log_bytes; }
   uint64_t bat_offset() const { return metadata_offset() + kMiB; }
@@ -307,10 +308,12 @@ Result<> WriteImage(Node& file, const Plan& plan) {
   TRY(file.Resize(
       {.size = plan.data_offset() + (plan.fixed ? plan.disk.blocks() * plan.disk.block_size : 0),
        .exact = false}));
-  if (plan.fixed) {
+  if (plan.fixed || plan.zeros) {
     std::vector<Le64> table(plan.disk.entries());
-    for (uint64_t i = 0; i < plan.disk.blocks(); i++)
-      table[plan.disk.EntryOf(i)] = (plan.data_offset() + i * plan.disk.block_size) | kFullyPresent;
+    for (uint64_t i = 0; i < plan.disk.blocks(); i++) {
+      table[plan.disk.EntryOf(i)] =
+          plan.fixed ? (plan.data_offset() + i * plan.disk.block_size) | kFullyPresent : kZero;
+    }
     TRY(WriteExactly(
         file, plan.bat_offset(),
         {reinterpret_cast<const uint8_t*>(table.data()), table.size() * sizeof(Le64)}));
@@ -335,6 +338,7 @@ Result<> Create(const OpenEnv& env, const std::string& filename, Options& option
   plan.disk.size = RoundUp(TRY(options.TakeSize("size", 0)), plan.disk.logical_sector);
   uint64_t block = TRY(options.TakeSize("block_size", 0));
   plan.log_bytes = TRY(options.TakeSize("log_size", kDefaultLogBytes));
+  plan.zeros = TRY(options.TakeBool("block_state_zero", false));
   std::string subformat = options.Take("subformat", "dynamic");
   if (subformat != "dynamic" && subformat != "fixed")
     return Fail(ErrorCode::kInvalid,
@@ -364,6 +368,8 @@ constexpr OptionRow kCreateOptions[] = {
      "Block Size; min 1MB, max 256MB. 0 means auto-calculate based on image size.", "0"},
     {"subformat", OptionRow::Type::kString,
      "VHDX format type, can be either 'dynamic' or 'fixed'. Default is 'dynamic'."},
+    {"block_state_zero", OptionRow::Type::kBool,
+     "Use payload blocks of type 'ZERO' where nothing is yet. Non-standard; both read as zeros."},
 };
 
 }  // namespace

@@ -75,7 +75,7 @@ class JobList {
   Result<> Steer(const std::string& id, JobVerb verb, Body body);
   void OnEvent(const std::shared_ptr<Entry>& entry, const Job::Event& event);
   void Ended(const std::shared_ptr<Entry>& entry);
-  // With what is to be done to the jobs of a group that haven't ended, on their loops.
+  // Later, on their loops: to each job of a group that hasn't ended.
   void ForGroup(const std::shared_ptr<JobGroup>& group, const std::function<void(Job&)>& body);
   void LookAtGroup(const std::shared_ptr<JobGroup>& group);
   void Forget(const std::shared_ptr<Entry>& entry);

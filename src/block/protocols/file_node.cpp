@@ -2,6 +2,8 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -12,6 +14,7 @@
 #include <cstring>
 #include <vector>
 
+#include "base/log.h"
 #include "block/fiber_io.h"
 #include "block/graph.h"
 #include "block/protocols/file_open.h"
@@ -480,11 +483,47 @@ const Driver kFileDriver = {.name = "file", .kind = Driver::Kind::kProtocol, .op
 const Driver kHostDeviceDriver = {
     .name = "host_device", .kind = Driver::Kind::kProtocol, .open = OpenFile};
 
+namespace {
+
+constexpr OptionRow kFileCreateOptions[] = {
+    {"nocow", OptionRow::Type::kBool, "Turn off copy-on-write (valid only on btrfs)"},
+    {"extent_size_hint", OptionRow::Type::kSize,
+     "Extent size hint for the image file, 0 to disable"},
+};
+
+// Of a file that is empty. They only make it faster, so it does without them where they fail.
+void Apply(const NewFileOptions& options, int fd, const std::string& path) {
+  auto warn = [&](const char* what) {
+    KLOG(kWarn, "{}", ErrnoError(errno, fmt::format("'{}': no {} here", path, what)).what);
+  };
+  if (options.nocow) {
+    int flags = 0;
+    if (ioctl(fd, FS_IOC_GETFLAGS, &flags) == 0) {
+      flags |= FS_NOCOW_FL;
+      ioctl(fd, FS_IOC_SETFLAGS, &flags);  // other file systems write in place anyway
+    }
+  }
+  if (options.extent_size_hint > 0) {
+    fsxattr attributes = {};
+    if (ioctl(fd, FS_IOC_FSGETXATTR, &attributes) < 0) return warn("extent_size_hint");
+    attributes.fsx_xflags |= FS_XFLAG_EXTSIZE;
+    attributes.fsx_extsize =
+        static_cast<uint32_t>(std::min<uint64_t>(options.extent_size_hint, UINT32_MAX));
+    if (ioctl(fd, FS_IOC_FSSETXATTR, &attributes) < 0) warn("extent_size_hint");
+  }
+}
+
+}  // namespace
+
+std::span<const OptionRow> FileCreateOptions() { return kFileCreateOptions; }
+
 Result<NodePtr> CreateFile(const OpenEnv& env, const std::string& filename) {
   if (env.create_on) return env.create_on;
   ImageOptions image = {.path = filename.starts_with("file:") ? filename.substr(5) : filename};
   image.grows = true;
-  return std::make_shared<FileNode>(env.loop, TRY(CreateImageFile(image)), image);
+  OpenedFile file = TRY(CreateImageFile(image));
+  Apply(env.new_files, file.fd.get(), image.path);
+  return std::make_shared<FileNode>(env.loop, std::move(file), image);
 }
 
 Result<std::shared_ptr<Node>> OpenFileNode(EventLoop& loop, const ImageOptions& options) {

@@ -22,7 +22,8 @@ bool AllKnown(const Driver& driver, const Options& options) {
   return std::all_of(options.all().begin(), options.all().end(), [&](const auto& option) {
     auto named = [&](const OptionRow& row) { return row.name == option.first; };
     return Contains(kGeneral, option.first) ||
-           std::any_of(driver.create_options.begin(), driver.create_options.end(), named);
+           std::any_of(driver.create_options.begin(), driver.create_options.end(), named) ||
+           std::ranges::any_of(block::FileCreateOptions(), named);
   });
 }
 
@@ -39,10 +40,16 @@ std::string Canonical(const OptionRow& row, const std::string& text) {
 }
 
 // "Formatting 'a.qcow2', fmt=qcow2 cluster_size=65536 ... size=1073741824": options as given or by
-// default. Some of qcow2's come before the size.
+// default. Some of qcow2's come before the size, those of files at the end.
 std::string Announcement(const Driver& driver, const std::string& filename,
                          const Options& options) {
-  constexpr std::string_view kFirst[] = {"cluster_size", "extended_l2", "compression_type"};
+  std::vector<std::string_view> first;
+  if (driver.name == std::string_view("qcow2")) {
+    for (const OptionRow& row : driver.create_options) {
+      if (row.name.starts_with("encrypt")) first.push_back(row.name);
+    }
+    first.insert(first.end(), {"cluster_size", "extended_l2", "preallocation", "compression_type"});
+  }
   // Their defaults go without saying.
   constexpr std::string_view kSilent[] = {"compat", "preallocation"};
   std::string before, after, size;
@@ -60,14 +67,15 @@ std::string Announcement(const Driver& driver, const std::string& filename,
       add(to, row.name, Canonical(row, std::string(row.fallback)));
     }
   };
-  for (std::string_view name : kFirst) {
+  for (std::string_view name : first) {
     for (const OptionRow& row : driver.create_options) {
       if (row.name == name) add_row(before, row);
     }
   }
   for (const OptionRow& row : driver.create_options) {
-    if (!Contains(kFirst, row.name) && !Contains(kGeneral, row.name)) add_row(after, row);
+    if (!Contains(first, row.name) && !Contains(kGeneral, row.name)) add_row(after, row);
   }
+  for (const OptionRow& row : block::FileCreateOptions()) add_row(after, row);
   for (std::string_view name : kGeneral) {
     if (const std::string* given = text_of(name)) add(size, name, *given);
   }

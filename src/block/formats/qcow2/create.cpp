@@ -103,9 +103,6 @@ Result<> Create(const OpenEnv& env, const std::string& filename, Options& option
     return Fail(ErrorCode::kInvalid,
                 "backing_file and preallocation can only be used together with extended_l2=on");
   }
-  if (preallocation != Preallocation::kOff && !header.backing_file.empty())
-    return Fail(ErrorCode::kUnsupported,
-                "not supported yet: backing_file together with preallocation");
   if (encrypt) {
     if (header.autoclear & kRawExternal)
       return Fail(ErrorCode::kInvalid, "data_file_raw and encryption can't be used together");

@@ -24,6 +24,7 @@ constexpr OptionRow kCreateOptions[] = {
     {"encrypt.format", Type::kString, "Encrypt the image, format choices: 'luks'"},
     {"encrypt.key-secret", Type::kString, "ID of the secret that provides the LUKS passphrase"},
     KVARTZ_LUKS_CREATE_OPTIONS("encrypt."),
+    {"encryption", Type::kBool, "Encrypt by the old AES method (refused: encrypt.format=luks)"},
     {"extended_l2", Type::kBool, "Extended L2 tables", "off"},
     {"lazy_refcounts", Type::kBool, "Postpone refcount updates", "off", true},
     {"preallocation", Type::kString,

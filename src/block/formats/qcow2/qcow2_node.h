@@ -125,8 +125,8 @@ class Qcow2Node final : public Node {
   int WriteZerosOut(uint64_t offset, uint64_t length);
   int DiscardClusters(uint64_t first, uint64_t end);
   Result<> Shrink(uint64_t size);
-  Result<> Preallocate(uint64_t old_size, Preallocation how);
-  int PreallocateClusters(uint64_t first, uint64_t end);
+  Result<> Preallocate(uint64_t old_size, const ResizeOptions& options);
+  int PreallocateClusters(uint64_t first, uint64_t end, bool shows_backing);
 
   const NodePtr file_, data_file_;
   NodePtr backing_;

@@ -51,10 +51,11 @@ int Qcow2Node::GrowL1(uint64_t entries) {
 }
 
 // Clusters [first, end), which have no contents yet, get their place in the file. Where that would
-// be decrypted to noise, the tables say that they are zeros.
-int Qcow2Node::PreallocateClusters(uint64_t first, uint64_t end) {
+// be decrypted to noise, the tables say that they are zeros. `shows_backing`: they still have none
+// afterwards (subclusters can say so).
+int Qcow2Node::PreallocateClusters(uint64_t first, uint64_t end, bool shows_backing) {
   const Geometry& geo = meta_->geometry();
-  uint64_t bits = geo.subclusters > 1 ? UINT32_MAX : 0;
+  uint64_t bits = geo.subclusters > 1 && !shows_backing ? UINT32_MAX : 0;
   uint64_t flags = kCopied;
   if (encryption_ && geo.subclusters > 1) bits <<= 32;
   if (encryption_ && geo.subclusters == 1) flags |= kZeroFlag;
@@ -69,7 +70,7 @@ int Qcow2Node::PreallocateClusters(uint64_t first, uint64_t end) {
     Run run = {guest, stop - first, true};
     if (!data_file_) {
       if (int rc = meta_->Allocate(stop - first, &run)) return rc;
-      if (int rc = encryption_ ? 0 : meta_->ZeroRun(run)) return rc;
+      if (int rc = encryption_ || shows_backing ? 0 : meta_->ZeroRun(run)) return rc;
       if (int rc = meta_->WritableSlice(guest, &slice)) return rc;
     }
     for (uint64_t i = 0; i < run.clusters; i++) {
@@ -82,7 +83,8 @@ int Qcow2Node::PreallocateClusters(uint64_t first, uint64_t end) {
   return 0;
 }
 
-Result<> Qcow2Node::Preallocate(uint64_t old_size, Preallocation how) {
+Result<> Qcow2Node::Preallocate(uint64_t old_size, const ResizeOptions& options) {
+  const Preallocation how = options.preallocation;
   const Geometry& geo = meta_->geometry();
   uint64_t first = geo.Clusters(old_size), end = geo.Clusters(size_bytes_);
   if (how == Preallocation::kOff || first >= end) return {};
@@ -90,12 +92,14 @@ Result<> Qcow2Node::Preallocate(uint64_t old_size, Preallocation how) {
     return Unsupported("preallocation where it is encrypted (compat 1.1 does)");
   Node& node = data_file_ ? *data_file_ : *file_;
   uint64_t data = (end - first) << geo.cluster_bits;
+  const bool shows_backing =
+      !options.zero_added && !meta_->header.backing_file.empty() && geo.subclusters > 1;
   if (how != Preallocation::kMetadata) {
     uint64_t l2 = (geo.L1Entries(size_bytes_) + 1) << geo.cluster_bits;
     uint64_t size = data_file_ ? size_bytes_ : meta_->end_of_clusters() + data + l2;
     TRY(node.Resize({.size = size, .preallocation = how}));
   }
-  if (int rc = PreallocateClusters(first, end)) return Fail(TablesError(*this, rc));
+  if (int rc = PreallocateClusters(first, end, shows_backing)) return Fail(TablesError(*this, rc));
   if (int rc = meta_->Commit()) return Fail(TablesError(*this, rc));
   uint64_t size = data_file_ ? size_bytes_ : meta_->end_of_clusters();
   if (node.grows()) TRY(node.Resize({.size = size}));
@@ -130,7 +134,7 @@ Result<> Qcow2Node::Resize(const ResizeOptions& options) {
       return Fail(TablesError(*this, rc));
     }
   }
-  Result<> preallocated = Preallocate(old_size, options.preallocation);
+  Result<> preallocated = Preallocate(old_size, options);
   if (!preallocated) {
     set_size(old_size);
     return preallocated;

@@ -126,7 +126,7 @@ Result<NodePtr> Open(const OpenEnv& env, const NodeOptions& node, Options& optio
 
 struct Wishes {
   uint64_t size = 0;
-  std::string subformat, adapter, hardware_version;
+  std::string subformat, adapter, hardware_version, tools_version;
   bool zeroed_grain = false;
   std::string parent;  // empty: none
   uint32_t parent_cid = kNoParent;
@@ -144,11 +144,12 @@ std::string DescriptorText(const Wishes& wishes, const std::string& extent_lines
       "description\n{}\n"
       "# The Disk Data Base\n#DDB\n\nddb.virtualHWVersion = \"{}\"\nddb.geometry.cylinders = "
       "\"{}\"\n"
-      "ddb.geometry.heads = \"{}\"\nddb.geometry.sectors = \"63\"\nddb.adapterType = \"{}\"\n",
+      "ddb.geometry.heads = \"{}\"\nddb.geometry.sectors = \"63\"\nddb.adapterType = \"{}\"\n"
+      "ddb.toolsVersion = \"{}\"\n",
       kDescriptorStart, NewCid(), wishes.parent_cid, wishes.subformat,
       wishes.parent.empty() ? "" : fmt::format("parentFileNameHint=\"{}\"\n", wishes.parent),
       extent_lines, wishes.hardware_version, wishes.size / (63 * heads * kSector), heads,
-      wishes.adapter);
+      wishes.adapter, wishes.tools_version);
 }
 
 std::string BaseName(const std::string& filename) {
@@ -258,6 +259,7 @@ Result<> Create(const OpenEnv& env, const std::string& filename, Options& option
   wishes.adapter = options.Take("adapter_type", "ide");
   bool compat6 = TRY(options.TakeBool("compat6", false));
   wishes.hardware_version = options.Take("hwversion", "undefined");
+  wishes.tools_version = options.Take("toolsversion", "2147483647");
   wishes.zeroed_grain = TRY(options.TakeBool("zeroed_grain", false));
   if (compat6 && wishes.hardware_version != "undefined")
     return Fail(ErrorCode::kInvalid, "compat6 cannot be enabled with hwversion set");
@@ -269,9 +271,11 @@ Result<> Create(const OpenEnv& env, const std::string& filename, Options& option
     return Fail(ErrorCode::kInvalid,
                 fmt::format("unknown adapter type '{}': it is ide, buslogic, lsilogic or legacyESX",
                             wishes.adapter));
-  if (wishes.hardware_version.find_first_not_of("0123456789") != std::string::npos)
-    return Fail(ErrorCode::kInvalid,
-                fmt::format("hwversion '{}' is no number", wishes.hardware_version));
+  for (auto [name, value] : {std::pair{"hwversion", &wishes.hardware_version},
+                             std::pair{"toolsversion", &wishes.tools_version}}) {
+    if (value->empty() || value->find_first_not_of("0123456789") != std::string::npos)
+      return Fail(ErrorCode::kInvalid, fmt::format("{} '{}' is no number", name, *value));
+  }
   if (wishes.is_flat() && wishes.zeroed_grain)
     return Fail(ErrorCode::kInvalid,
                 fmt::format("subformat {} has no grains: zeroed_grain=on", wishes.subformat));
@@ -295,6 +299,7 @@ constexpr OptionRow kCreateOptions[] = {
      "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX"},
     {"compat6", OptionRow::Type::kBool, "VMDK version 6 image", "off"},
     {"hwversion", OptionRow::Type::kString, "VMDK hardware version", "undefined"},
+    {"toolsversion", OptionRow::Type::kString, "VMware guest tools version"},
     {"subformat", OptionRow::Type::kString,
      "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | "
      "twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} "},

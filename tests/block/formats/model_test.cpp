@@ -45,6 +45,7 @@ constexpr Kind kKinds[] = {
     {"Luks2LargeSectors", "luks", nullptr, "--sector-size 4096", 4096, 4096, 1, true, false,
      "key-secret=key", true},
     {"VmdkFlat", "vmdk", "vmdk", ",subformat=monolithicFlat", 65536, 512, 1, false, true},
+    {"VmdkParts", "vmdk", "vmdk", ",subformat=twoGbMaxExtentSparse", 65536, 512, 0, false, true},
 };
 
 class FormatRun final : public ModelRun {

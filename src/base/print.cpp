@@ -4,16 +4,14 @@
 #include <poll.h>
 #include <unistd.h>
 
-#include <cerrno>
-
 namespace kvartz {
 
 void OccupyStandardStreams() {
-  for (int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
-    // The lowest number that is free is the one that is opened.
-    if (fcntl(fd, F_GETFD) < 0 && errno == EBADF) [[maybe_unused]]
-      int null = open("/dev/null", O_RDWR);
-  }
+  int fd = -1;
+  do {
+    fd = open("/dev/null", O_RDWR);  // the lowest number that is free
+  } while (fd >= 0 && fd <= STDERR_FILENO);
+  if (fd > STDERR_FILENO) close(fd);
 }
 
 bool FinishOutput() {

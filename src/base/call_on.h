@@ -26,11 +26,11 @@ auto CallOn(EventLoop& here, EventLoop& there, Body body) -> std::invoke_result_
   };
   if constexpr (std::is_void_v<Value>) {
     there.Post([&] { Fiber::Start([&] { body(); }, after); });
-    while (!done) Fiber::Suspend();
+    while (!done) Fiber::Suspend();  // NOLINT(bugprone-infinite-loop): `after` ends it
   } else {
     std::optional<Value> value;
     there.Post([&] { Fiber::Start([&] { value.emplace(body()); }, after); });
-    while (!done) Fiber::Suspend();
+    while (!done) Fiber::Suspend();  // NOLINT(bugprone-infinite-loop): `after` ends it
     return std::move(*value);
   }
 }

@@ -66,7 +66,7 @@ Result<> JobList::CheckId(const std::string& id) const {
   return {};
 }
 
-Result<> JobList::Start(std::shared_ptr<Job> job, const JobSettings& settings) {
+Result<> JobList::Start(const std::shared_ptr<Job>& job, const JobSettings& settings) {
   TRY(CheckId(job->id()));
   auto entry = std::make_shared<Entry>();
   entry->job = job;
@@ -234,6 +234,7 @@ Result<> JobList::SetSpeed(const std::string& id, uint64_t bytes_per_sec) {
 std::vector<JobInfo> JobList::List() {
   std::vector<JobInfo> list;
   std::vector<std::shared_ptr<Entry>> entries = entries_;
+  list.reserve(entries.size());
   for (const auto& entry : entries)
     list.push_back(CallOn(loop_, entry->job->loop(), [&] { return entry->job->info(); }));
   return list;

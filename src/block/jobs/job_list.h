@@ -48,7 +48,7 @@ class JobList {
   // Errors: the id is taken or isn't one.
   Result<> CheckId(const std::string& id) const;
   // The job runs in a fiber of its loop.
-  Result<> Start(std::shared_ptr<Job> job, const JobSettings& settings);
+  Result<> Start(const std::shared_ptr<Job>& job, const JobSettings& settings);
 
   Result<> Pause(const std::string& id);
   Result<> Resume(const std::string& id);

@@ -152,6 +152,7 @@ Value Transaction(Vm& vm, const json::object& arguments) {
   const bool grouped =
       properties && Text(properties->as_object(), "completion-mode", "individual") == "grouped";
   std::vector<const ActionRow*> rows;
+  rows.reserve(actions.size());
   for (size_t i = 0; i < actions.size(); ++i)
     rows.push_back(TRY(CheckAction(actions[i].as_object(), i, grouped)));
   JobGroupPtr group = grouped ? std::make_shared<block::JobGroup>() : nullptr;

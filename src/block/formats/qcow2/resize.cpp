@@ -40,7 +40,8 @@ int Qcow2Node::GrowL1(uint64_t entries) {
   uint32_t old_entries = meta_->header.l1_entries;
   meta_->header.l1_offset = run.offset;
   meta_->header.l1_entries = static_cast<uint32_t>(entries);
-  if ((rc = meta_->WriteHeader()) != 0) {
+  rc = meta_->WriteHeader();
+  if (rc != 0) {
     meta_->header.l1_offset = old_offset;
     meta_->header.l1_entries = old_entries;
     return rc;
@@ -157,7 +158,8 @@ Result<> Qcow2Node::Shrink(uint64_t size) {
   if (rc != 0) return Fail(TablesError(*this, rc));
   uint64_t old_size = size_bytes_;
   set_size(size);
-  if ((rc = meta_->WriteHeader()) != 0) {
+  rc = meta_->WriteHeader();
+  if (rc != 0) {
     set_size(old_size);
     return Fail(TablesError(*this, rc));
   }
@@ -172,8 +174,9 @@ Result<> Qcow2Node::Shrink(uint64_t size) {
   if (data_file_) {
     TRY(data_file_->Resize({.size = size}));
   }
-  if ((rc = meta_->CommitAll(false)) != 0 || (rc = meta_->TrimEnd()) != 0)
-    return Fail(TablesError(*this, rc));
+  rc = meta_->CommitAll(false);
+  if (rc == 0) rc = meta_->TrimEnd();
+  if (rc != 0) return Fail(TablesError(*this, rc));
   return {};
 }
 

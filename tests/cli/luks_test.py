@@ -131,6 +131,18 @@ class ImagesTest(LuksTest):
             self.ours("create", *self.secrets, "-f", "qcow2", "-o", words, "new.qcow2", "1M")
             self.assertEqual(self.read(self.peers, self.qcow2("new.qcow2")), hashlib.sha256(bytes(MIB)).hexdigest(), options)
 
+    def test_data_files_shrink_and_grow(self):
+        """Within a cluster: what is new reads as zeros, not as the host's zeros decrypted."""
+        raw = self.write_raw("a.raw", 3 * MIB, seed=10)
+        options = "encrypt.format=luks,encrypt.key-secret=one,encrypt.iter-time=10,data_file=data,cluster_size=2M"
+        self.ours("convert", *self.secrets, "-f", "raw", "-O", "qcow2", "-S", "0", "-o", options, raw, "a.qcow2")
+        image = self.qcow2("a.qcow2")
+        for size in (1451520, 2 * MIB + 512, 5 * MIB, 512, 3 * MIB):
+            self.ours("resize", *self.secrets, "--shrink", "--image-opts", image, str(size))
+            os.truncate(self.path(raw), size)
+            self.assertEqual(self.read(self.ours, image), self.digest(raw), size)
+            self.assertEqual(self.read(self.peers, image), self.digest(raw), size)
+
     def test_info_needs_no_key(self):
         self.write(self.ours, self.write_raw("a.raw", MIB, seed=8), "qcow2", "a.qcow2", [])
         self.ours("snapshot", *self.secrets, "--image-opts", "-c", "s1", self.qcow2("a.qcow2"))

@@ -172,7 +172,9 @@ Result<> Qcow2Node::Shrink(uint64_t size) {
     meta_->MarkL1Dirty(index);
   }
   if (data_file_) {
-    TRY(data_file_->Resize({.size = size}));
+    // What decrypts to zeros stays: the host's zeros, should it grow again, don't.
+    uint64_t kept = encryption_ ? std::min(geo.RoundUp(size), data_file_->size_bytes()) : size;
+    TRY(data_file_->Resize({.size = kept}));
   }
   rc = meta_->CommitAll(false);
   if (rc == 0) rc = meta_->TrimEnd();

@@ -14,13 +14,13 @@ namespace kvartz::block {
 
 class ThrottleGroup;
 
-// Who opens, and what that may reach. Kept by what goes on opening (backing files).
 // How files are made, where the host's file system can.
 struct NewFileOptions {
   bool nocow = false;             // written in place (btrfs)
   uint64_t extent_size_hint = 0;  // bytes (XFS); 0: none
 };
 
+// Who opens, and what that may reach. Kept by what goes on opening (backing files).
 struct OpenEnv {
   EventLoop& loop;
   // The contents of --object secret,id=...; may be null.

@@ -28,6 +28,14 @@ class WordsTest(ImageTest):
         error = json.loads(done.stderr)
         self.assertEqual((error["class"], error["exit-code"]), ("not-found", 1))
 
+    def test_help_tells_of_files_options(self):
+        """Once it knows that it will be a file."""
+        for named, words in ((False, ("create", "-f", "vdi")), (True, ("create", "-f", "vdi", "x")), (False, ("convert", "-O", "vdi", "a")),
+                             (True, ("convert", "-O", "vdi", "a", "x"))):
+            for tool in (self.ours, self.peers):
+                printed = tool(*words, "-o", "help").stdout
+                self.assertEqual(("nocow=" in printed, "Specify the target filename" in printed), (named, not named), words)
+
     def test_options_of_new_images(self):
         for fmt, options in (("qcow2", "cluster_size=4k,preallocation=metadata,lazy_refcounts=on,nocow=on"),
                              ("qcow2", "encryption=off,compat=0.10,extent_size_hint=0"), ("raw", "nocow=on"),

@@ -24,7 +24,8 @@ class Conversion {
   Result<int> Run() {
     TRY(ReadOptions());
     if (create_.help) {
-      PrintCreateHelp(*driver_, HelpOf::kCreate);
+      PrintCreateHelp(*driver_,
+                      arguments_.operands.size() < 2 ? HelpOf::kCreate : HelpOf::kCreateFile);
       return 0;
     }
     TRY(OpenSources());

@@ -139,7 +139,7 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   const Driver* driver =
       TRY(block::RequireDriver(format, arguments.operands.empty() ? "" : arguments.operands[0]));
   if (given.help) {
-    PrintCreateHelp(*driver, HelpOf::kCreate);
+    PrintCreateHelp(*driver, arguments.operands.empty() ? HelpOf::kCreate : HelpOf::kCreateFile);
     return 0;
   }
   if (!driver->create)

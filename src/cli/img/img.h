@@ -111,7 +111,8 @@ struct CreateOptions {
   bool help = false;
 };
 Result<CreateOptions> TakeCreateOptions(const Arguments& arguments);
-enum class HelpOf : uint8_t { kCreate, kAmend };
+// kCreateFile: of a file that is named, with what is an option of files.
+enum class HelpOf : uint8_t { kCreate, kCreateFile, kAmend };
 void PrintCreateHelp(const block::Driver& driver, HelpOf of);
 
 // -p, and SIGUSR1, which asks for one line to standard error.

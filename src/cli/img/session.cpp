@@ -179,7 +179,9 @@ void PrintCreateHelp(const block::Driver& driver, HelpOf of) {
   };
   if (of == HelpOf::kAmend)
     rows.insert(rows.end(), driver.amend_options.begin(), driver.amend_options.end());
-  if (of == HelpOf::kCreate || driver.has_backing) add("size", Type::kSize, "Virtual disk size");
+  if (of == HelpOf::kCreateFile)
+    rows.insert(rows.end(), block::FileCreateOptions().begin(), block::FileCreateOptions().end());
+  if (of != HelpOf::kAmend || driver.has_backing) add("size", Type::kSize, "Virtual disk size");
   if (driver.has_backing) {
     add("backing_file", Type::kString, "File name of a base image");
     add("backing_fmt", Type::kString, "Image format of the base image");
@@ -197,7 +199,7 @@ void PrintCreateHelp(const block::Driver& driver, HelpOf of) {
                                                  : "num";
     Print("  {:<22} - {}\n", fmt::format("{}=<{}>", row.name, type), row.help);
   }
-  if (of == HelpOf::kAmend) return;
+  if (of != HelpOf::kCreate) return;
   Print(
       "\nThe protocol level may support further options.\nSpecify the target filename to include "
       "those options.\n");

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/fiber.h"
 #include "block/dirty_bitmap.h"
 #include "block/jobs/zero_scan.h"
 
@@ -56,6 +57,19 @@ bool Node::FinishLateOnes() {
   if (!late_->head) return false;
   late_->FinishAll();
   return true;
+}
+
+void Node::SubmitInFiber(Request* request, std::function<int(Request& request)> work) {
+  in_fibers_++;
+  request->submitting = true;
+  Fiber::Start([request, work = std::move(work)] { request->result = work(*request); },
+               [this, request] {
+                 in_fibers_--;
+                 // What didn't wait for anything ends here before Submit returns.
+                 if (request->submitting) return FinishLater(request, request->result);
+                 request->done(request, request->result);
+               });
+  request->submitting = false;
 }
 
 void Node::Start(Request* request) {

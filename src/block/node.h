@@ -55,6 +55,7 @@ struct Request {
   // The nodes' own, while it is under way.
   Request* next = nullptr;
   int result = 0;
+  bool submitting = false;
 };
 
 // What requests should look like. Immutable while the node is in use.
@@ -207,6 +208,9 @@ class Node : public std::enable_shared_from_this<Node> {
   void FinishLater(Request* request, int result);
   // Does so now; true if there were any. For Drain.
   bool FinishLateOnes();
+  // For Submit: `work` in a fiber of its own, which ends the request with what it returns.
+  void SubmitInFiber(Request* request, std::function<int(Request& request)> work);
+  unsigned in_fibers() const { return in_fibers_; }  // requests
   // For MoveTo of a node whose own state doesn't depend on its loop.
   void SetLoop(EventLoop& loop);
   uint64_t size_bytes_ = 0;
@@ -234,6 +238,7 @@ class Node : public std::enable_shared_from_this<Node> {
   // What is written needs a look: bitmaps, a threshold, detect-zeroes, discard=ignore.
   bool tracked_ = false;
   bool ignores_discard_ = false;
+  unsigned in_fibers_ = 0;
   uint64_t highest_write_ = 0;
   std::unique_ptr<Threshold> threshold_;
   std::shared_ptr<LateList> late_;

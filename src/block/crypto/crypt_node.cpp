@@ -67,7 +67,7 @@ CryptNode::CryptNode(NodePtr below, std::shared_ptr<const SectorCipher> cipher,
 void CryptNode::Drain() {
   do {
     below_->Drain();
-  } while (FinishLateOnes() || workers_.FinishOne() || under_way_ > 0);
+  } while (FinishLateOnes() || workers_.FinishOne() || in_fibers() > 0);
 }
 
 Result<> CryptNode::SetReadOnly(bool read_only) {
@@ -91,15 +91,7 @@ void CryptNode::Submit(Request* request) {
   if (!cipher_) return FinishLater(request, -EACCES);
   if (grows_ && request->kind != Request::Kind::kRead)
     size_bytes_ = std::max(size_bytes_, request->offset + request->length);
-  under_way_++;
-  starting_ = true;
-  Fiber::Start([this, request] { request->result = Handle(*request); },
-               [this, request] {
-                 under_way_--;
-                 if (starting_) return FinishLater(request, request->result);
-                 request->done(request, request->result);
-               });
-  starting_ = false;
+  SubmitInFiber(request, [this](Request& own) { return Handle(own); });
 }
 
 int CryptNode::Handle(const Request& request) {

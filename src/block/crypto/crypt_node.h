@@ -58,8 +58,6 @@ class CryptNode : public Node {
 
   const std::shared_ptr<const SectorCipher> cipher_;
   const uint64_t unit_;  // of requests to the node below: whole sectors of both
-  unsigned under_way_ = 0;
-  bool starting_ = false;
   std::list<Writing*> writing_;
   Workers workers_;
 };

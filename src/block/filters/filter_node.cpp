@@ -27,7 +27,7 @@ void FilterNode::Drain() {
   do {
     DrainMore();
     if (file_) file_->Drain();
-  } while (FinishLateOnes() || under_way_ > 0);
+  } while (FinishLateOnes() || in_fibers() > 0);
 }
 
 Result<> FilterNode::SetFile(NodePtr file) {
@@ -61,19 +61,7 @@ Result<> FilterNode::SetReadOnly(bool read_only) {
 }
 
 void FilterNode::Handle(Request* request) {
-  struct State {
-    int result = 0;
-    bool submitting = true;
-  };
-  auto state = std::make_shared<State>();
-  under_way_++;
-  Fiber::Start([this, request, state] { state->result = Process(*request); },
-               [this, request, state] {
-                 under_way_--;
-                 if (state->submitting) return FinishLater(request, state->result);
-                 request->done(request, state->result);
-               });
-  state->submitting = false;
+  SubmitInFiber(request, [this](Request& own) { return Process(own); });
 }
 
 int FilterNode::Process(Request& request) {

@@ -47,7 +47,6 @@ class FilterNode : public Node {
   void OnDebug(DebugEvent event) override { file_->Debug(event); }
   void Grow(const Request& request);
   const char* const driver_;
-  uint64_t under_way_ = 0;
 };
 
 }  // namespace kvartz::block

@@ -57,21 +57,12 @@ void MappedNode::Drain() {
   do {
     if (backing_) backing_->Drain();
     file_->Drain();
-  } while (FinishLateOnes() || under_way_ > 0);
+  } while (FinishLateOnes() || in_fibers() > 0);
 }
 
 void MappedNode::Submit(Request* request) {
   if (request->kind == Request::Kind::kFlush) return file_->Start(request);
-  under_way_++;
-  starting_ = true;
-  Fiber::Start([this, request] { request->result = Handle(*request); },
-               [this, request] {
-                 under_way_--;
-                 // What didn't wait for anything ends here before Start returns.
-                 if (starting_) return FinishLater(request, request->result);
-                 request->done(request, request->result);
-               });
-  starting_ = false;
+  SubmitInFiber(request, [this](Request& own) { return Handle(own); });
 }
 
 int MappedNode::Handle(Request& request) {

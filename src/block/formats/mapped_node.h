@@ -83,9 +83,7 @@ class MappedNode : public Node {
 
   const uint64_t block_bytes_;
   FiberMutex allocation_;
-  unsigned under_way_ = 0;
   bool wrote_ = false;
-  bool starting_ = false;
 };
 
 }  // namespace kvartz::block

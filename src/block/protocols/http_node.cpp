@@ -37,8 +37,8 @@ class HttpNode final : public Node {
 
   const char* driver() const override { return driver_.c_str(); }
   void Drain() override {
-    while (FinishLateOnes() || under_way_ > 0) {
-      if (under_way_ > 0) loop().RunOnce(-1);
+    while (FinishLateOnes() || in_fibers() > 0) {
+      if (in_fibers() > 0) loop().RunOnce(-1);
     }
   }
   Result<Extent> Status(uint64_t offset, uint64_t length) override {
@@ -70,15 +70,7 @@ class HttpNode final : public Node {
   void Submit(Request* request) override {
     if (request->kind != Request::Kind::kRead || request->length == 0)
       return FinishLater(request, 0);
-    under_way_++;
-    starting_ = true;
-    Fiber::Start([this, request] { request->result = Read(*request); },
-                 [this, request] {
-                   under_way_--;
-                   if (starting_) return FinishLater(request, request->result);
-                   request->done(request, request->result);
-                 });
-    starting_ = false;
+    SubmitInFiber(request, [this](Request& own) { return Read(own); });
   }
 
   int Read(const Request& request) {
@@ -149,8 +141,6 @@ class HttpNode final : public Node {
   const std::string driver_;
   const std::shared_ptr<HttpClient> client_;
   const uint64_t readahead_;
-  unsigned under_way_ = 0;
-  bool starting_ = false;
   unsigned logged_ = 0;
   std::list<std::shared_ptr<Block>> blocks_;  // the one used last first
 };

@@ -97,7 +97,7 @@ class Qcow2Node final : public Node {
   void Submit(Request* request) override;
   bool TryRead(Request* request);
   bool TryWrite(Request* request);
-  void RunInFiber(Request* request);
+  void Handle(Request* request);
   int Process(Request& request);
   int WriteCompressed(uint64_t offset, uint64_t length, IovCursor from);
   int WriteCompressedCluster(uint64_t offset, std::span<const uint8_t> cluster, bool* stored);

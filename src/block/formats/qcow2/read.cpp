@@ -39,7 +39,7 @@ void Qcow2Node::Submit(Request* request) {
       if (request->length == 0) return FinishLater(request, 0);
       break;
   }
-  RunInFiber(request);
+  Handle(request);
 }
 
 bool Qcow2Node::HasItself(uint64_t offset, uint64_t length) {
@@ -113,25 +113,13 @@ bool Qcow2Node::TryWrite(Request* request) {
   return true;
 }
 
-void Qcow2Node::RunInFiber(Request* request) {
-  struct State {
-    int result = 0;
-    bool submitting = true;
-  };
-  auto state = std::make_shared<State>();
-  in_flight_++;
-  Fiber::Start(
-      [this, request, state] {
-        unsigned parity = meta_->Enter();
-        state->result = Process(*request);
-        meta_->Leave(parity);
-      },
-      [this, request, state] {
-        in_flight_--;
-        if (state->submitting) return FinishLater(request, state->result);
-        request->done(request, state->result);
-      });
-  state->submitting = false;
+void Qcow2Node::Handle(Request* request) {
+  SubmitInFiber(request, [this](Request& own) {
+    unsigned parity = meta_->Enter();
+    int rc = Process(own);
+    meta_->Leave(parity);
+    return rc;
+  });
 }
 
 int Qcow2Node::Process(Request& request) {
@@ -224,7 +212,7 @@ int Qcow2Node::ReadCompressed(const Mapping& mapping, uint64_t offset, uint64_t 
     good = Decompress(meta_->header.compression, packed, cluster);
   };
   // Alone it is faster here.
-  if (in_flight_ > 1) {
+  if (in_flight_ + in_fibers() > 1) {
     workers_.Run(unpack);
   } else {
     unpack();
@@ -240,7 +228,7 @@ void Qcow2Node::Drain() {
     if (data_file_) data_file_->Drain();
     if (backing_) backing_->Drain();
     file_->Drain();
-  } while (FinishLateOnes() || workers_.FinishOne() || in_flight_ > 0);
+  } while (FinishLateOnes() || workers_.FinishOne() || in_flight_ + in_fibers() > 0);
 }
 
 Result<Extent> Qcow2Node::Status(uint64_t offset, uint64_t length) {

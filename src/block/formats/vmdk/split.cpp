@@ -96,7 +96,7 @@ void SplitNode::Drain() {
     if (backing_) backing_->Drain();
     for (const Part& part : parts_) part.node->Drain();
     file_->Drain();
-  } while (FinishLateOnes() || under_way_ > 0);
+  } while (FinishLateOnes() || in_fibers() > 0);
 }
 
 void SplitNode::Submit(Request* request) {
@@ -109,15 +109,7 @@ void SplitNode::Submit(Request* request) {
     request->offset = part.base + within;
     return part.node->Start(request);
   }
-  under_way_++;
-  starting_ = true;
-  Fiber::Start([this, request] { request->result = Handle(*request); },
-               [this, request] {
-                 under_way_--;
-                 if (starting_) return FinishLater(request, request->result);
-                 request->done(request, request->result);
-               });
-  starting_ = false;
+  SubmitInFiber(request, [this](Request& own) { return Handle(own); });
 }
 
 int SplitNode::Handle(const Request& request) {

@@ -65,8 +65,6 @@ class SplitNode final : public Node {
   bool parent_checked_ = false;
   FiberMutex beginning_;
   bool wrote_ = false;
-  unsigned under_way_ = 0;
-  bool starting_ = false;
   FormatChecker editor_{*this, [this](const ReportFn& report) { return CheckParts(report); }};
 };
 

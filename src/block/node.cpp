@@ -166,7 +166,10 @@ std::unexpected<Error> Node::Unsupported(const char* what) const {
               fmt::format("'{}': format {} doesn't support {}", name_, driver(), what));
 }
 
+// By value: who overrides them keeps what it gets.
+// NOLINTNEXTLINE(performance-unnecessary-value-param)
 Result<> Node::SetBacking(NodePtr) { return Unsupported("a backing file"); }
+// NOLINTNEXTLINE(performance-unnecessary-value-param)
 Result<> Node::SetFile(NodePtr) { return Unsupported("another file"); }
 Result<> Node::Resize(const ResizeOptions&) { return Unsupported("another size"); }
 Result<> Node::SetReadOnly(bool) { return Unsupported("being reopened"); }

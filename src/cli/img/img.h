@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/print.h"
@@ -95,7 +96,7 @@ struct Verb {
 std::span<const Verb> Verbs();
 
 // A mistake in the command line.
-std::unexpected<Error> Misuse(std::string what);
+std::unexpected<Error> Misuse(std::string_view what);
 // Exactly one operand: the image. With -f and --image-opts.
 Result<ImageName> TakeImage(const Arguments& arguments);
 enum class Output : uint8_t { kHuman, kJson };

@@ -105,8 +105,8 @@ Result<> Session::CloseAll() {
   return result;
 }
 
-std::unexpected<Error> Misuse(std::string what) {
-  return Fail(ErrorCode::kInvalid, what + " (--help says more)");
+std::unexpected<Error> Misuse(std::string_view what) {
+  return Fail(ErrorCode::kInvalid, fmt::format("{} (--help says more)", what));
 }
 
 Result<ImageName> TakeImage(const Arguments& arguments) {

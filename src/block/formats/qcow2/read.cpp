@@ -152,15 +152,18 @@ int Qcow2Node::ReadRange(uint64_t offset, uint64_t length, IovCursor to) {
   int rc = 0;
   while (length > 0) {
     Mapping mapping;
-    if ((rc = meta_->Map(offset, length, &mapping)) != 0) break;
+    rc = meta_->Map(offset, length, &mapping);
+    if (rc != 0) break;
     uint64_t bytes = mapping.length;
     if (mapping.kind == Mapping::Kind::kCompressed) {
-      if ((rc = ReadCompressed(mapping, offset, bytes, to)) != 0) break;
+      rc = ReadCompressed(mapping, offset, bytes, to);
+      if (rc != 0) break;
       to.Skip(bytes);
     } else if (ReadsZero(mapping, offset)) {
       to.Fill(bytes, 0);
     } else if (mapping.kind == Mapping::Kind::kData && old_encryption()) {
-      if ((rc = ReadOldEncryption(mapping.host, offset, bytes, to)) != 0) break;
+      rc = ReadOldEncryption(mapping.host, offset, bytes, to);
+      if (rc != 0) break;
       to.Skip(bytes);
     } else {
       bool data = mapping.kind == Mapping::Kind::kData;

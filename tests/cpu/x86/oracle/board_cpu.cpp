@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/x86/page_walk.h"
 #include "cpu/x86/segment.h"
 
 namespace kvartz::cpu::x86::oracle {
@@ -10,6 +11,8 @@ namespace {
 
 // So that the instruction runs from code that ran before, too.
 constexpr unsigned kRuns = 2;
+
+constexpr uint64_t kOwnPages = 512;  // from 0 on: tables and stubs
 
 // These show TF, which then has to be as on the host.
 bool ReadsTf(const Case& test) { return !test.undefined_encoding && Is(*test.insn.row, {"PUSHF"}); }
@@ -21,8 +24,8 @@ BoardCpu::BoardCpu(const SoftOptions& soft)
       memory_(guest_.board.memory()),
       code_(kCodeSize, 0xcc),
       before_(kDataSize) {
-  // Tables and stubs: where a case jumps or reads by chance, the host has nothing.
-  for (uint64_t page = 0; page < 512; ++page) guest_.SetPte(page << 12, page << 12 | 3);
+  // Tables and stubs, which cases can't use.
+  for (uint64_t page = 0; page < kOwnPages; ++page) guest_.SetPte(page << 12, page << 12 | 3);
   MapPages(kCode, kCodePhysical, kCodeSize, 7);
   MapPages(kData, kDataPhysical, kDataWritable, uint64_t{1} << 63 | 7);
   MapPages(kData + kDataWritable, kDataPhysical + kDataWritable, kDataReadOnly,
@@ -106,6 +109,8 @@ Outcome BoardCpu::RunOnce(const Case& test) {
   out.registers.rflags = guest_.Get<uint64_t>(sp + 16);
   out.registers.gpr[kRsp] = guest_.Get<uint64_t>(sp + 24);
   if (out.fault == kPF) out.fault_address = cpu.cr2;
+  // The host has nothing there.
+  if (out.fault == kPF && out.fault_address < kOwnPages << 12) out.error &= ~pf::kPresent;
   if (out.fault == kBP) out.registers.rip -= 1;
   // A jump came to its end where the next instruction can't be fetched, or not all of it.
   const uint64_t fetched = out.fault_address - out.registers.rip;

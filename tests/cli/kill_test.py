@@ -126,6 +126,7 @@ class KillTest(ImageTest):
         return script.groups[:done], script.groups[done] if done < len(script.groups) else {}
 
     def verify(self, flushed, under_way, what):
+        self.ours("info", "a.qcow2")  # waits where the killed process's last requests still hold it, as the peer wouldn't
         if self.lazy:  # refcounts are mended when it is opened
             self.run_tool(self.path(".bin", "qemu-io"), "-c", "length", "a.qcow2")
         check = self.peers("check", "-q", "a.qcow2", code=None)

@@ -5,7 +5,6 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,6 +12,8 @@
 #include <cstring>
 #include <memory>
 #include <utility>
+
+#include "base/unix_socket.h"
 
 namespace kvartz::block::nbd {
 namespace {
@@ -74,17 +75,6 @@ Result<Location> ParseUri(const std::string& text, bool is_unix, std::string_vie
   if (colon != std::string_view::npos) location.address.port = authority.substr(colon + 1);
   if (location.address.host.empty()) location.address.host = "localhost";
   return location;
-}
-
-Result<sockaddr_un> UnixName(const std::string& path) {
-  sockaddr_un name = {};
-  name.sun_family = AF_UNIX;
-  if (path.empty() || path.size() >= sizeof name.sun_path)
-    return Fail(ErrorCode::kInvalid,
-                fmt::format("the socket's path '{}' must have 1 to {} characters", path,
-                            sizeof name.sun_path - 1));
-  std::memcpy(name.sun_path, path.data(), path.size());
-  return name;
 }
 
 using AddressList = std::unique_ptr<addrinfo, decltype(&freeaddrinfo)>;
@@ -221,18 +211,8 @@ Result<UniqueFd> Listen(const Address& address) {
     sockaddr_un name = TRY(UnixName(address.path));
     UniqueFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     if (!fd) return failed(errno);
-    auto* where = reinterpret_cast<sockaddr*>(&name);
-    int rc = bind(fd.get(), where, sizeof name);
-    if (rc < 0 && errno == EADDRINUSE) {
-      UniqueFd probe(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-      if (connect(probe.get(), where, sizeof name) < 0 && errno == ECONNREFUSED) {
-        unlink(address.path.c_str());
-        rc = bind(fd.get(), where, sizeof name);
-      } else {
-        errno = EADDRINUSE;
-      }
-    }
-    if (rc < 0 || listen(fd.get(), kBacklog) < 0) return failed(errno);
+    if (int error = BindUnix(fd.get(), name)) return failed(error);
+    if (listen(fd.get(), kBacklog) < 0) return failed(errno);
     return fd;
   }
   AddressList list = TRY(Resolve(address, AI_PASSIVE));

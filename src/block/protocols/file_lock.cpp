@@ -11,6 +11,8 @@
 #include <cstdlib>
 #include <memory>
 
+#include "base/lingering.h"
+
 namespace kvartz::block {
 namespace {
 
@@ -104,30 +106,30 @@ std::string NameOf(const Holder& holder) {
   return fmt::format("another machine (pid {}, {})", holder.pid, holder.name);
 }
 
-}  // namespace
-
-Result<> LockImage(int fd, const std::string& path, LockWish wish) {
+// `holder`: whoever keeps it from us.
+Result<> TryLockImage(int fd, const std::string& path, LockWish wish, Holder& holder) {
   for (auto [wanted, byte] : {std::pair{true, kUsed + kConsistentRead},
                               {wish.write, kUsed + kWrite},
                               {!wish.share_write, kUnshared + kWrite}}) {
     int error = wanted ? TakeLock(fd, byte) : 0;
     if (error == EINVAL || error == ENOLCK || error == EOPNOTSUPP) return {};
     if (error == EAGAIN) {
+      holder = FindHolder(fd, byte);
       return Fail(ErrorCode::kBusy, fmt::format("disk image '{}' is being locked by {}: try again",
-                                                path, NameOf(FindHolder(fd, byte))));
+                                                path, NameOf(holder)));
     }
     if (error != 0)
       return Fail(ErrnoError(error, fmt::format("cannot lock disk image '{}'", path)));
   }
   if (HeldByOthers(fd, kUnshared + kConsistentRead)) {
-    Holder holder = FindHolder(fd, kUnshared + kConsistentRead);
+    holder = FindHolder(fd, kUnshared + kConsistentRead);
     return Fail(ErrorCode::kBusy,
                 fmt::format("disk image '{}' is in exclusive use by {}: stop it first", path,
                             NameOf(holder)));
   }
   if (wish.write && HeldByOthers(fd, kUnshared + kWrite)) {
     bool writes = HeldByOthers(fd, kUsed + kWrite);
-    Holder holder = FindHolder(fd, kUnshared + kWrite);
+    holder = FindHolder(fd, kUnshared + kWrite);
     return Fail(ErrorCode::kBusy, writes
                                       ? fmt::format("disk image '{}' is in use by {}: stop it "
                                                     "first, since two writers destroy the data "
@@ -139,12 +141,24 @@ Result<> LockImage(int fd, const std::string& path, LockWish wish) {
                                                     path, NameOf(holder)));
   }
   if (!wish.share_write && HeldByOthers(fd, kUsed + kWrite)) {
-    Holder holder = FindHolder(fd, kUsed + kWrite);
+    holder = FindHolder(fd, kUsed + kWrite);
     return Fail(ErrorCode::kBusy, fmt::format("disk image '{}' is in use by {}, which writes to "
                                               "it: stop it first (file.locking=off overrides)",
                                               path, NameOf(holder)));
   }
   return {};
+}
+
+}  // namespace
+
+Result<> LockImage(int fd, const std::string& path, LockWish wish) {
+  for (Lingering lingering;;) {
+    Holder holder;
+    Result<> locked = TryLockImage(fd, path, wish, holder);
+    if (locked || locked.error().code != ErrorCode::kBusy || holder.pid != 0) return locked;
+    if (!lingering.Wait()) return locked;
+    UnlockImage(fd);
+  }
 }
 
 void UnlockImage(int fd) {

@@ -6,7 +6,6 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +13,7 @@
 
 #include "base/log.h"
 #include "base/print.h"
+#include "base/unix_socket.h"
 #include "host/chardev/backend.h"
 #include "host/chardev/chardev.h"
 #include "host/chardev/telnet.h"
@@ -31,14 +31,7 @@ struct Address {
 
 Result<Address> UnixAddress(const std::string& path) {
   Address address;
-  sockaddr_un name = {};
-  name.sun_family = AF_UNIX;
-  if (path.empty() || path.size() >= sizeof(name.sun_path)) {
-    return Fail(ErrorCode::kInvalid,
-                fmt::format("the socket path '{}' must have 1 to {} characters", path,
-                            sizeof(name.sun_path) - 1));
-  }
-  std::memcpy(name.sun_path, path.data(), path.size());
+  sockaddr_un name = TRY(UnixName(path));
   std::memcpy(&address.storage, &name, sizeof(name));
   address.size = sizeof(name);
   address.family = AF_UNIX;
@@ -158,11 +151,6 @@ class SocketBackend final : public CharBackend {
     int on = 1;
     if (!local) setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
     int result = Bind(fd.get());
-    if (result == EADDRINUSE && local && !Alive()) {
-      // Left behind by a process that is gone.
-      unlink(config().path.c_str());
-      result = Bind(fd.get());
-    }
     if (result == 0 && listen(fd.get(), 1) != 0) result = errno;
     if (result == EADDRINUSE) {
       return Fail(ErrorCode::kBusy,
@@ -174,16 +162,13 @@ class SocketBackend final : public CharBackend {
     return {};
   }
 
-  int Bind(int fd) {
-    return bind(fd, reinterpret_cast<sockaddr*>(&address_.storage), address_.size) == 0 ? 0 : errno;
-  }
-
-  // Whether somebody listens on our unix path.
-  bool Alive() {
-    UniqueFd probe(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    return connect(probe.get(), reinterpret_cast<sockaddr*>(&address_.storage), address_.size) ==
-               0 ||
-           errno != ECONNREFUSED;
+  // 0 or errno.
+  int Bind(int fd) const {
+    if (address_.family == AF_UNIX)
+      return BindUnix(fd, reinterpret_cast<const sockaddr_un&>(address_.storage));
+    return bind(fd, reinterpret_cast<const sockaddr*>(&address_.storage), address_.size) == 0
+               ? 0
+               : errno;
   }
 
   Result<> WaitForClient() {

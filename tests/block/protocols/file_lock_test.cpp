@@ -1,12 +1,14 @@
 // Locks on images, between our machines and with QEMU's.
 #include "block/protocols/file_lock.h"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/in_flight.h"
 #include "block/image_helpers.h"
 
 namespace kvartz::block {
@@ -47,6 +49,24 @@ TEST(ImageLocks, TwoWritersAreRefusedReadersShare) {
     EXPECT_NE(OpenError(writer), "");
   }
   EXPECT_EQ(OpenError(writer), "");
+}
+
+TEST(ImageLocks, WhatNobodyHasOpenIsWaitedFor) {
+  TempDir dir;
+  std::string path = dir.File("a.img", kMiB);
+  ImageOptions writer = {.path = path, .format = "raw"};
+  auto locked = [&] {
+    UniqueFd fd(open(path.c_str(), O_RDWR | O_CLOEXEC));
+    EXPECT_TRUE(LockImage(fd.get(), path, {.write = true}));
+    return fd;
+  };
+  {
+    InFlight file(locked());
+    file.EndAfterMs(60);
+    EXPECT_EQ(OpenError(writer), "");
+  }
+  InFlight file(locked());
+  EXPECT_THAT(OpenError(writer), HasSubstr("is in use by another process"));
 }
 
 // The peer: QEMU, stopped at its start with the image attached.

@@ -242,6 +242,12 @@ Result<DetectZeroes> ParseDetectZeroes(const std::string& name) {
               fmt::format("unknown detect-zeroes '{}': it is one of off, on, unmap", name));
 }
 
+Result<> CheckAio(const std::string& name) {
+  if (name == "threads" || name == "native" || name == "io_uring") return {};
+  return Fail(ErrorCode::kInvalid,
+              fmt::format("unknown aio '{}': it is one of threads, native, io_uring", name));
+}
+
 const char* NameOf(DetectZeroes detect) {
   switch (detect) {
     case DetectZeroes::kOff:

@@ -12,6 +12,8 @@ namespace kvartz::block {
 enum class DetectZeroes : uint8_t { kOff, kOn, kUnmap };
 Result<DetectZeroes> ParseDetectZeroes(const std::string& name);
 const char* NameOf(DetectZeroes detect);
+// aio= of files: threads, native or io_uring. However it is set, requests go the loop's way.
+Result<> CheckAio(const std::string& name);
 
 // Children inherit what is marked *.
 struct NodeOptions {

@@ -65,9 +65,7 @@ Result<> TakeCache(block::Options& options, DriveConfig& drive) {
 
 // aio= belongs to the file; requests go through io_uring however it is set.
 Result<> TakeAio(block::Options& options) {
-  std::string aio = options.Take("aio", "io_uring");
-  if (aio == "threads" || aio == "native" || aio == "io_uring") return {};
-  return Fail(ErrorCode::kInvalid, fmt::format("aio={}: io_uring, native or threads", aio));
+  return block::CheckAio(options.Take("aio", "io_uring"));
 }
 
 // What says which image it is, in the words of -blockdev.

@@ -92,6 +92,49 @@ class NbdTest(NbdServer):
         self.stop()
         self.identical(raw, "top.qcow2", "-f", "raw")
 
+    def test_zeros_take_no_space(self):
+        for fmt, options in (("raw", ()), ("qcow2", ()), ("raw", ("-s",))):
+            with self.subTest(fmt=fmt, options=options):
+                self.ours("create", "-q", "-f", fmt, "zeros.img", "8M")
+                self.peer_io("zeros.img", "write -P 7 1M 1M", fmt=fmt)
+                before = os.stat(self.path("zeros.img")).st_blocks
+                uri = self.serve("-f", fmt, "--discard=unmap", "--detect-zeroes=unmap", "--aio=native", *options, "zeros.img")
+                self.peer_io(uri, "write -P 0 0 6M", "read -P 0 0 8M", fmt="raw")
+                self.stop()
+                after = os.stat(self.path("zeros.img")).st_blocks
+                (self.assertEqual if options else self.assertLess)(after, before)
+        self.assertIn("unmap", self.run_tool(self.path(".bin", "qemu-nbd"), "--detect-zeroes=unmap", "zeros.img", code=1).stderr)
+        self.assertIn("aio", self.run_tool(self.path(".bin", "qemu-nbd"), "--aio=nope", "zeros.img", code=1).stderr)
+
+    def test_old_servers(self):
+        """Without a negotiation, without options, and with zeros where there is something else now."""
+        if not shutil.which("nbdkit"):
+            self.skipTest("nbdkit isn't installed")
+        self.write_raw("a.raw", 2 * MIB, seed=6)
+        uri = f"nbd+unix:///?socket={self.path('socket')}"
+        named = f"nbd+unix:///x?socket={self.path('socket')}"
+        for style in ("--oldstyle", "--mask-handshake=0", "--mask-handshake=1", "--mask-handshake=2"):
+            with self.subTest(style):
+                self.run_tool("cp", "a.raw", "served.raw")
+                self.run_tool("nbdkit", "-P", self.path("pid"), "-U", self.path("socket"), style, "file", self.path("served.raw"))
+                self.addCleanup(self.stop)
+                self.ours("convert", "-O", "raw", uri, "out.raw")
+                self.same_bytes("out.raw", "a.raw")
+                listed, theirs = (self.run_tool(program, "-L", "-k", self.path("socket"), code=None)
+                                  for program in (self.path(".bin", "qemu-nbd"), "qemu-nbd"))
+                self.assertEqual(listed.returncode, theirs.returncode, theirs.stderr)
+                if style == "--oldstyle":  # nbdkit then offers flushes and doesn't do them: nobody can write
+                    self.assertIn(f"size:  {2 * MIB}", listed.stdout)
+                    self.assertIn("has no export 'x'", self.ours("info", named, code=1).stderr)
+                else:
+                    self.run_tool(self.path(".bin", "qemu-io"), "-f", "raw", "-c", "write -P 5 64k 128k", "-c", "flush", uri)
+                self.stop()
+                os.remove(self.path("socket"))
+                if style == "--oldstyle":
+                    continue
+                self.run_tool("cmp", "-n", str(64 << 10), "served.raw", "a.raw")
+                self.peer_io("served.raw", "read -P 5 64k 128k", fmt="raw")
+
     def test_contexts(self):
         if not shutil.which("nbdinfo"):
             self.skipTest("nbdinfo isn't installed")

@@ -47,7 +47,7 @@ class Client : public std::enable_shared_from_this<Client> {
   // The result of requests when the connection is gone: no server sends it.
   static constexpr int kLost = -ENOTCONN;
 
-  // Fiber: "newstyle negotiation", up to the transmission.
+  // Fiber: the negotiation, up to the transmission.
   Result<> Handshake(const std::string& name);
   // Fiber: instead of Handshake; the connection is of no use afterwards.
   Result<std::vector<OfferedExport>> List();
@@ -79,7 +79,10 @@ class Client : public std::enable_shared_from_this<Client> {
   bool broken() const { return broken_; }
 
  private:
+  enum class Style : uint8_t { kOld, kNew, kFixedNew };
   Result<> Greet();
+  Result<> ReadOldExport();
+  Result<> SkipReserved();
   Result<> Negotiate(const std::string& name);
   Result<std::vector<uint8_t>> ReadReply(Option option, uint32_t& type);
   int SendOption(Option option, std::span<const uint8_t> data);
@@ -105,6 +108,8 @@ class Client : public std::enable_shared_from_this<Client> {
   Stream stream_;
   const ClientTls tls_;
   ExportInfo info_;
+  Style style_ = Style::kFixedNew;
+  bool has_reserved_ = false;                  // zeros follow what NBD_OPT_EXPORT_NAME is answered
   std::unordered_map<uint64_t, Call*> calls_;  // sent, by cookie
   std::vector<Call*> queue_;                   // not sent yet
   uint64_t next_cookie_ = 1;

@@ -1,4 +1,6 @@
-// "Newstyle negotiation" of the NBD protocol, the client's side.
+// The negotiation of the NBD protocol, the client's side. Fixed newstyle is what servers have
+// spoken since 2011; older ones have one export without a name (oldstyle), or take a name and no
+// options.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -21,6 +23,10 @@ std::string Quote(std::span<const uint8_t> bytes) {
   std::replace_if(
       text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, '?');
   return text;
+}
+
+std::unexpected<Error> NoTls() {
+  return Fail(ErrorCode::kPermission, "the NBD server offers no TLS, and tls-creds asks for it");
 }
 
 }  // namespace
@@ -52,23 +58,43 @@ Result<> Client::Greet() {
   } greeting;
   if (int rc = stream_.ReadStruct(greeting)) return Lost(rc);
   if (greeting.magic != kMagic) return Fail(ErrorCode::kInvalid, "the peer is no NBD server");
-  if (greeting.option_magic != kOptionMagic)
-    return Fail(ErrorCode::kUnsupported, "not supported yet: NBD servers of the old style");
+  if (greeting.option_magic == kOldStyleMagic) {
+    style_ = Style::kOld;
+    return tls_.credentials ? NoTls() : ReadOldExport();
+  }
+  if (greeting.option_magic != kOptionMagic) return Broken("an unknown style of negotiation");
   Be16 flags;
   if (int rc = stream_.ReadStruct(flags)) return Lost(rc);
-  if (!(flags & kFixedNewstyle))
-    return Fail(ErrorCode::kUnsupported,
-                "not supported yet: NBD servers that aren't of the fixed newstyle");
+  style_ = flags & kFixedNewstyle ? Style::kFixedNew : Style::kNew;
+  has_reserved_ = !(flags & kNoZeroes);
   Be32 answer = uint32_t{flags} & (kFixedNewstyle | kNoZeroes);
   if (int rc = stream_.Write({reinterpret_cast<const uint8_t*>(&answer), sizeof answer}))
     return Lost(rc);
   if (!tls_.credentials) return {};
+  if (style_ != Style::kFixedNew) return NoTls();
   uint32_t type = 0;
   if (int rc = SendOption(Option::kStartTls, {})) return Lost(rc);
   TRY(ReadReply(Option::kStartTls, type));
-  if (type != kRepAck)
-    return Fail(ErrorCode::kPermission, "the NBD server offers no TLS, and tls-creds asks for it");
+  if (type != kRepAck) return NoTls();
   return stream_.StartTls(tls_.credentials, tls_.hostname);
+}
+
+Result<> Client::ReadOldExport() {
+  struct {
+    Be64 size;
+    Be32 flags;
+  } reply;
+  if (int rc = stream_.ReadStruct(reply)) return Lost(rc);
+  if (reply.flags > UINT16_MAX) return Broken("unknown flags");
+  info_.size = reply.size;
+  info_.flags = static_cast<uint16_t>(reply.flags);
+  return SkipReserved();
+}
+
+Result<> Client::SkipReserved() {
+  uint8_t reserved[kReservedBytes];
+  if (int rc = stream_.Read(reserved)) return Lost(rc);
+  return {};
 }
 
 Result<> Client::Handshake(const std::string& name) {
@@ -82,6 +108,14 @@ Result<> Client::Handshake(const std::string& name) {
 }
 
 Result<> Client::Negotiate(const std::string& name) {
+  if (style_ == Style::kNew) return ExportName(name);
+  if (style_ == Style::kOld) {
+    if (name.empty()) return {};
+    return Fail(ErrorCode::kNotFound,
+                fmt::format("the NBD server has no export '{}': it speaks the old style, and its "
+                            "only export has no name",
+                            Quote({reinterpret_cast<const uint8_t*>(name.data()), name.size()})));
+  }
   uint32_t type = 0;
   if (int rc = SendOption(Option::kStructuredReply, {})) return Lost(rc);
   TRY(ReadReply(Option::kStructuredReply, type));
@@ -168,7 +202,7 @@ Result<> Client::ExportName(const std::string& name) {
   if (int rc = stream_.ReadStruct(reply)) return Lost(rc);
   info_.size = reply.size;
   info_.flags = reply.flags;
-  return {};
+  return has_reserved_ ? SkipReserved() : Result<>();
 }
 
 }  // namespace kvartz::block::nbd

@@ -9,10 +9,17 @@
 namespace kvartz::block::nbd {
 namespace {
 constexpr unsigned kMostReplies = 4096;
+
+std::unexpected<Error> DoesntList() {
+  return Fail(ErrorCode::kPermission, "the NBD server doesn't list its exports");
 }
+}  // namespace
 
 Result<std::vector<OfferedExport>> Client::List() {
   TRY(Greet());
+  if (style_ == Style::kOld)
+    return std::vector{OfferedExport{.size = info_.size, .flags = info_.flags}};
+  if (style_ == Style::kNew) return DoesntList();
   uint32_t type = 0;
   if (int rc = SendOption(Option::kStructuredReply, {})) return Lost(rc);
   TRY(ReadReply(Option::kStructuredReply, type));
@@ -23,8 +30,7 @@ Result<std::vector<OfferedExport>> Client::List() {
   while (true) {
     std::vector<uint8_t> reply = TRY(ReadReply(Option::kList, type));
     if (type == kRepAck) break;
-    if (type & kRepError)
-      return Fail(ErrorCode::kPermission, "the NBD server doesn't list its exports");
+    if (type & kRepError) return DoesntList();
     Be32 length;
     if (type != kRepServer || reply.size() < sizeof length || exports.size() == kMostReplies)
       return Broken("a malformed list");

@@ -2,6 +2,7 @@
 // integers are big-endian.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "base/endian.h"
@@ -10,6 +11,7 @@ namespace kvartz::block::nbd {
 
 constexpr uint64_t kMagic = 0x4e42444d41474943;        // "NBDMAGIC"
 constexpr uint64_t kOptionMagic = 0x49484156454f5054;  // "IHAVEOPT"
+constexpr uint64_t kOldStyleMagic = 0x00420281861253;
 constexpr uint64_t kOptionReplyMagic = 0x0003e889045565a9;
 constexpr uint32_t kRequestMagic = 0x25609513;
 constexpr uint32_t kSimpleReplyMagic = 0x67446698;
@@ -17,6 +19,8 @@ constexpr uint32_t kStructuredReplyMagic = 0x668e33ef;
 
 // "String": names have at most 4096 bytes.
 constexpr uint32_t kMostName = 4096;
+// "Oldstyle negotiation", NBD_OPT_EXPORT_NAME: zeros behind an export's size and flags.
+constexpr size_t kReservedBytes = 124;
 // Options: what is longer is refused before it is read.
 constexpr uint32_t kMostOption = 64 << 10;
 // "Block size constraints": of reads and writes.

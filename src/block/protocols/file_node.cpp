@@ -468,9 +468,7 @@ Result<NodePtr> OpenFile(const OpenEnv& env, const NodeOptions& node, Options& o
   if (locking != "auto" && locking != "on" && locking != "off")
     return Fail(ErrorCode::kInvalid, fmt::format("locking={}: it is auto, on or off", locking));
   if (locking == "off") image.locking = ImageOptions::Locking::kOff;
-  std::string aio = options.Take("aio", "threads");  // the loop knows best
-  if (aio != "threads" && aio != "native" && aio != "io_uring")
-    return Fail(ErrorCode::kInvalid, fmt::format("aio={}: it is threads, native or io_uring", aio));
+  TRY(CheckAio(options.Take("aio", "threads")));
   TRY(options.RefuseRest("file", {"filename", "locking", "aio"}));
   return OpenFileNode(env.loop, image);
 }

@@ -162,10 +162,7 @@ Result<int> Run(Session& session, const Arguments& arguments) {
                                 .force_share = !load.write && arguments.Has("force-share")};
   TRY(ApplyCache(arguments.Get("t", "writeback"), options));
   if (arguments.Has("n")) options.cache_direct = true;
-  std::string aio = arguments.Get("i", "io_uring");
-  if (aio != "threads" && aio != "native" && aio != "io_uring")
-    return Fail(ErrorCode::kInvalid,
-                fmt::format("Invalid aio option '{}': it is threads, native or io_uring", aio));
+  TRY(block::CheckAio(arguments.Get("i", "io_uring")));
   block::NodePtr node = TRY(session.Open(image, options));
   if (load.offset > node->size_bytes() || load.size > node->size_bytes() - load.offset)
     return Fail(ErrorCode::kInvalid, "the image is smaller than offset and buffer size");

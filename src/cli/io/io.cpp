@@ -27,8 +27,8 @@ constexpr OptionSpec kOptions[] = {
     {'n', "nocache", {}, "past the host's page cache, as -t none"},
     {'C', "copy-on-read", {}, "not supported yet: copy on read"},
     {'m', "misalign", {}, "buffers begin at odd addresses"},
-    {'k', "native-aio", {}, "not supported: the host's AIO (io_uring is used)"},
-    {'i', "aio", "MODE", "io_uring, or else it isn't supported"},
+    {'k', "native-aio", {}, "as --aio=native"},
+    {'i', "aio", "MODE", "threads, native or io_uring: the best there is is taken"},
     {'t', "cache", "MODE",
      "cache mode: writeback (default), none, writethrough, directsync, unsafe"},
     {'d', "discard", "MODE", "unmap (default) or ignore"},
@@ -79,12 +79,11 @@ class LineReader {
 };
 
 Result<> CheckOptions(const Arguments& arguments) {
-  for (const char* name : {"copy-on-read", "native-aio", "trace"}) {
+  for (const char* name : {"copy-on-read", "trace"}) {
     if (arguments.Has(name))
       return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: --{}", name));
   }
-  if (std::string aio = arguments.Get("aio", "io_uring"); aio != "io_uring")
-    return Fail(ErrorCode::kUnsupported, "not supported: --aio=" + aio);
+  TRY(block::CheckAio(arguments.Get("aio", "io_uring")));
   if (arguments.operands.size() > 1) return img::Misuse("Expecting one file name at most");
   if (arguments.Has("image-opts") && arguments.Has("format"))
     return Fail(ErrorCode::kInvalid, "--image-opts and -f are mutually exclusive");

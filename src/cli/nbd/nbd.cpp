@@ -61,9 +61,10 @@ constexpr OptionSpec kOptions[] = {
     {0, "tls-creds", "ID", "TLS with the credentials of an --object tls-creds-x509 or -psk"},
     {0, "tls-hostname", "NAME", "with -L: the name in the server's certificate"},
     {0, "tls-authz", "ID", "not supported yet: whom to let in, by name"},
-    {0, "aio", "MODE", "io_uring, or else it isn't supported"},
+    {0, "aio", "MODE", "threads, native or io_uring: the best there is is taken"},
     {'T', "trace", "PATTERN", "not supported yet"},
-    {0, "detect-zeroes", "MODE", "off (default); others are not supported yet"},
+    {0, "detect-zeroes", "MODE",
+     "off (default), on or unmap: zeros that are written take no space"},
 };
 
 std::atomic<EventLoop*> g_loop = nullptr;
@@ -110,13 +111,9 @@ class NbdProgram {
       if (arguments_.Has(name))
         return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: --{}", name));
     }
-    if (std::string aio = arguments_.Get("aio", "io_uring"); aio != "io_uring")
-      return Fail(ErrorCode::kUnsupported, "not supported: --aio=" + aio);
+    TRY(block::CheckAio(arguments_.Get("aio", "io_uring")));
     if (arguments_.Has("tls-hostname") && !arguments_.Has("list"))
       return Fail(ErrorCode::kInvalid, "--tls-hostname goes with --list alone");
-    if (arguments_.Get("detect-zeroes", "off") != "off")
-      return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: --detect-zeroes={}",
-                                                       arguments_.Get("detect-zeroes")));
     TRY(CheckNames());
     if (arguments_.Has("socket") && (arguments_.Has("port") || arguments_.Has("bind")))
       return Fail(ErrorCode::kInvalid, "--socket can't go with --port or --bind");
@@ -153,6 +150,9 @@ class NbdProgram {
     if (discard != "ignore" && discard != "unmap" && discard != "off" && discard != "on")
       return Fail(ErrorCode::kInvalid, fmt::format("--discard={}: it is ignore or unmap", discard));
     options.discard_unmap = discard == "unmap" || discard == "on";
+    auto detect = TRY(block::ParseDetectZeroes(arguments_.Get("detect-zeroes", "off")));
+    if (detect == block::DetectZeroes::kUnmap && !options.discard_unmap)
+      return Fail(ErrorCode::kInvalid, "--detect-zeroes=unmap needs --discard=unmap");
     if (auto offset = arguments_.Find("offset")) {
       if (image.format != "raw")
         return Fail(ErrorCode::kInvalid, "--offset goes with -f raw alone");
@@ -167,7 +167,11 @@ class NbdProgram {
                     fmt::format("format {} has no snapshots", node->driver()));
       TRY(node->snapshots()->ShowReadOnly(*snapshot));
     }
-    return arguments_.Has("snapshot") ? img::TemporaryOverlay(session, std::move(node)) : node;
+    if (arguments_.Has("snapshot")) node = TRY(img::TemporaryOverlay(session, std::move(node)));
+    block::NodeOptions used = node->opened_with();
+    used.detect_zeroes = detect;
+    node->set_opened_with(used);
+    return node;
   }
 
   static std::string EscapeCommas(const std::string& text) {

@@ -61,7 +61,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size > (64 << 10)) return 0;
   auto client = Connect(*loop, {data, size});
   RunInFiber(*loop, [&] {
-    Result<> greeted = client->Handshake("disk");
+    Result<> greeted = client->Handshake(size % 2 == 0 ? "disk" : "");
     if (!greeted) {
       if (greeted.error().what.empty()) std::abort();
       return;

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <thread>
@@ -42,9 +42,9 @@ class InFlight {
   InFlight(const InFlight&) = delete;
   InFlight& operator=(const InFlight&) = delete;
 
-  void EndAfterMs(unsigned ms) {
+  void EndAfterMs(int ms) {
     ender_ = std::thread([this, ms] {
-      usleep(ms * 1000);
+      poll(nullptr, 0, ms);
       from_.Reset();
       to_.Reset();
     });

@@ -116,6 +116,16 @@ Result<NodePtr> OpenByOptions(const OpenEnv& env, Options options, const NodeOpt
   return driver->open(env, node, options);
 }
 
+// As they were given: what is a node already isn't an option of its parent's any more.
+std::shared_ptr<const Options> TextsOf(const Options& options, const std::string& filename) {
+  auto texts = std::make_shared<Options>();
+  for (const auto& [key, value] : options.all()) {
+    if (!value.node && key != "driver") texts->Set(key, value.text);
+  }
+  if (!filename.empty()) texts->Set("filename", filename);
+  return texts;
+}
+
 Result<NodePtr> OpenOne(const OpenEnv& env, Options options, const NodeOptions& inherited) {
   std::string filename = options.Take("filename", "");
   if (filename.starts_with("json:")) {
@@ -127,9 +137,11 @@ Result<NodePtr> OpenOne(const OpenEnv& env, Options options, const NodeOptions& 
     options = std::move(given);
   }
   NodeOptions node = TRY(TakeNodeOptions(options, inherited));
+  std::shared_ptr<const Options> own = TextsOf(options, filename);
   NodePtr opened = TRY(OpenByOptions(env, std::move(options), node, filename));
   opened->set_node_name(node.node_name);
   opened->set_opened_with(node);
+  opened->set_own_options(std::move(own));
   return opened;
 }
 

@@ -26,6 +26,8 @@ namespace kvartz::block {
 
 class DirtyBitmap;
 class Node;
+class Options;
+struct OpenEnv;
 using NodePtr = std::shared_ptr<Node>;
 
 // One request under way. The owner keeps it, the iovecs and the buffers alive until `done` is
@@ -84,7 +86,6 @@ enum class Preallocation : uint8_t { kOff, kMetadata, kFalloc, kFull };
 Result<Preallocation> ParsePreallocation(const std::string& name);
 const char* NameOf(Preallocation preallocation);
 
-class Options;
 // A backing node that an image asks for when it is opened.
 struct BackingWish {
   std::shared_ptr<Options> options;  // as for OpenNode
@@ -127,6 +128,11 @@ class Node : public std::enable_shared_from_this<Node> {
   const NodeOptions& opened_with() const { return opened_with_; }
   void set_opened_with(const NodeOptions& options);
   DetectZeroes detect_zeroes() const { return opened_with_.detect_zeroes; }
+  // Its driver's own options, and its children's, as they were given; may be null. Likewise.
+  const std::shared_ptr<const Options>& own_options() const { return own_options_; }
+  void set_own_options(std::shared_ptr<const Options> options) {
+    own_options_ = std::move(options);
+  }
   // What changes in backing() is copied here first, for this node goes on showing what was there
   // (fleecing): what came from below counts only if it still isn't here afterwards.
   bool fleecing() const { return fleecing_; }
@@ -166,6 +172,11 @@ class Node : public std::enable_shared_from_this<Node> {
   virtual Result<> Resize(const ResizeOptions& options);
   // Fiber: from read-only to writable and back.
   virtual Result<> SetReadOnly(bool read_only);
+  // Takes of its own options what this kind of node can change while it is in use, and answers
+  // what does so, on its loop, with no request under way. Null: nothing changes.
+  virtual Result<std::function<void()>> TakeChanges(const OpenEnv& /*env*/, Options& /*options*/) {
+    return nullptr;
+  }
   // Fiber: rereads nothing; what the image says of itself.
   virtual Result<ImageInfo> Info();
   // Fiber: bytes that it takes on the host.
@@ -233,6 +244,7 @@ class Node : public std::enable_shared_from_this<Node> {
   EventLoop* loop_;
   std::string name_, node_name_;
   NodeOptions opened_with_;
+  std::shared_ptr<const Options> own_options_;
   void UpdateTracked();
   bool fleecing_ = false;
   // What is written needs a look: bitmaps, a threshold, detect-zeroes, discard=ignore.

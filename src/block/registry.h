@@ -113,8 +113,11 @@ class Registry {
                         const std::string& format);
   // block_resize: users are told.
   Result<> Resize(const NodePtr& node, uint64_t size_bytes);
-  // blockdev-reopen of what may change: read-only, and backing ("" or null: none, a node's name).
+  // blockdev-reopen of what may change: read-only, discard, detect-zeroes, backing ("" or null:
+  // none, a node's name), a filter's file, and what the node itself can change.
   Result<> Reopen(const std::string& node_name, Options options);
+  // Several, each with its "node-name"; those before an error stay as they are then.
+  Result<> Reopen(std::vector<Options> all);
   // Serves the subtree by another loop. Errors: others use it where it is.
   Result<> MoveTo(const NodePtr& node, EventLoop& loop);
   // Closes and forgets what nobody uses any more. After each change; Fiber.
@@ -147,6 +150,9 @@ class Registry {
   Result<> CheckReplace(const Node& from, const Node& to, Except except) const;
   Result<> CheckOverlay(const Node& node, const Node& overlay) const;
   void TellResized(Node& node);
+  bool StandsOn(const Node& top, const Node& node) const;
+  Result<> CheckNotWritten(const Node& node) const;
+  Result<NodePtr> FindOtherFile(const NodePtr& filter, const std::string& name);
 
   EventLoop& loop_;
   OpenEnv env_;

@@ -56,6 +56,31 @@ Result<> KeepsCache(Options& options, const char* key, bool before) {
               fmt::format("not supported yet: changing {} (it is {})", key, before ? "on" : "off"));
 }
 
+std::unexpected<Error> CannotChange(const std::string& key, const Node& node) {
+  return Fail(ErrorCode::kInvalid,
+              fmt::format("Cannot change the option '{}' of '{}'", key, node.node_name()));
+}
+
+bool IsOfChild(const std::string& key) {
+  return key.starts_with("file.") || key.starts_with("backing.") || key == "file" ||
+         key == "backing";
+}
+
+// `now`: the options of its own that a node is reopened with; `rest`: of them, those that it can't
+// change.
+Result<> KeepsOthers(const Node& node, const Options& now, const Options& rest) {
+  const Options none;
+  const Options& before = node.own_options() ? *node.own_options() : none;
+  for (const auto& [key, value] : rest.all()) {
+    auto it = before.all().find(key);
+    if (it == before.all().end() || it->second.text != value.text) return CannotChange(key, node);
+  }
+  for (const auto& [key, value] : before.all()) {
+    if (!IsOfChild(key) && !now.Has(key)) return CannotChange(key, node);
+  }
+  return {};
+}
+
 }  // namespace
 
 Result<> Registry::CheckReplace(const Node& from, const Node& to, Except except) const {
@@ -226,22 +251,92 @@ Result<> Registry::Resize(const NodePtr& node, uint64_t size_bytes) {
   });
 }
 
+bool Registry::StandsOn(const Node& top, const Node& node) const {
+  if (&top == &node) return true;
+  for (const NodePtr& parent : ParentsOf(node)) {
+    if (StandsOn(top, *parent)) return true;
+  }
+  return false;
+}
+
+// Of a filter that stays: the node `name` comes in its file's place.
+Result<NodePtr> Registry::FindOtherFile(const NodePtr& filter, const std::string& name) {
+  if (!filter->is_filter()) {
+    return Fail(ErrorCode::kUnsupported,
+                fmt::format("not supported yet: another 'file' of '{}'", filter->node_name()));
+  }
+  NodePtr other = TRY(Require(name));
+  const Node& before = *filter->file();
+  if (StandsOn(*other, *filter)) {
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("'{}' stands on '{}' already", name, filter->node_name()));
+  }
+  TRY(CheckFree(*other));
+  if (!filter->read_only()) TRY(CheckWriter(*other, nullptr));
+  if (other->size_bytes() != before.size_bytes()) {
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("'{}' has {} bytes, but '{}' has {}", name, other->size_bytes(),
+                            before.node_name(), before.size_bytes()));
+  }
+  if (other->read_only() && !filter->read_only())
+    return Fail(ErrorCode::kInvalid, fmt::format("'{}' is read-only", name));
+  for (const NodePtr& parent : ParentsOf(*filter)) {
+    if (!parent->is_filter() && parent->backing() != filter.get()) {
+      return Fail(ErrorCode::kUnsupported,
+                  fmt::format("not supported yet: another file below {}", NameOfNode(*parent)));
+    }
+  }
+  for (const NodeUser* user : users_) {
+    if (user->node() == filter) TRY(CheckFits(before, *other, *user));
+  }
+  return other;
+}
+
+Result<> Registry::CheckNotWritten(const Node& node) const {
+  std::string who;
+  for (const NodeUser* user : users_) {
+    if (user->node().get() == &node && user->writes()) who = user->UserName();
+  }
+  for (const NodePtr& parent : ParentsOf(node)) {
+    if (parent->backing() != &node && !parent->read_only()) who = NameOfNode(*parent);
+  }
+  if (who.empty()) return {};
+  return Fail(ErrorCode::kBusy, fmt::format("{} writes to '{}'", who, node.node_name()));
+}
+
+// What stands on others first: it may still have to write to them.
+Result<> Registry::Reopen(std::vector<Options> all) {
+  Change change(*this);
+  std::vector<std::pair<NodePtr, Options>> left;
+  for (Options& options : all) {
+    std::optional<std::string> name = options.Take("node-name");
+    if (!name) return Fail(ErrorCode::kInvalid, "node-name not specified");
+    left.emplace_back(TRY(Require(*name)), std::move(options));
+  }
+  while (!left.empty()) {
+    auto next = std::ranges::find_if(left, [&](const auto& one) {
+      return std::ranges::none_of(left, [&](const auto& other) {
+        return other.first != one.first && StandsOn(*other.first, *one.first);
+      });
+    });
+    auto [node, options] = std::move(*next);
+    left.erase(next);
+    TRY(Reopen(node->node_name(), std::move(options)));
+  }
+  return {};
+}
+
 Result<> Registry::Reopen(const std::string& node_name, Options options) {
   Change change(*this);
   NodePtr node = TRY(Require(node_name));
   TRY(CheckFree(*node));
   options.Take("node-name");
   std::string driver = options.Take("driver", node->driver());
-  if (driver != node->driver()) {
-    return Fail(ErrorCode::kInvalid,
-                fmt::format("Cannot change the option 'driver' of '{}'", node_name));
-  }
+  if (driver != node->driver()) return CannotChange("driver", *node);
+  NodePtr file;
   if (node->file()) {
-    std::string file = options.Take("file", node->file()->node_name());
-    if (file != node->file()->node_name()) {
-      return Fail(ErrorCode::kUnsupported,
-                  fmt::format("not supported yet: another 'file' of '{}'", node_name));
-    }
+    std::string name = options.Take("file", node->file()->node_name());
+    if (name != node->file()->node_name()) file = TRY(FindOtherFile(node, name));
   }
   const NodeOptions& before = node->opened_with();
   NodeOptions wished = before;
@@ -256,20 +351,29 @@ Result<> Registry::Reopen(const std::string& node_name, Options options) {
   std::optional<std::string> backing = options.Take("backing");
   NodePtr below;
   if (backing && !backing->empty()) below = TRY(Require(*backing));
-  TRY(options.RefuseRest("blockdev-reopen"));
-  if (wished.read_only) {
-    for (const NodeUser* user : users_) {
-      if (user->node() == node && user->writes())
-        return Fail(ErrorCode::kBusy,
-                    fmt::format("{} writes to '{}'", user->UserName(), node_name));
+  auto own = std::make_shared<Options>(options);
+  std::function<void()> change_own = TRY(node->TakeChanges(env_, options));
+  TRY(KeepsOthers(*node, *own, options));
+  if (node->own_options() && !file) {
+    for (const auto& [key, value] : node->own_options()->all()) {
+      if (IsOfChild(key) && !own->Has(key)) own->Set(key, value.text);
     }
   }
-  if (below && &below->loop() != &node->loop()) TRY(MoveTo(below, node->loop()));
+  if (wished.read_only) TRY(CheckNotWritten(*node));
+  for (const NodePtr& other : {below, file}) {
+    if (other && &other->loop() != &node->loop()) TRY(MoveTo(other, node->loop()));
+  }
   Quiesced quiet(*this, node.get());
   Result<> changed = On(*node, [&]() -> Result<> {
     if (backing) TRY(node->SetBacking(below));
+    if (file) {
+      TRY(Flush(*node));
+      TRY(node->SetFile(file));
+    }
     if (wished.read_only != node->read_only()) TRY(node->SetReadOnly(wished.read_only));
+    if (change_own) change_own();
     node->set_opened_with(wished);
+    node->set_own_options(std::move(own));
     return {};
   });
   TRY(std::move(changed));

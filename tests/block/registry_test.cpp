@@ -1,5 +1,8 @@
 // Names, users and changes of nodes in use.
+#include <map>
+
 #include "block/live_rig.h"
+#include "block/throttle.h"
 
 namespace kvartz::block {
 namespace {
@@ -66,10 +69,63 @@ TEST(RegistryTest, ReopensWhatMayChange) {
   EXPECT_EQ(reopen("driver=qcow2"), "");
   EXPECT_FALSE(b->read_only());
   EXPECT_EQ(reopen("driver=raw"), "Cannot change the option 'driver' of 'b'");
-  EXPECT_EQ(reopen("driver=qcow2,cluster-size=1"), "blockdev-reopen has no option 'cluster-size'");
+  EXPECT_EQ(reopen("driver=qcow2,cluster-size=1"),
+            "Cannot change the option 'cluster-size' of 'b'");
   EXPECT_EQ(reopen("driver=qcow2,backing=x"), "Cannot find device='' nor node-name='x'");
   rig.AttachDisk(b);
   EXPECT_EQ(reopen("driver=qcow2,read-only=on"), "device 'vda' writes to 'b'");
+}
+
+TEST(RegistryTest, AFilterGetsAnotherFile) {
+  LiveRig rig(kMiB);
+  std::map<std::string, std::shared_ptr<ThrottleGroup>> groups;
+  for (const char* name : {"g", "h"})
+    groups[name] = std::make_shared<ThrottleGroup>(name, rig.loop->clock());
+  rig.registry.env().throttle_group = [&](const std::string& id) {
+    return groups.contains(id) ? groups[id] : nullptr;
+  };
+  rig.Add("a");
+  rig.Add("b");
+  rig.Add("small", "size=64k");
+  auto reopen = [&](const char* name, const char* options) {
+    return rig.Run(
+        [&] { return rig.Text(rig.registry.Reopen(name, Options::Parse(options).value())); });
+  };
+  NodePtr filter = rig.Run([&] {
+    return rig.registry
+        .Add(Options::Parse("driver=throttle,node-name=t,throttle-group=g,file=a").value(),
+             Registry::Owner::kNamed)
+        .value();
+  });
+  rig.AttachDisk(filter);
+  rig.Fill(1, 30);
+  std::string before = rig.model;
+  ASSERT_EQ(reopen("t", "driver=throttle,throttle-group=h,file=b"), "");
+  EXPECT_EQ(filter->file()->node_name(), "b");
+  EXPECT_EQ(groups["g"].use_count(), 1);
+  EXPECT_GT(groups["h"].use_count(), 1);
+  rig.model.assign(kMiB, '\0');
+  rig.Fill(2, 30);
+  rig.Verify();
+  EXPECT_EQ(reopen("t", "driver=throttle,throttle-group=h,file=small"),
+            "'small' has 65536 bytes, but 'b' has 1048576");
+  EXPECT_EQ(reopen("t", "driver=throttle,throttle-group=h,file=t"), "'t' stands on 't' already");
+  EXPECT_EQ(reopen("t", "driver=throttle,throttle-group=x,file=a"),
+            "throttle-group=x: there is no such -object");
+  EXPECT_EQ(reopen("t", "driver=throttle,file=a"), "throttle needs 'throttle-group'");
+  EXPECT_EQ(reopen("b", "driver=qcow2,file=a"), "not supported yet: another 'file' of 'b'");
+  EXPECT_EQ(filter->file()->node_name(), "b");
+  rig.Verify();
+  ASSERT_EQ(reopen("t", "driver=throttle,throttle-group=h,file=a"), "");
+  std::swap(rig.model, before);
+  rig.Verify();
+  // Options as they were are none that change.
+  std::string own = "driver=qcow2,file.driver=file,file.filename=" + rig.Path("b");
+  EXPECT_EQ(reopen("b", own.c_str()), "");
+  EXPECT_EQ(reopen("b", "driver=qcow2,file.driver=file,file.filename=c"),
+            "Cannot change the option 'file.filename' of 'b'");
+  filter.reset();
+  rig.DetachDisk();
 }
 
 TEST(RegistryTest, UndoesASnapshot) {

@@ -91,6 +91,48 @@ def disks_tell_of_their_writes_and_are_committed(context):
 
 
 @test(seconds=120)
+def nodes_are_reopened(context):
+    """With all of their options, as libvirt does it; and filters get another file, of the same group or another."""
+    paths = {name: create(context, f"{name}.qcow2", 4 * MIB) for name in "ab"}
+    vm, qmp = start(context, "-S", *context.kernel(""))
+    for group in "gh":
+        qmp.call("object-add", **{"qom-type": "throttle-group", "id": group})
+    files = {name: {"driver": "file", "node-name": f"f{name}", "filename": path, "discard": "unmap"} for name, path in paths.items()}
+    images = {name: {"driver": "qcow2", "node-name": name, "file": f"f{name}", "discard": "unmap", "backing": None} for name in "ab"}
+    throttle = {"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "a"}
+    for options in *files.values(), *images.values(), throttle:
+        qmp.call("blockdev-add", **options)
+    reopen = lambda *all_options: qmp.call("blockdev-reopen", options=list(all_options))
+    socket = context.path("nbd")
+    serve(qmp, socket, "t")
+    io = lambda command: tool("qemu-io", "-f", "raw", "-c", command, f"nbd+unix:///disk?socket={socket}")
+    io("write -q -P 1 0 4M")
+    reopen({**throttle, "file": "b", "throttle-group": "h"})
+    io("read -P 0 0 4M")
+    io("write -q -P 2 0 4M")
+    reopen({**files["a"], "read-only": True}, {**images["a"], "read-only": True})
+    is_read_only = lambda: {node["node-name"]: node["ro"] for node in qmp.call("query-named-block-nodes")}
+    expect_equal((is_read_only()["a"], is_read_only()["b"]), (True, False), "who is read-only")
+    check(paths["a"])
+    expect_equal(refused(qmp, "blockdev-reopen", options=[{**files["b"], "read-only": True}]), "node 'b' writes to 'fb'",
+                 "what is said of a file that is written to")
+    for change, what in (({"file": "a"}, "'a' is read-only"), ({"file": "t"}, "stands on"), ({"throttle-group": "x"}, "no such -object")):
+        error = refused(qmp, "blockdev-reopen", options=[{**throttle, "file": "b", "throttle-group": "h", **change}])
+        if what not in error:
+            raise Failure(f"blockdev-reopen with {change}: {error}")
+    error = refused(qmp, "blockdev-reopen", options=[{**files["a"], "filename": paths["b"]}])
+    expect_equal(error, "Cannot change the option 'filename' of 'fa'", "what is said of another file name")
+    reopen(files["a"], images["a"], throttle)
+    io("read -P 1 0 4M")
+    qmp.call("nbd-server-stop")
+    qmp.call("quit")
+    vm.expect_exit(0)
+    for name, path in paths.items():
+        check(path)
+        tool("qemu-io", "-c", f"read -P {1 if name == 'a' else 2} 0 4M", path)
+
+
+@test(seconds=120)
 def jobs_of_a_transaction_end_together(context):
     """Of a disk on an I/O thread and one on none."""
     images = [create(context, name, 4 * MIB) for name in ("vd.qcow2", "n.qcow2")]

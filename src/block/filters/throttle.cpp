@@ -10,6 +10,15 @@
 namespace kvartz::block {
 namespace {
 
+Result<std::shared_ptr<ThrottleGroup>> TakeGroup(const OpenEnv& env, Options& options) {
+  std::string name = options.Take("throttle-group", "");
+  if (name.empty()) return Fail(ErrorCode::kInvalid, "throttle needs 'throttle-group'");
+  std::shared_ptr<ThrottleGroup> group = env.throttle_group ? env.throttle_group(name) : nullptr;
+  if (group) return group;
+  return Fail(ErrorCode::kNotFound,
+              fmt::format("throttle-group={}: there is no such -object", name));
+}
+
 // Loop-owned.
 class ThrottleNode final : public FilterNode {
  public:
@@ -21,6 +30,14 @@ class ThrottleNode final : public FilterNode {
     TRY(Node::MoveTo(loop));
     Join();
     return {};
+  }
+  Result<std::function<void()>> TakeChanges(const OpenEnv& env, Options& options) override {
+    std::shared_ptr<ThrottleGroup> group = TRY(TakeGroup(env, options));
+    if (group == group_) return nullptr;
+    return [this, group] {
+      group_ = group;
+      Join();
+    };
   }
 
  private:
@@ -72,19 +89,13 @@ class ThrottleNode final : public FilterNode {
     member_->Withdraw();
   }
 
-  const std::shared_ptr<ThrottleGroup> group_;
+  std::shared_ptr<ThrottleGroup> group_;
   std::unique_ptr<ThrottleGroup::Member> member_;
   Line lines_[2];
 };
 
 Result<NodePtr> OpenThrottle(const OpenEnv& env, const NodeOptions& node, Options& options) {
-  std::string name = options.Take("throttle-group", "");
-  if (name.empty()) return Fail(ErrorCode::kInvalid, "throttle needs 'throttle-group'");
-  std::shared_ptr<ThrottleGroup> group = env.throttle_group ? env.throttle_group(name) : nullptr;
-  if (!group) {
-    return Fail(ErrorCode::kNotFound,
-                fmt::format("throttle-group={}: there is no such -object", name));
-  }
+  std::shared_ptr<ThrottleGroup> group = TRY(TakeGroup(env, options));
   NodePtr file = TRY(OpenChild(env, options, "file", node));
   if (!file) return Fail(ErrorCode::kInvalid, "throttle needs 'file'");
   TRY(options.RefuseRest("throttle", {"throttle-group", "file"}));

@@ -101,12 +101,10 @@ Value SetWriteThreshold(Vm& vm, const json::object& arguments) {
 constexpr QmpType kOptionsList{.kind = QmpType::Kind::kArray, .element = &kQmpOptions};
 constexpr QmpMember kReopenArguments[] = {{"options", kOptionsList}};
 Value BlockdevReopen(Vm& vm, const json::object& arguments) {
-  for (const json::value& one : arguments.at("options").as_array()) {
-    block::Options options = TRY(OptionsOf(one.as_object()));
-    std::optional<std::string> name = options.Take("node-name");
-    if (!name) return Fail(ErrorCode::kInvalid, "node-name not specified");
-    TRY(vm.storage().registry().Reopen(*name, std::move(options)));
-  }
+  std::vector<block::Options> all;
+  for (const json::value& one : arguments.at("options").as_array())
+    all.push_back(TRY(OptionsOf(one.as_object())));
+  TRY(vm.storage().registry().Reopen(std::move(all)));
   return Done();
 }
 

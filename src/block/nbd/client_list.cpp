@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <cstring>
+#include <tuple>
 
 #include "block/nbd/client.h"
 #include "block/nbd/client_wire.h"
@@ -43,7 +44,7 @@ Result<std::vector<OfferedExport>> Client::List() {
   }
   for (OfferedExport& one : exports) TRY(Examine(one));
   // The answer doesn't matter.
-  if (SendOption(Option::kAbort, {}) == 0) (void)ReadReply(Option::kAbort, type);
+  if (SendOption(Option::kAbort, {}) == 0) std::ignore = ReadReply(Option::kAbort, type);
   return exports;
 }
 

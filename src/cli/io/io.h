@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/fiber.h"
@@ -27,7 +28,7 @@ enum class Align : uint8_t { kAsAllocated, kOdd };
 // Loop-owned; everything in a fiber.
 class Console {
  public:
-  Console(std::string program, EventLoop& loop) : session(program, loop) {}
+  Console(std::string program, EventLoop& loop) : session(std::move(program), loop) {}
 
   img::Session session;
   block::NodePtr node = nullptr;  // the image that is open; null: none

@@ -19,6 +19,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   Connection(Server& server, EventLoop& loop, UniqueFd socket);
   void Start();
   void End() { stream_.Shutdown(); }
+  bool is_leaving() const { return stream_.PeerIsGone(); }
   const Export* chosen() const { return export_.get(); }  // null: not yet
 
  private:

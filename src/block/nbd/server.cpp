@@ -56,6 +56,18 @@ size_t Server::ClientsOf(const Export& chosen) const {
       connections_, [&](const auto& one) { return one->chosen() == &chosen; }));
 }
 
+void Server::AwaitLeaving(const Export& chosen) {
+  constexpr int64_t kPatienceNs = 1'000'000'000;
+  bool over = false;
+  Timer patience(loop_, [&] {
+    over = true;
+    gone_.WakeAll();
+  });
+  patience.Arm(loop_.clock().NowNs() + kPatienceNs);
+  auto leaving = [&](const auto& one) { return one->chosen() == &chosen && one->is_leaving(); };
+  while (!over && std::ranges::any_of(connections_, leaving)) gone_.Wait();
+}
+
 void Server::Remove(const std::shared_ptr<Export>& gone) {
   std::erase(exports_, gone);
   for (const auto& connection : connections_) {

@@ -43,6 +43,9 @@ class Server {
   std::shared_ptr<Export> Find(const std::string& name) const;
 
   size_t ClientsOf(const Export& chosen) const;
+  // Fiber: those of its clients that have gone away are waited for, as they may have left requests
+  // behind; for a second at most.
+  void AwaitLeaving(const Export& chosen);
   // Offers it no more and ends its connections. Fiber: waits until they are gone.
   void Remove(const std::shared_ptr<Export>& gone);
   // Clients must use TLS before anything else, with credentials of a server.

@@ -1,5 +1,6 @@
 #include "block/nbd/stream.h"
 
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -76,6 +77,11 @@ void Stream::Shutdown() {
   if (std::exchange(shut_, true)) return;
   if (tls_) tls_->Bye();
   shutdown(socket_.get(), SHUT_RDWR);
+}
+
+bool Stream::PeerIsGone() const {
+  pollfd peer = {socket_.get(), POLLRDHUP, 0};
+  return poll(&peer, 1, 0) == 1;
 }
 
 Result<> Stream::StartTls(std::shared_ptr<const TlsCredentials> credentials,

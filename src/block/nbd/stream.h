@@ -40,6 +40,8 @@ class Stream {
 
   // Both ways: who waits gets an error. Any time.
   void Shutdown();
+  // The peer sends nothing any more, though there may be something left to read.
+  bool PeerIsGone() const;
   // Who reads gets -ECANCELED where it would wait, until Join.
   void Interrupt();
   // To another loop, when nobody reads or writes: Leave here, Join on the other one's thread.

@@ -103,7 +103,10 @@ Result<> Exports::Remove(const std::string& id, Mode mode) {
   One one = *found;
   EventLoop& loop = *server_loop_;
   bool gone = CallOn(registry_.loop(), loop, [&] {
-    if (mode == Mode::kSafe && server_->ClientsOf(*one.shown) > 0) return false;
+    if (mode == Mode::kSafe) {
+      server_->AwaitLeaving(*one.shown);
+      if (server_->ClientsOf(*one.shown) > 0) return false;
+    }
     server_->Remove(one.shown);
     return true;
   });

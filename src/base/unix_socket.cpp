@@ -29,7 +29,7 @@ bool IsGone(pid_t pid) {
 Listener LookFor(const sockaddr_un& name) {
   UniqueFd probe(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (connect(probe.get(), reinterpret_cast<const sockaddr*>(&name), sizeof name) < 0)
-    return errno == ECONNREFUSED ? Listener::kNone : Listener::kAlive;
+    return errno == ECONNREFUSED || errno == ENOENT ? Listener::kNone : Listener::kAlive;
   ucred peer = {};
   socklen_t size = sizeof peer;
   const bool known =
@@ -37,9 +37,9 @@ Listener LookFor(const sockaddr_un& name) {
   return known && IsGone(peer.pid) ? Listener::kGone : Listener::kAlive;
 }
 
-bool IsSocket(const char* path) {
+bool IsOtherFile(const char* path) {
   struct stat st;
-  return lstat(path, &st) == 0 && S_ISSOCK(st.st_mode);
+  return lstat(path, &st) == 0 && !S_ISSOCK(st.st_mode);
 }
 
 }  // namespace
@@ -59,11 +59,14 @@ int BindUnix(int fd, const sockaddr_un& name) {
   Lingering lingering;
   while (true) {
     if (bind(fd, reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0) return 0;
-    if (errno != EADDRINUSE || !IsSocket(name.sun_path)) return errno;
+    if (errno != EADDRINUSE) return errno;
+    if (IsOtherFile(name.sun_path)) return EEXIST;
     Listener listener = LookFor(name);
-    if (listener == Listener::kAlive) return EADDRINUSE;
-    if (listener == Listener::kNone) unlink(name.sun_path);
-    if (!lingering.Wait()) return EADDRINUSE;
+    if (listener == Listener::kNone) {
+      if (unlink(name.sun_path) < 0 && errno != ENOENT) return errno;
+    } else if (listener == Listener::kAlive || !lingering.Wait()) {
+      return EADDRINUSE;
+    }
   }
 }
 

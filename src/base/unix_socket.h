@@ -13,7 +13,7 @@ namespace kvartz {
 Result<sockaddr_un> UnixName(const std::string& path);
 
 // Binds the socket `fd`, to listen on it. A socket that a process left there which is gone is
-// replaced. Answers 0 or errno; EADDRINUSE: somebody listens there, or it is no socket.
+// replaced. Answers 0 or errno; EADDRINUSE: somebody listens there; EEXIST: it is no socket.
 int BindUnix(int fd, const sockaddr_un& name);
 
 }  // namespace kvartz

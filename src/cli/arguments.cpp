@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "base/text.h"
 
 namespace kvartz::cli {
@@ -23,7 +25,7 @@ class Parser {
       if (word == "--") break;
       if (word.starts_with("--")) {
         TRY(TakeLong(std::string_view(word).substr(2)));
-      } else if (word.size() > 1 && word[0] == '-') {
+      } else if (word.size() > 1 && word[0] == '-' && !IsNumber(word)) {
         TRY(TakeLetters(word));
       } else {
         result_.operands.push_back(word);
@@ -35,6 +37,12 @@ class Parser {
   }
 
  private:
+  // "-1G": a digit is no option's letter.
+  bool IsNumber(const std::string& word) const {
+    auto is_letter = [&](const OptionSpec& spec) { return spec.letter == word[1]; };
+    return word[1] >= '0' && word[1] <= '9' && std::ranges::none_of(specs_, is_letter);
+  }
+
   Result<const OptionSpec*> FindLong(std::string_view name) {
     const OptionSpec* found = nullptr;
     std::vector<std::string_view> names;

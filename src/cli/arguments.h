@@ -44,8 +44,9 @@ enum class Operands : uint8_t {
 };
 
 // Letters may be joined ("-np"), values follow at once ("-fraw", "--output=json") or as the next
-// word; long names may be cut short; "--" ends the options. Errors: unknown (with the nearest),
-// ambiguous, a value that is missing or not wanted.
+// word; long names may be cut short; "--" ends the options; "-1G" is an operand where no option has
+// '1' for its letter. Errors: unknown (with the nearest), ambiguous, a value that is missing or not
+// wanted.
 Result<Arguments> ParseArguments(std::span<const OptionSpec> specs,
                                  std::span<const std::string> words,
                                  Operands operands = Operands::kAnywhere);

@@ -19,7 +19,11 @@ class WordsTest(ImageTest):
                 create -f qcow2 -b nope y.qcow2;create -f qcow2 -b a.qcow2 y.qcow2;convert -n -O raw a.qcow2 nope
                 convert -S x a b;convert -m 20 a b;info --output=xml a.qcow2;check nope;convert -c -O raw a.qcow2 o
                 resize a.qcow2 512k;convert -O raw --target-is-zero a.qcow2 o;snapshot -d nope a.qcow2
-                bitmap --remove a.qcow2 nope;measure -O vdi a.qcow2;compare -s a.qcow2 a.qcow2""".replace("\n", ";").split(";"):
+                bitmap --remove a.qcow2 nope;measure -O vdi a.qcow2;compare -s a.qcow2 a.qcow2;measure -O qcow2 a.qcow2
+                convert --salvage -C a.qcow2 o;convert --skip-broken-bitmaps -O qcow2 a.qcow2 o
+                convert -c -O qcow2 -o preallocation=full a.qcow2 o;convert -O qcow2 -B nope -F qcow2 a.qcow2 o
+                amend -o backing_file=a.qcow2 a.qcow2;amend -o data_file=x a.qcow2;amend -o data_file_raw=on a.qcow2
+                resize a.qcow2 -1G;resize --shrink a.qcow2 -1G;resize a.qcow2 -x""".replace("\n", ";").split(";"):
             with self.subTest(line=line.strip()):
                 self.same(*line.split())
 
@@ -130,7 +134,7 @@ class Qcow2Test(ImageTest):
         self.peers("bitmap", "--add", "top.qcow2", "bitmap0")
         for line in ("info top.qcow2", "info --output=json top.qcow2", "info --backing-chain top.qcow2",
                      "info --backing-chain --output=json top.qcow2", "check top.qcow2", "check --output=json top.qcow2",
-                     "map top.qcow2", "map --output=json top.qcow2", "snapshot -l top.qcow2", "measure -O qcow2 top.qcow2",
+                     "map top.qcow2", "map --output=json top.qcow2", "map -s 1M -l 5M top.qcow2", "snapshot -l top.qcow2", "measure -O qcow2 top.qcow2",
                      "measure -O qcow2 --output=json top.qcow2", "measure -O qcow2 --size 1G", "measure top.qcow2",
                      "measure -O qcow2 -o cluster_size=4k,preallocation=metadata --size 7G --output=json",
                      "create -f qcow2 new.qcow2 1G", "create -f qcow2 -b base.qcow2 -F qcow2 new2.qcow2",
@@ -228,16 +232,31 @@ class Qcow2Test(ImageTest):
         self.chain()
         self.assertEqual(self.ours("resize", "base.qcow2", "+4M").stdout, "Image resized.\n")
         self.assertEqual(self.info("base.qcow2")["virtual-size"], 24 * MIB)
+        self.same("resize", "base.qcow2", "-4M")  # not without --shrink
+        self.ours("resize", "base.qcow2", "--shrink", "-4M")
+        self.assertEqual(self.info("base.qcow2")["virtual-size"], 20 * MIB)
         self.ours("resize", "--shrink", "base.qcow2", "6M")
         self.peers("check", "base.qcow2")
         self.ours("bitmap", "--add", "base.qcow2", "one")
         self.ours("bitmap", "--disable", "--clear", "base.qcow2", "one")
         self.assertEqual(self.info("base.qcow2")["format-specific"]["data"]["bitmaps"][0]["flags"], [])
+        self.ours("bitmap", "--add", "mid.qcow2", "two")
+        self.ours("bitmap", "--merge=two", "--source-file=mid.qcow2", "--source-format=qcow2", "base.qcow2", "one")
         self.ours("bitmap", "--remove", "base.qcow2", "one")
         self.peers("check", "base.qcow2")
+        self.same("measure", "-O", "qcow2", "base.qcow2")
         self.ours("amend", "-o", "compat=0.10", "base.qcow2")
         self.assertEqual(self.info("base.qcow2")["format-specific"]["data"]["compat"], "0.10")
         self.peers("check", "base.qcow2")
+
+    def test_data_files_are_renamed(self):
+        self.ours("create", "-q", "-f", "qcow2", "-o", "data_file=a.data,data_file_raw=on", "a.qcow2", "1M")
+        os.rename(self.path("a.data"), self.path("b.data"))
+        where = "driver=qcow2,file.filename=a.qcow2,data-file.filename=b.data"
+        self.ours("amend", "--image-opts", "-o", "data_file=b.data,data_file_raw=off", where)
+        data = self.info("a.qcow2")["format-specific"]["data"]
+        self.assertEqual((data["data-file"], data["data-file-raw"]), ("b.data", False))
+        self.peers("check", "a.qcow2")
 
     def test_check_repairs(self):
         self.peers("create", "-q", "-f", "qcow2", "a.qcow2", "8M")

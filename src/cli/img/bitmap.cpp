@@ -25,8 +25,8 @@ Result<BitmapStore*> StoreOf(const NodePtr& node) {
 Result<> Merge(Session& session, const Arguments& arguments, BitmapStore& store,
                const std::string& name, const std::string& from) {
   BitmapStore* source = &store;
-  if (auto file = arguments.Find("b")) {
-    NodePtr node = TRY(session.Open({.name = *file, .format = arguments.Get("F")},
+  if (auto file = arguments.Find("source-file")) {
+    NodePtr node = TRY(session.Open({.name = *file, .format = arguments.Get("source-format")},
                                     {.read_only = true, .no_backing = true}));
     source = TRY(StoreOf(node));
   }
@@ -75,8 +75,8 @@ Result<int> RunBitmap(Session& session, const Arguments& arguments) {
   if (arguments.operands.size() != 2) return Misuse("Expecting filename and bitmap name");
   if (arguments.Has("granularity") && !arguments.Has("add"))
     return Fail(ErrorCode::kInvalid, "granularity only supported with --add");
-  if (arguments.Has("F") && !arguments.Has("b")) return Fail(ErrorCode::kInvalid, "-F requires -b");
-  if (arguments.Has("b") && !arguments.Has("merge"))
+  if (arguments.Has("source-format") && !arguments.Has("source-file")) return Fail(ErrorCode::kInvalid, "-F requires -b");
+  if (arguments.Has("source-file") && !arguments.Has("merge"))
     return Fail(ErrorCode::kInvalid, "Merge bitmap source file only supported with --merge");
   ImageName image = {arguments.operands[0], arguments.Get("format"), arguments.Has("image-opts")};
   NodePtr node = TRY(session.Open(image, {.no_backing = true}));
@@ -100,8 +100,8 @@ constexpr OptionSpec kBitmapOptions[] = {
     {0, "enable", {}, "it records writes"},
     {0, "disable", {}, "it doesn't"},
     {0, "merge", "SOURCE", "add what bitmap SOURCE has"},
-    {'b', {}, "SOURCE_FILE", "SOURCE is in this image"},
-    {'F', {}, "SOURCE_FMT", "format of SOURCE_FILE"},
+    {'b', "source-file", "SOURCE_FILE", "SOURCE is in this image"},
+    {'F', "source-format", "SOURCE_FMT", "format of SOURCE_FILE"},
     {'g', "granularity", "BYTES", "of --add: bytes that a bit stands for (default 64k)"},
     kObject,
     kImageOpts,

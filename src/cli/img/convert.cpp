@@ -82,6 +82,8 @@ class Conversion {
       return Fail(ErrorCode::kInvalid, "Cannot enable copy offloading when -c is used");
     if (copy_.host_copy && arguments_.Has("S"))
       return Fail(ErrorCode::kInvalid, "Cannot enable copy offloading when -S is used");
+    if (copy_.host_copy && copy_.salvage)
+      return Fail(ErrorCode::kInvalid, "Cannot use copy offloading in salvaging mode");
     if (arguments_.Has("target-image-opts") && !arguments_.Has("n"))
       return Fail(ErrorCode::kInvalid, "--target-image-opts requires use of -n flag");
     if (arguments_.Has("target-is-zero") && !arguments_.Has("n"))
@@ -107,6 +109,13 @@ class Conversion {
       if (!create_.options.Has("backing_fmt"))
         return Fail(ErrorCode::kInvalid, "Backing file specified without backing format; say -F");
     }
+    if (create_.options.Has("preallocation"))
+      preallocated_ = create_.options.all().at("preallocation").text != "off";
+    if (copy_.compressed && preallocated_ && !arguments_.Has("n"))
+      return Fail(ErrorCode::kInvalid,
+                  "Compression and preallocation not supported at the same time");
+    if (arguments_.Has("skip-broken-bitmaps") && !arguments_.Has("bitmaps"))
+      return Fail(ErrorCode::kInvalid, "Use of --skip-broken-bitmaps requires --bitmaps");
     if (arguments_.Has("bitmaps") && arguments_.operands.size() > 2)
       return Fail(ErrorCode::kInvalid, "Copying bitmaps only possible with single source");
     return {};
@@ -157,7 +166,8 @@ class Conversion {
                     fmt::format("'{}' is both source and target", target_name_));
     }
     if (!create_.options.Has("size")) create_.options.Set("size", std::to_string(total_));
-    if (create_.options.Has("preallocation")) preallocated_ = true;
+    if (create_.options.Has("backing_file"))
+      TRY(CheckBacking(session_, target_name_, create_.options));
     Result<> created = block::CreateImage(session_.env(), format_, target_name_, create_.options);
     if (!created)
       return Fail(std::move(created).error().In(

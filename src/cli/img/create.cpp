@@ -82,29 +82,6 @@ std::string Announcement(const Driver& driver, const std::string& filename,
   return fmt::format("Formatting '{}', fmt={}{}{}{}", filename, driver.name, before, size, after);
 }
 
-// Opens the backing file, unless -u: it must be there and gives the size that isn't said.
-Result<> CheckBacking(Session& session, const std::string& filename, Options& options,
-                      bool unsafe) {
-  const std::string backing = options.all().at("backing_file").text;
-  std::string format;
-  if (options.Has("backing_fmt")) format = options.all().at("backing_fmt").text;
-  if (!format.empty()) TRY(block::RequireDriver(format, backing));
-  if (unsafe) {
-    if (!format.empty()) return {};
-    return Fail(ErrorCode::kInvalid, "Backing file specified without backing format");
-  }
-  std::string path = block::ResolveRelative(filename, backing);
-  Result<block::NodePtr> node = session.Open({.name = path, .format = format}, {.read_only = true});
-  if (!node) return Fail(std::move(node).error().In("Could not open backing image"));
-  if (format.empty()) {
-    return Fail(
-        ErrorCode::kInvalid,
-        fmt::format("Backing file specified without backing format; say -F {}", (*node)->driver()));
-  }
-  if (!options.Has("size")) options.Set("size", std::to_string((*node)->size_bytes()));
-  return session.Close(*node);
-}
-
 Result<> Create(Session& session, const Driver& driver, const std::string& filename,
                 const Arguments& arguments, Options options) {
   if (std::optional<std::string> backing = arguments.Find("b"))
@@ -124,7 +101,11 @@ Result<> Create(Session& session, const Driver& driver, const std::string& filen
     if (options.all().at("backing_file").text == filename)
       return Fail(ErrorCode::kInvalid,
                   "Trying to create an image with the same filename as the backing file");
-    TRY(CheckBacking(session, filename, options, arguments.Has("u")));
+    if (!arguments.Has("u")) {
+      TRY(CheckBacking(session, filename, options));
+    } else if (!options.Has("backing_fmt")) {
+      return Fail(ErrorCode::kInvalid, "Backing file specified without backing format");
+    }
   }
   if (!options.Has("size"))
     return Fail(ErrorCode::kInvalid, "Image creation needs a size parameter");
@@ -164,6 +145,22 @@ constexpr OptionSpec kOptions[] = {
 };
 
 }  // namespace
+
+Result<> CheckBacking(Session& session, const std::string& filename, Options& options) {
+  const std::string backing = options.all().at("backing_file").text;
+  std::string format;
+  if (options.Has("backing_fmt")) format = options.all().at("backing_fmt").text;
+  std::string path = block::ResolveRelative(filename, backing);
+  Result<block::NodePtr> node = session.Open({.name = path, .format = format}, {.read_only = true});
+  if (!node) return Fail(std::move(node).error().In("Could not open backing image"));
+  if (format.empty()) {
+    return Fail(
+        ErrorCode::kInvalid,
+        fmt::format("Backing file specified without backing format; say -F {}", (*node)->driver()));
+  }
+  if (!options.Has("size")) options.Set("size", std::to_string((*node)->size_bytes()));
+  return session.Close(*node);
+}
 
 const Verb kCreate = {"create", "FILENAME [SIZE]", "makes an image", kOptions, Run};
 

@@ -28,17 +28,17 @@ Result<Operands> TakeOperands(const Arguments& arguments) {
     } else if (key == "of") {
       result.output = value;
     } else if (key == "bs") {
-      result.block = TRY(TakeSize(value, "number: 'bs'"));
+      result.block = TRY(TakeSize(value, "bs"));
     } else if (key == "count") {
-      result.count = TRY(TakeSize(value, "number: 'count'"));
+      result.count = TRY(TakeSize(value, "count"));
     } else if (key == "skip") {
-      result.skip = TRY(TakeSize(value, "number: 'skip'"));
+      result.skip = TRY(TakeSize(value, "skip"));
     } else {
       return Misuse(fmt::format("unrecognized operand {}", word));
     }
   }
   if (result.block == 0 || result.block > INT32_MAX)
-    return Fail(ErrorCode::kInvalid, fmt::format("Invalid number: 'bs={}'", result.block));
+    return Fail(ErrorCode::kInvalid, "Invalid bs specified. Must be between 1 and 2147483647.");
   if (result.input.empty() || result.output.empty())
     return Fail(ErrorCode::kInvalid, "Must specify both input and output files");
   return result;

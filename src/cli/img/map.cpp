@@ -129,8 +129,8 @@ constexpr OptionSpec kOptions[] = {
     kObject,
     kImageOpts,
     kFormat,
-    {0, "start-offset", "OFFSET", "where to begin"},
-    {0, "max-length", "LENGTH", "how far to go"},
+    {'s', "start-offset", "OFFSET", "where to begin"},
+    {'l', "max-length", "LENGTH", "how far to go"},
     kOutput,
     kForceShare,
 };

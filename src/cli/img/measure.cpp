@@ -41,7 +41,7 @@ Result<int> Run(Session& session, const Arguments& arguments) {
   block::MeasureResult result = TRY(driver->measure(given.options, source.get()));
   if (output == Output::kHuman) {
     Print("required size: {}\nfully allocated size: {}\n", result.required, result.fully_allocated);
-    if (result.has_bitmaps && result.bitmaps) Print("bitmaps size: {}\n", result.bitmaps);
+    if (result.has_bitmaps) Print("bitmaps size: {}\n", result.bitmaps);
     return 0;
   }
   block::InfoValue::Object object = {Field("required", result.required),

@@ -22,7 +22,6 @@ Result<uint64_t> NewSize(uint64_t old_size, std::string text) {
 }
 
 Result<int> Run(Session& session, const Arguments& arguments) {
-  // The size may begin with a dash, which isn't an option then.
   if (arguments.operands.size() != 2) return Misuse("Expecting image file name and size");
   ImageName image = {arguments.operands[0], arguments.Get("format"), arguments.Has("image-opts")};
   block::ResizeOptions resize;

@@ -182,7 +182,7 @@ void PrintCreateHelp(const block::Driver& driver, HelpOf of) {
   if (of == HelpOf::kCreateFile)
     rows.insert(rows.end(), block::FileCreateOptions().begin(), block::FileCreateOptions().end());
   if (of != HelpOf::kAmend || driver.has_backing) add("size", Type::kSize, "Virtual disk size");
-  if (driver.has_backing) {
+  if (driver.has_backing && of != HelpOf::kAmend) {
     add("backing_file", Type::kString, "File name of a base image");
     add("backing_fmt", Type::kString, "Image format of the base image");
   }

@@ -1,11 +1,13 @@
 // QMP: what a client sends, to a real machine that stands still.
-#include <sys/stat.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstdint>
 #include <cstdlib>
+#include <filesystem>
 #include <memory>
 #include <string>
+#include <system_error>
 
 #include "vmm/vm.h"
 
@@ -13,35 +15,39 @@ namespace {
 
 using namespace kvartz;
 
-// An image that is nothing but HLT.
-std::string Firmware() {
-  char path[] = "/tmp/kvartz-qmp-fuzz-bios-XXXXXX";
-  int fd = mkstemp(path);
-  std::string image(65536, '\xf4');
-  if (fd < 0 || write(fd, image.data(), image.size()) != static_cast<ssize_t>(image.size()))
+// A file without a name: what opens it by its path leaves nothing behind.
+std::string MemoryFile(const std::string& content) {
+  int fd = memfd_create("file", MFD_CLOEXEC);
+  if (fd < 0 || write(fd, content.data(), content.size()) != static_cast<ssize_t>(content.size()))
     abort();
-  close(fd);
-  return path;
+  return "/proc/self/fd/" + std::to_string(fd);
 }
 
-// An empty disk.
-std::string Image() {
-  char path[] = "/tmp/kvartz-qmp-fuzz-disk-XXXXXX";
-  int fd = mkstemp(path);
-  if (fd < 0 || ftruncate(fd, 1 << 20) != 0) abort();
-  close(fd);
-  return path;
-}
+// An empty directory, which goes away at the end with what was put there.
+class WorkingDirectory {
+ public:
+  WorkingDirectory() {
+    if (!mkdtemp(path_) || chdir(path_) != 0) abort();
+  }
+  ~WorkingDirectory() {
+    std::error_code error;
+    std::filesystem::remove_all(path_, error);
+  }
+  WorkingDirectory(const WorkingDirectory&) = delete;
+
+ private:
+  char path_[32] = "/tmp/kvartz-qmp-fuzz-XXXXXX";
+};
 
 std::unique_ptr<vmm::Vm> MakeVm() {
   vmm::VmConfig config;
   config.accels = {"kvartz"};
   config.machine.type = "pc";
   config.machine.ram_bytes = 4 << 20;
-  static const std::string firmware = Firmware();
+  static const std::string firmware = MemoryFile(std::string(65536, '\xf4'));  // nothing but HLT
   config.machine.boot.firmware = firmware;
   config.start_paused = true;
-  static const std::string image = Image();
+  static const std::string image = MemoryFile(std::string(1 << 20, '\0'));  // an empty disk
   block::Options disk;
   disk.Set("driver", "raw");
   disk.Set("node-name", "d");
@@ -68,12 +74,7 @@ std::unique_ptr<vmm::Vm> MakeVm() {
 extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  // Commands that name files find an empty directory.
-  static const bool elsewhere = [] {
-    char directory[] = "/tmp/kvartz-qmp-fuzz-XXXXXX";
-    return mkdtemp(directory) && chdir(directory) == 0;
-  }();
-  if (!elsewhere) abort();
+  static const WorkingDirectory directory;  // where commands that name files find none
   // Not destroyed at the end: the fibers that it closes its disk in are gone by then.
   static auto& vm = *new std::unique_ptr<vmm::Vm>(MakeVm());
   host::Chardev& chardev = *vm->chardevs()[0];

@@ -82,23 +82,27 @@ int Qcow2Node::ExpandZeroClusters(uint64_t offset, uint64_t length) {
   return 0;
 }
 
+Result<> Editor::ChangeHeader(const std::function<void(Header&)>& change) {
+  Metadata& meta = node_.metadata();
+  Header old = meta.header;
+  change(meta.header);
+  Result<std::vector<uint8_t>> fits = SerializeHeader(meta.header);
+  int rc = fits ? meta.WriteHeader() : 0;
+  if (!fits || rc != 0) meta.header = std::move(old);
+  if (!fits) return Fail(std::move(fits).error());
+  return Written(node_, rc);
+}
+
 Result<> Editor::RecordBacking(const std::string& filename, const std::string& format) {
   TRY(CheckWritable(node_));
-  Metadata& meta = node_.metadata();
   if (filename.size() > kMaxBackingName)
     return Fail(ErrorCode::kInvalid, "the backing file's name is longer than 1023 bytes");
-  if (!filename.empty() && (meta.header.autoclear & kRawExternal))
+  if (!filename.empty() && (node_.metadata().header.autoclear & kRawExternal))
     return Fail(ErrorCode::kInvalid, "backing_file and data_file_raw can't be used together");
-  Header old = meta.header;
-  meta.header.backing_file = filename;
-  meta.header.backing_format = filename.empty() ? "" : format;
-  if (Result<std::vector<uint8_t>> fits = SerializeHeader(meta.header); !fits) {
-    meta.header = old;
-    return Fail(std::move(fits).error());
-  }
-  int rc = meta.WriteHeader();
-  if (rc != 0) meta.header = old;
-  return Written(node_, rc);
+  return ChangeHeader([&](Header& header) {
+    header.backing_file = filename;
+    header.backing_format = filename.empty() ? "" : format;
+  });
 }
 
 Result<> Editor::MakeEmpty() {
@@ -128,7 +132,7 @@ Result<> Editor::Amend(Options& options, const ProgressFn& progress) {
   Metadata& meta = node_.metadata();
   Header& header = meta.header;
   for (const char* fixed : {"cluster_size", "extended_l2", "preallocation", "compression_type",
-                            "data_file", "data_file_raw", "encrypt.format", "encrypt.key-secret"}) {
+                            "encrypt.format", "encrypt.key-secret"}) {
     if (options.Has(fixed)) {
       return Fail(ErrorCode::kUnsupported,
                   fmt::format("{} can't be changed: convert to a new image", fixed));
@@ -157,11 +161,19 @@ Result<> Editor::Amend(Options& options, const ProgressFn& progress) {
   }
   if (version == 2 && (lazy || bits != 16))
     return Fail(ErrorCode::kInvalid, "lazy_refcounts and refcount_bits need compat=1.1");
-  std::optional<std::string> backing = options.Take("backing_file");
-  std::optional<std::string> format = options.Take("backing_fmt");
+  if (options.Take("backing_file", header.backing_file) != header.backing_file ||
+      options.Take("backing_fmt", header.backing_format) != header.backing_format)
+    return Fail(ErrorCode::kUnsupported, "amend can't change the backing file: use rebase");
+  std::string data_file = options.Take("data_file", header.data_file);
+  if (data_file != header.data_file && (!header.has_data_file() || data_file.empty()))
+    return Fail(ErrorCode::kUnsupported, "an image has an external data file from its start, or not");
+  bool was_raw = (header.autoclear & kRawExternal) != 0;
+  bool raw = TRY(options.TakeBool("data_file_raw", was_raw));
+  if (raw && !was_raw)
+    return Fail(ErrorCode::kUnsupported, "data_file_raw can't be set for an image that is there");
   uint64_t size = TRY(options.TakeSize("size", node_.size_bytes()));
-  TRY(options.RefuseRest("amend of qcow2", {"compat", "lazy_refcounts", "refcount_bits",
-                                            "backing_file", "backing_fmt", "size"}));
+  TRY(options.RefuseRest("amend of qcow2", {"compat", "data_file", "data_file_raw",
+                                            "lazy_refcounts", "refcount_bits", "size"}));
   if (version == 3 && header.version == 2) {
     TRY(Written(node_, meta.CommitAll(false)));
     header.version = 3;
@@ -177,9 +189,12 @@ Result<> Editor::Amend(Options& options, const ProgressFn& progress) {
     header.compatible ^= kLazyRefcounts;
     TRY(Written(node_, meta.WriteHeader()));
   }
-  if (backing || format)
-    TRY(RecordBacking(backing.value_or(header.backing_file),
-                      format.value_or(header.backing_format)));
+  if (data_file != header.data_file || raw != was_raw) {
+    TRY(ChangeHeader([&](Header& changed) {
+      changed.data_file = data_file;
+      if (!raw) changed.autoclear &= ~kRawExternal;
+    }));
+  }
   if (size != node_.size_bytes()) TRY(node_.Resize({.size = (size + 511) / 512 * 512}));
   if (version == 2 && header.version == 3) TRY(Downgrade(node_, progress));
   if (progress) progress(1, 1);

@@ -14,7 +14,7 @@ constexpr OptionRow kCreateOptions[] = {
     {"cluster_size", Type::kSize, "qcow2 cluster size", "65536"},
     {"compat", Type::kString, "Compatibility level (v2 [0.10] or v3 [1.1])", "1.1", true},
     {"compression_type", Type::kString, "Compression method used for image cluster compression",
-     "zlib", true},
+     "zlib"},
     {"data_file", Type::kString, "File name of an external data file", {}, true},
     {"data_file_raw",
      Type::kBool,

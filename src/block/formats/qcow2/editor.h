@@ -1,6 +1,9 @@
 // Check, repair, amend.
 #pragma once
 
+#include <functional>
+
+#include "block/formats/qcow2/layout.h"
 #include "block/image_info.h"
 
 namespace kvartz::block::qcow2 {
@@ -19,6 +22,8 @@ class Editor final : public ImageEditor {
  private:
   // Counts all references anew, in refcounts of 1 << `order` bits.
   Result<> ChangeRefcountOrder(uint32_t order);
+  // Writes what `change` makes of the header, or leaves it as it was.
+  Result<> ChangeHeader(const std::function<void(Header&)>& change);
   Qcow2Node& node_;
 };
 

@@ -75,7 +75,8 @@ Result<int> RunBitmap(Session& session, const Arguments& arguments) {
   if (arguments.operands.size() != 2) return Misuse("Expecting filename and bitmap name");
   if (arguments.Has("granularity") && !arguments.Has("add"))
     return Fail(ErrorCode::kInvalid, "granularity only supported with --add");
-  if (arguments.Has("source-format") && !arguments.Has("source-file")) return Fail(ErrorCode::kInvalid, "-F requires -b");
+  if (arguments.Has("source-format") && !arguments.Has("source-file"))
+    return Fail(ErrorCode::kInvalid, "-F requires -b");
   if (arguments.Has("source-file") && !arguments.Has("merge"))
     return Fail(ErrorCode::kInvalid, "Merge bitmap source file only supported with --merge");
   ImageName image = {arguments.operands[0], arguments.Get("format"), arguments.Has("image-opts")};

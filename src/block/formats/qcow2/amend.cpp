@@ -166,7 +166,8 @@ Result<> Editor::Amend(Options& options, const ProgressFn& progress) {
     return Fail(ErrorCode::kUnsupported, "amend can't change the backing file: use rebase");
   std::string data_file = options.Take("data_file", header.data_file);
   if (data_file != header.data_file && (!header.has_data_file() || data_file.empty()))
-    return Fail(ErrorCode::kUnsupported, "an image has an external data file from its start, or not");
+    return Fail(ErrorCode::kUnsupported,
+                "an image has an external data file from its start, or not");
   bool was_raw = (header.autoclear & kRawExternal) != 0;
   bool raw = TRY(options.TakeBool("data_file_raw", was_raw));
   if (raw && !was_raw)

@@ -143,8 +143,11 @@ class Node : public std::enable_shared_from_this<Node> {
   virtual void LetGrow() {}
 
   // Where it stands in the graph. Null where there is none.
-  virtual Node* file() const { return nullptr; }       // what its bytes and metadata are in
-  virtual Node* backing() const { return nullptr; }    // what it shows where it has nothing itself
+  virtual Node* file() const { return nullptr; }     // what its bytes and metadata are in
+  virtual Node* backing() const { return nullptr; }  // what it shows where it has nothing itself
+  // The image says that it stands on another, whether or not that was opened: what it hasn't itself
+  // may show something else another time.
+  virtual bool names_backing() const { return false; }
   virtual Node* data_file() const { return nullptr; }  // where its guest's data are, if not in file
   virtual bool is_filter() const { return false; }     // shows file()'s contents as they are
   // Replaces backing() in memory alone; null: none any more.

@@ -177,6 +177,20 @@ class LiveRig : public JobObserver {
     while (guest.done() < turns) loop->RunOnce(-1);
     guest.Stop(*loop);
   }
+  // By the disk, while no guest runs.
+  void ZeroOut(uint64_t offset, uint64_t length) {
+    DiskRequest request;
+    request.kind = Request::Kind::kWriteZeroes;
+    request.offset = offset;
+    request.length = length;
+    int result = 1;
+    request.owner = &result;
+    request.done = [](DiskRequest* done, int rc) { *static_cast<int*>(done->owner) = rc; };
+    disk.Start(&request);
+    while (result > 0) loop->RunOnce(-1);
+    EXPECT_EQ(result, 0);
+    model.replace(offset, length, std::string(length, '\0'));
+  }
   void Turn(uint64_t operations, Guest& guest) {
     uint64_t until = guest.done() + operations;
     while (guest.done() < until && !testing::Test::HasFailure()) loop->RunOnce(-1);

@@ -173,6 +173,31 @@ class Qcow2Test(ImageTest):
         self.ours("convert", "-n", "-O", "raw", "top.qcow2", "dirty.raw")
         self.identical("top.qcow2", "dirty.raw")
 
+    def test_convert_onto_a_backing_file(self):
+        """What is zeros above it mustn't show it."""
+        self.peers("create", "-q", "-f", "qcow2", "base.qcow2", "5M")
+        self.peer_io("base.qcow2", "write -P 7 0 5M")
+        self.peers("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2", "7M")
+        self.peer_io("top.qcow2", "write -z 0 64k", "write -P 0 128k 64k", "write -P 9 256k 64k", "write -P 9 3M 4k", "write -z 3500k 7k",
+                     "write -P 5 6M 1k")
+        for options in ((), ("-o", "cluster_size=2M"), ("-o", "compat=0.10"), ("-o", "extended_l2=on"), ("-o", "cluster_size=512"),
+                        ("-S", "0"), ("-W",), ("-c",)):
+            with self.subTest(options=options):
+                self.ours("convert", "-O", "qcow2", *options, "-B", "base.qcow2", "-F", "qcow2", "top.qcow2", "copy.qcow2")
+                self.peers("check", "copy.qcow2")
+                self.identical("top.qcow2", "copy.qcow2")
+
+    def test_rebase_of_what_stood_alone(self):
+        self.peers("create", "-q", "-f", "qcow2", "base.qcow2", "5M")
+        self.peer_io("base.qcow2", "write -P 7 0 5M")
+        for compat in ("1.1", "0.10"):
+            self.ours("create", "-q", "-f", "qcow2", "-o", f"compat={compat}", "a.qcow2", "7M")
+            self.run_tool(self.path(".bin", "qemu-io"), "-c", "write -P 9 256k 64k", "-c", "discard 256k 64k", "-c", "write -z 1M 1M", "a.qcow2")
+            self.peers("convert", "-O", "raw", "a.qcow2", "a.raw")
+            self.ours("rebase", "-b", "base.qcow2", "-F", "qcow2", "a.qcow2")
+            self.identical("a.qcow2", "a.raw", "-F", "raw")
+            self.peers("check", "a.qcow2")
+
     def test_copying_by_the_host(self):
         raw = self.write_raw("a.raw", 24 * MIB, seed=31, pieces=40)
         self.peers("convert", "-f", "raw", "-O", "qcow2", raw, "a.qcow2")

@@ -2,6 +2,9 @@
 // before they are done.
 #pragma once
 
+#include <functional>
+#include <utility>
+
 #include "block/dirty_bitmap.h"
 #include "block/filters/filter_node.h"
 #include "block/range_locks.h"
@@ -17,8 +20,12 @@ class MirrorTopNode final : public FilterNode {
     Node* target = nullptr;
     RangeLocks* locks = nullptr;
     DirtyBitmap* todo = nullptr;
+    // The target is written in such pieces; by `copy` (fiber; 0 or -errno) what a write covers only
+    // a part of.
+    uint64_t unit = 1;
+    std::function<int(uint64_t offset, uint64_t length)> copy = {};
   };
-  void Arm(const Blocking& blocking) { blocking_ = blocking; }
+  void Arm(Blocking blocking) { blocking_ = std::move(blocking); }
   void Disarm() { blocking_ = {}; }
 
  private:

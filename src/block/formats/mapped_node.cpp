@@ -169,7 +169,9 @@ int MappedNode::WritePiece(Place place, uint64_t offset, uint64_t length, IovCur
 }
 
 int MappedNode::ZeroPiece(const Request& request, Place place, uint64_t offset, uint64_t length) {
-  const bool shows_backing = ShowsBacking(place, offset);
+  // What it would show if all that it stands on were open.
+  const bool shows_backing = ShowsBacking(place, offset) ||
+                             (place.kind == Place::Kind::kNowhere && !backing_ && names_backing());
   if (place.kind == Place::Kind::kNowhere && !shows_backing) return 0;
   if (place.kind == Place::Kind::kZero) return 0;
   bool whole =

@@ -32,7 +32,9 @@ BackupJob::BackupJob(Registry& registry, const BackupSettings& settings,
       settings_(settings),
       bitmap_(std::move(bitmap)) {
   todo_ = std::make_shared<DirtyBitmap>("", settings_.source->size_bytes(), unit);
-  copier_ = {.source = settings_.source.get(), .target = settings_.target.get()};
+  copier_ = {.source = settings_.source.get(),
+             .target = settings_.target.get(),
+             .partial = settings_.sync != Sync::kFull};
   if (settings_.compress) copier_.compressed_unit = unit;
 }
 

@@ -23,19 +23,24 @@ constexpr unsigned kMostPasses = 10;
 
 }  // namespace
 
-MirrorJob::MirrorJob(Registry& registry, const MirrorSettings& settings, const char* type)
+MirrorJob::MirrorJob(Registry& registry, const MirrorSettings& settings, const char* type,
+                     uint32_t whole_bytes)
     : CopyJob(registry, settings.source->loop(), settings, Clear::kBefore,
               {settings.on_source_error, settings.on_target_error}),
       type_(type),
       settings_(settings),
+      whole_bytes_(whole_bytes),
       background_(settings.copy_mode == MirrorSettings::CopyMode::kBackground) {
   uint32_t granularity = settings_.granularity ? settings_.granularity : kDefaultGranularity;
-  todo_ = std::make_shared<DirtyBitmap>("", settings_.source->size_bytes(), granularity);
+  todo_ = std::make_shared<DirtyBitmap>("", settings_.source->size_bytes(),
+                                        std::max(granularity, whole_bytes_));
   if (settings_.buffer_bytes != 0)
     parallel_ = static_cast<unsigned>(
         std::clamp<uint64_t>(settings_.buffer_bytes / kPieceBytes, 1, parallel_));
-  copier_ = {
-      .source = settings_.source.get(), .target = settings_.target.get(), .unmap = settings_.unmap};
+  copier_ = {.source = settings_.source.get(),
+             .target = settings_.target.get(),
+             .unmap = settings_.unmap,
+             .partial = whole_bytes_ != 0};
 }
 
 Result<> MirrorJob::Prepare() {
@@ -47,7 +52,14 @@ Result<> MirrorJob::Prepare() {
     if (background_) {
       settings_.source->Attach(todo_);
     } else {
-      filter_->Arm({settings_.target.get(), &locks_, todo_.get()});
+      filter_->Arm({.target = settings_.target.get(),
+                    .locks = &locks_,
+                    .todo = todo_.get(),
+                    .unit = std::max<uint64_t>(whole_bytes_, 1),
+                    .copy = [this](uint64_t offset, uint64_t length) {
+                      bool reading = false;
+                      return CopyRange(offset, length, &reading);
+                    }});
     }
   });
   return {};
@@ -166,6 +178,13 @@ Result<> CheckTarget(Registry& registry, const NodePtr& source, const NodePtr& t
                           target->size_bytes(), source->node_name(), source->size_bytes()));
 }
 
+// Of a target that gets a part and isn't yet on what shows the rest: bytes of a cluster. Else 0.
+Result<uint32_t> WholeBytes(const NodePtr& target, Sync sync) {
+  const Driver* driver = FindDriver(SkipFilters(target.get())->driver());
+  if (sync == Sync::kFull || BackingOf(target.get()) || !driver || !driver->has_backing) return 0;
+  return static_cast<uint32_t>(TRY(target->Info()).cluster_size);
+}
+
 }  // namespace
 
 Result<> StartMirror(const LiveJobs& live, MirrorSettings settings) {
@@ -182,7 +201,9 @@ Result<> StartMirror(const LiveJobs& live, MirrorSettings settings) {
   Registry::Quiesced quiet(registry, settings.source.get());
   TRY(registry.CheckFree(*settings.source));
   TRY(CheckTarget(registry, settings.source, settings.target));
-  auto job = std::make_shared<MirrorJob>(registry, settings, "mirror");
+  uint32_t whole_bytes = TRY(
+      registry.On(*settings.target, [&] { return WholeBytes(settings.target, settings.sync); }));
+  auto job = std::make_shared<MirrorJob>(registry, settings, "mirror", whole_bytes);
   TRY(job->Prepare());
   return live.jobs.Start(job, settings.job);
 }
@@ -210,7 +231,7 @@ Result<> StartActiveCommit(const LiveJobs& live, const CommitSettings& settings)
     return {};
   });
   if (ready) {
-    auto job = std::make_shared<MirrorJob>(registry, mirror, "commit");
+    auto job = std::make_shared<MirrorJob>(registry, mirror, "commit", 0);
     job->CommitInto(was_read_only);
     ready = job->Prepare();
     if (ready) return live.jobs.Start(job, settings.job);

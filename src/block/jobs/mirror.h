@@ -13,7 +13,10 @@ namespace kvartz::block {
 
 class MirrorJob final : public CopyJob {
  public:
-  MirrorJob(Registry& registry, const MirrorSettings& settings, const char* type);
+  // `whole_bytes`: not 0, the target is to be put on another image and has what is copied in such
+  // pieces, whole; for the rest of one would be zeros, not what it will stand on.
+  MirrorJob(Registry& registry, const MirrorSettings& settings, const char* type,
+            uint32_t whole_bytes);
   const char* type() const override { return type_; }
   // Fiber, main loop, source quiesced: inserts the filter. On error nothing has changed.
   Result<> Prepare();
@@ -37,6 +40,7 @@ class MirrorJob final : public CopyJob {
 
   const char* const type_;
   MirrorSettings settings_;
+  const uint32_t whole_bytes_;
   RangeCopier copier_;
   std::shared_ptr<MirrorTopNode> filter_;
   bool commits_ = false, base_was_read_only_ = false;

@@ -70,14 +70,15 @@ int RangeCopier::CopyData(uint64_t offset, uint64_t length, bool* reading) const
   return Await(*target, request);
 }
 
-// What reads as zeros there already stays as it is; what does so by a layer below may not for long.
+// What reads as zeros there already stays as it is; what does so by a layer below, or because none
+// is open, may not for long.
 int RangeCopier::CopyZeros(uint64_t offset, uint64_t length) const {
+  const bool alone = !partial && !BackingOf(target) && !SkipFilters(target)->names_backing();
   while (length > 0) {
     Result<ChainExtent> found = StatusAbove(*target, nullptr, offset, length);
     if (!found || found->extent.length == 0) return -EIO;
     uint64_t like = std::min(found->extent.length, length);
-    bool is_zero =
-        found->extent.allocated ? found->extent.zero && found->depth == 0 : !BackingOf(target);
+    bool is_zero = found->extent.allocated ? found->extent.zero && found->depth == 0 : alone;
     if (!is_zero) {
       int rc = WriteZeroesAt(*target, offset, like, unmap);
       if (rc == -ENOTSUP) {

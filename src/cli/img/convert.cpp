@@ -186,7 +186,6 @@ class Conversion {
     // What is unfinished is worth nothing, so there is nothing to flush before the end.
     bool skip_create = arguments_.Has("n");
     TRY(ApplyCache(arguments_.Get("t", skip_create ? "writeback" : "unsafe"), options));
-    options.no_backing = create_.options.Has("backing_file") && !skip_create;
     copy_.target = TRY(session_.Open(image, options));
     return {};
   }

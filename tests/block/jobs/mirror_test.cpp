@@ -87,7 +87,11 @@ TEST(MirrorJobTest, SoftCancelLeavesAConsistentTarget) {
   rig.VerifyNode(*target, rig.model);
 }
 
-TEST(MirrorJobTest, OfTheTopLayerOntoTheSameBase) {
+// The target's clusters are smaller than the source's, as large, or larger.
+class TopLayerTest
+    : public testing::TestWithParam<std::tuple<MirrorSettings::CopyMode, std::string>> {};
+
+TEST_P(TopLayerTest, OntoTheSameBase) {
   LiveRig rig(4 * kMiB);
   rig.AttachDisk(rig.Add("base"));
   rig.Fill(1);
@@ -96,8 +100,9 @@ TEST(MirrorJobTest, OfTheTopLayerOntoTheSameBase) {
   std::string overlay = "backing_file=base,backing_fmt=qcow2";
   rig.AttachDisk(rig.Add("a", overlay));
   rig.Fill(2, 30);
-  NodePtr target = rig.Add("b", overlay);
+  NodePtr target = rig.Add("b", overlay + std::get<1>(GetParam()));
   auto settings = rig.JobTo<MirrorSettings>("m", target);
+  settings.copy_mode = std::get<0>(GetParam());
   settings.sync = Sync::kTop;
   rig.Start(std::move(settings));
   Guest guest(rig.disk, rig.model, 3);
@@ -110,6 +115,43 @@ TEST(MirrorJobTest, OfTheTopLayerOntoTheSameBase) {
   EXPECT_EQ(rig.disk.node(), target);
   rig.Verify();
 }
+
+// The target isn't on its base while it is written to, and then it is.
+TEST_P(TopLayerTest, BeforeTheTargetIsOnItsBase) {
+  LiveRig rig(4 * kMiB);
+  rig.AttachDisk(rig.Add("base"));
+  rig.Fill(1);
+  rig.DetachDisk();
+  rig.Remove("base");
+  std::string overlay = "backing_file=base,backing_fmt=qcow2";
+  rig.AttachDisk(rig.Add("a", overlay));
+  rig.Fill(2, 30);
+  rig.ZeroOut(kMiB, kMiB);
+  NodePtr target = rig.Add("b", overlay + std::get<1>(GetParam()), /*no_backing=*/true);
+  auto settings = rig.JobTo<MirrorSettings>("m", target);
+  settings.copy_mode = std::get<0>(GetParam());
+  settings.sync = Sync::kTop;
+  Guest guest(rig.disk, rig.model, 3);
+  guest.Start();
+  rig.Start(std::move(settings));
+  rig.Turn(20, guest);
+  rig.Await("m", JobStatus::kReady);
+  rig.Turn(30, guest);
+  guest.Stop(*rig.loop);
+  rig.Complete("m");
+  EXPECT_EQ(rig.AwaitEnd("m").error, "");
+  rig.DetachDisk();
+  target.reset();
+  rig.Remove("b");
+  rig.VerifyFile("b", rig.model);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Targets, TopLayerTest,
+    testing::Combine(testing::Values(MirrorSettings::CopyMode::kBackground,
+                                     MirrorSettings::CopyMode::kWriteBlocking),
+                     testing::Values<std::string>(",cluster_size=4096", "", ",cluster_size=256k",
+                                                  ",extended_l2=on", ",compat=0.10")));
 
 TEST(MirrorJobTest, StatesAreThePeers) {
   LiveRig rig(1 * kMiB);

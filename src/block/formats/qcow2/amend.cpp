@@ -73,7 +73,7 @@ int Qcow2Node::ExpandZeroClusters(uint64_t offset, uint64_t length) {
   uint64_t first = offset >> geo.cluster_bits, end = geo.Clusters(offset + length);
   for (uint64_t cluster = first; cluster < end; cluster++) {
     uint64_t guest = cluster << geo.cluster_bits;
-    if (InBacking(guest)) {
+    if (StandsOnAnother()) {
       if (int rc = WriteZerosOut(guest, std::min(geo.cluster_size, size_bytes_ - guest))) return rc;
     } else if (int rc = DropClusters(cluster, cluster + 1)) {
       return rc;

@@ -24,7 +24,6 @@ bool Metadata::CheckL2Pointer(uint64_t entry) const {
   return (entry & kL1Reserved) == 0 && geo_.InCluster(entry & kOffsetMask) == 0;
 }
 
-// Of subcluster `sub` (0 without extended entries).
 Mapping::Kind Metadata::Classify(uint64_t entry, uint64_t sub_bits, uint64_t sub,
                                  bool* has_host) const {
   if (entry & kPacked) {

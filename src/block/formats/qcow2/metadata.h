@@ -90,6 +90,8 @@ class Metadata {
   }
   uint64_t slice_entries() const { return slice_entries_; }
   uint64_t slice_covers() const { return slice_entries_ << geo_.cluster_bits; }
+  // Of subcluster `sub` (0 without extended entries).
+  Mapping::Kind Classify(uint64_t entry, uint64_t sub_bits, uint64_t sub, bool* has_host) const;
   uint64_t Entry(const Slice& slice, uint64_t index) const {
     return LoadBe64(slice.data + index * geo_.l2_entry_bytes);
   }
@@ -185,7 +187,6 @@ class Metadata {
   struct Snapshot;  // of what is dirty
 
   bool CheckL2Pointer(uint64_t entry) const;
-  Mapping::Kind Classify(uint64_t entry, uint64_t sub_bits, uint64_t sub, bool* has_host) const;
   Cached MapInSlice(const Slice& slice, uint64_t guest, uint64_t length, Mapping* mapping);
   int MakeL2Table(uint64_t guest);
   uint64_t SliceOffset(uint64_t l2_table, uint64_t guest) const;

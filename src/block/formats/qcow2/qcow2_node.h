@@ -38,6 +38,7 @@ class Qcow2Node final : public Node {
   Node* file() const override { return file_.get(); }
   Node* data_file() const override { return data_file_.get(); }
   Node* backing() const override { return backing_.get(); }
+  bool names_backing() const override { return !meta_->header.backing_file.empty(); }
   bool HasItself(uint64_t offset, uint64_t length) override;
   void Drain() override;
   Result<> SetBacking(NodePtr backing) override;
@@ -107,8 +108,11 @@ class Qcow2Node final : public Node {
   bool old_encryption() const { return encryption_ && encryption_->method == Crypt::kAes; }
 
   bool InBacking(uint64_t offset) const;
+  // What it hasn't itself shows something else, now or another time.
+  bool StandsOnAnother() const { return backing_ || names_backing(); }
   bool ReadsZero(const Mapping& mapping, uint64_t offset) const;
-  int AllZero(uint64_t from, uint64_t end, bool* zero);
+  // `marked`: the tables say so, rather than nothing; may be null.
+  int AllZero(uint64_t from, uint64_t end, bool* zero, bool* marked = nullptr);
   // True: waited, look again.
   bool WaitForBusy(uint64_t first, uint64_t end);
   int FreeSlice(uint64_t first, uint64_t end, Slice** slice);
@@ -121,7 +125,7 @@ class Qcow2Node final : public Node {
   int ZeroClusters(uint64_t first, uint64_t end, bool unmap, bool no_fallback);
   int ZeroPart(uint64_t offset, uint64_t length, bool no_fallback);
   bool ZeroEntry(Slice* slice, uint64_t guest, bool unmap);
-  int ZeroSubclusters(uint64_t offset, uint64_t length, bool* done);
+  int MarkPart(uint64_t offset, uint64_t length, uint64_t* head, uint64_t* tail);
   int WriteZerosOut(uint64_t offset, uint64_t length);
   int DiscardClusters(uint64_t first, uint64_t end);
   Result<> Shrink(uint64_t size);

@@ -170,8 +170,9 @@ int Qcow2Node::FindEdges(AllocatedRun& run) {
 }
 
 // Whether [from, end) reads as zeros by the tables of this image.
-int Qcow2Node::AllZero(uint64_t from, uint64_t end, bool* zero) {
+int Qcow2Node::AllZero(uint64_t from, uint64_t end, bool* zero, bool* marked) {
   *zero = true;
+  if (marked) *marked = true;
   end = std::max(from, std::min(end, meta_->l1().size() * meta_->geometry().l2_covers));
   while (from < end) {
     Mapping mapping;
@@ -180,6 +181,7 @@ int Qcow2Node::AllZero(uint64_t from, uint64_t end, bool* zero) {
       *zero = false;
       return 0;
     }
+    if (marked && mapping.kind != Mapping::Kind::kZero) *marked = false;
     from += mapping.length;
   }
   return 0;

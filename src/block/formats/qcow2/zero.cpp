@@ -35,23 +35,17 @@ int Qcow2Node::ZeroRange(uint64_t offset, uint64_t length, bool unmap, bool no_f
 
 // Less than a cluster, within one.
 int Qcow2Node::ZeroPart(uint64_t offset, uint64_t length, bool no_fallback) {
-  bool zero = false;
-  if (int rc = AllZero(offset, offset + length, &zero)) return rc;
-  if (zero) return 0;
-  const Geometry& geo = meta_->geometry();
-  uint64_t unit = geo.subcluster_size;
-  uint64_t from = (offset + unit - 1) / unit * unit, end = (offset + length) / unit * unit;
-  if (geo.subclusters > 1 && from < end && !data_file_) {
-    bool done = false;
-    if (int rc = ZeroSubclusters(from, end - from, &done)) return rc;
-    if (done) {
-      if (offset < from) {
-        if (int rc = ZeroPart(offset, from - offset, no_fallback)) return rc;
-      }
-      return end < offset + length ? ZeroPart(end, offset + length - end, no_fallback) : 0;
-    }
+  bool zero = false, marked = false;
+  if (int rc = AllZero(offset, offset + length, &zero, &marked)) return rc;
+  const bool can_mark = meta_->header.version >= 3 && !data_file_;
+  if (zero && (marked || (!can_mark && !StandsOnAnother()))) return 0;
+  uint64_t head = length, tail = 0;
+  if (can_mark) {
+    if (int rc = MarkPart(offset, length, &head, &tail)) return rc;
   }
-  return no_fallback ? -ENOTSUP : WriteZerosOut(offset, length);
+  if (head + tail > 0 && no_fallback) return -ENOTSUP;
+  if (int rc = WriteZerosOut(offset, head)) return rc;
+  return WriteZerosOut(offset + length - tail, tail);
 }
 
 int Qcow2Node::WriteZerosOut(uint64_t offset, uint64_t length) {
@@ -68,9 +62,11 @@ int Qcow2Node::WriteZerosOut(uint64_t offset, uint64_t length) {
   return 0;
 }
 
-// Whole subclusters of one cluster. Not done: it is compressed.
-int Qcow2Node::ZeroSubclusters(uint64_t offset, uint64_t length, bool* done) {
+// Within one cluster: marks what the tables can, (sub)clusters that are covered or read as zeros
+// anyway. `head`, `tail`: bytes at both ends that are left.
+int Qcow2Node::MarkPart(uint64_t offset, uint64_t length, uint64_t* head, uint64_t* tail) {
   const Geometry& geo = meta_->geometry();
+  const uint64_t unit = geo.subcluster_size, end = offset + length;
   uint64_t cluster = offset >> geo.cluster_bits;
   Slice* slice = nullptr;
   do {
@@ -80,17 +76,32 @@ int Qcow2Node::ZeroSubclusters(uint64_t offset, uint64_t length, bool* done) {
   } while (WaitForBusy(cluster, cluster + 1));
   uint64_t index = meta_->IndexInSlice(offset);
   uint64_t entry = meta_->Entry(*slice, index);
-  if (entry & kPacked) return 0;
   uint64_t bits = meta_->SubBits(*slice, index);
-  uint64_t first = geo.InCluster(offset) / geo.subcluster_size;
-  for (uint64_t sub = first; sub < first + length / geo.subcluster_size; sub++)
-    bits = (bits & ~(uint64_t{1} << sub)) | uint64_t{1} << (32 + sub);
-  meta_->SetEntry(slice, index, entry, bits);
-  *done = true;
+  *head = length;
+  *tail = 0;
+  if (entry & kPacked) return 0;
+  *head = 0;
+  for (uint64_t at = offset / unit * unit; at < end; at += unit) {
+    uint64_t sub = geo.InCluster(at) / unit;
+    bool has_host = false;
+    Mapping::Kind kind = meta_->Classify(entry, bits, sub, &has_host);
+    bool covered = offset <= at && at + unit <= end;
+    if (!covered && kind != Mapping::Kind::kZero &&
+        (kind != Mapping::Kind::kUnallocated || InBacking(at))) {
+      (at < offset ? *head : *tail) = std::min(end, at + unit) - std::max(offset, at);
+    } else if (geo.subclusters > 1) {
+      bits = (bits & ~(uint64_t{1} << sub)) | uint64_t{1} << (32 + sub);
+    } else {
+      entry |= kZeroFlag;
+    }
+  }
+  if (entry != meta_->Entry(*slice, index) || bits != meta_->SubBits(*slice, index))
+    meta_->SetEntry(slice, index, entry, bits);
   return 0;
 }
 
-// False: it can't be said in the tables.
+// False: it can't be said in the tables. Version 3 says it even where nothing is below: an image
+// may be put on another later.
 bool Qcow2Node::ZeroEntry(Slice* slice, uint64_t guest, bool unmap) {
   const Geometry& geo = meta_->geometry();
   uint64_t index = meta_->IndexInSlice(guest);
@@ -99,14 +110,13 @@ bool Qcow2Node::ZeroEntry(Slice* slice, uint64_t guest, bool unmap) {
   bool old_version = meta_->header.version < 3;
   bool nothing = !(old & kPacked) && (old & (kOffsetMask | kCopied)) == 0;
   if (old_version) {
-    if (InBacking(guest)) return false;
+    if (StandsOnAnother()) return false;
     if (nothing) return true;
     if (!unmap && !(old & kPacked) && (old & kCopied)) return false;  // keep the cluster
     meta_->ReleaseEntry(old, unmap);
     meta_->SetEntry(slice, index, 0);
     return true;
   }
-  if (nothing && bits == 0 && !(old & kZeroFlag) && !InBacking(guest)) return true;
   uint64_t flag = geo.subclusters > 1 ? 0 : kZeroFlag;
   bool keep = !(old & kPacked) && (old & kCopied) && (!unmap || data_file_);
   uint64_t entry = keep ? (old & (kOffsetMask | kCopied)) | flag : flag;
@@ -123,7 +133,8 @@ int Qcow2Node::ZeroClusters(uint64_t first, uint64_t end, bool unmap, bool no_fa
     uint64_t guest = first << geo.cluster_bits;
     uint64_t stop = std::min(end, (guest / meta_->slice_covers() + 1) * meta_->slice_entries());
     // A table that isn't there reads as zeros, unless something is behind it.
-    if ((meta_->l1()[guest / geo.l2_covers] & kOffsetMask) == 0 && !InBacking(guest)) {
+    if (meta_->header.version < 3 && !StandsOnAnother() &&
+        (meta_->l1()[guest / geo.l2_covers] & kOffsetMask) == 0) {
       first = std::min(end, (guest / geo.l2_covers + 1) * geo.l2_entries);
       continue;
     }
@@ -156,7 +167,9 @@ int Qcow2Node::DiscardRange(uint64_t offset, uint64_t length) {
   uint64_t stop = (end == size_bytes_ ? geo.RoundUp(end) : end) >> geo.cluster_bits;
   if (first >= stop) return 0;
   if (data_file_) return ZeroClusters(first, stop, true, false);
-  return DiscardClusters(first, stop);
+  // Old data mustn't show again from below; version 2 can't say so.
+  if (!StandsOnAnother()) return DiscardClusters(first, stop);
+  return meta_->header.version < 3 ? 0 : ZeroClusters(first, stop, true, false);
 }
 
 // The slice of L2 entries that has cluster `*first`, and where it ends. Null: look again, perhaps
@@ -174,6 +187,7 @@ int Qcow2Node::NextSlice(uint64_t* first, uint64_t end, uint64_t* stop, Slice** 
 
 int Qcow2Node::DiscardClusters(uint64_t first, uint64_t end) {
   const Geometry& geo = meta_->geometry();
+  const uint64_t zero = meta_->header.version < 3 || geo.subclusters > 1 ? 0 : kZeroFlag;
   while (first < end) {
     uint64_t stop = 0;
     Slice* slice = nullptr;
@@ -183,12 +197,8 @@ int Qcow2Node::DiscardClusters(uint64_t first, uint64_t end) {
       uint64_t guest = first << geo.cluster_bits;
       uint64_t old = meta_->Entry(*slice, meta_->IndexInSlice(guest));
       if (!(old & kPacked) && (old & kOffsetMask) == 0) continue;
-      // Old data mustn't show again from below; version 2 can't say so.
-      if (meta_->header.version < 3 && InBacking(guest)) continue;
-      uint64_t zero = meta_->header.version < 3 || geo.subclusters > 1 ? 0 : kZeroFlag;
       meta_->ReleaseEntry(old, true);
-      meta_->SetEntry(slice, meta_->IndexInSlice(guest), InBacking(guest) ? zero : 0,
-                      geo.subclusters > 1 && InBacking(guest) ? kAllZero : 0);
+      meta_->SetEntry(slice, meta_->IndexInSlice(guest), zero, geo.subclusters > 1 ? kAllZero : 0);
     }
   }
   return 0;

@@ -25,6 +25,7 @@ class SparseNode final : public MappedNode {
   const char* driver() const override { return "vmdk"; }
   Result<ImageInfo> Info() override;
   const Descriptor& descriptor() const { return descriptor_; }
+  bool names_backing() const override { return descriptor_.parent_cid != kNoParent; }
   // The first one is the parent, as the image left it.
   Result<> SetBacking(NodePtr backing) override;
   // Of a part of an image: what it shows of that one's parent.

@@ -32,6 +32,7 @@ class SplitNode final : public Node {
   const char* driver() const override { return "vmdk"; }
   Node* file() const override { return file_.get(); }
   Node* backing() const override { return backing_.get(); }
+  bool names_backing() const override { return descriptor_.parent_cid != kNoParent; }
   const Descriptor& descriptor() const { return descriptor_; }
   // The first one is the parent, as the image left it.
   Result<> SetBacking(NodePtr backing) override;

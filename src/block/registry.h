@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -113,10 +114,10 @@ class Registry {
                         const std::string& format);
   // block_resize: users are told.
   Result<> Resize(const NodePtr& node, uint64_t size_bytes);
-  // blockdev-reopen of what may change: read-only, discard, detect-zeroes, backing ("" or null:
-  // none, a node's name), a filter's file, and what the node itself can change.
-  Result<> Reopen(const std::string& node_name, Options options);
-  // Several, each with its "node-name"; those before an error stay as they are then.
+  // blockdev-reopen of nodes, each with its "node-name", of what may change: read-only, discard,
+  // detect-zeroes, backing ("" or null: none, a node's name), a filter's file, and what the node
+  // itself can change. Where the options are wrong nothing changes; where a node can't do what they
+  // say, those before it stay changed.
   Result<> Reopen(std::vector<Options> all);
   // Serves the subtree by another loop. Errors: others use it where it is.
   Result<> MoveTo(const NodePtr& node, EventLoop& loop);
@@ -137,6 +138,17 @@ class Registry {
     Owner owner = Owner::kUsed;
     std::vector<std::string> claims = {};
   };
+  // One node's part of Reopen.
+  struct Reopening {
+    NodePtr node;
+    NodeOptions wished = {};
+    std::optional<NodePtr> backing = {};
+    NodePtr file = {};  // null: stays
+    std::shared_ptr<Options> own = {};
+    std::function<void()> change_own = {};
+  };
+  Result<Reopening> PlanReopening(Options options);
+  Result<> Apply(Reopening plan);
   Entry* Get(const Node& node);
   const Entry* Get(const Node& node) const;
   void AdoptTree(const NodePtr& node, Owner owner);

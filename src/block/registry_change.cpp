@@ -278,8 +278,6 @@ Result<NodePtr> Registry::FindOtherFile(const NodePtr& filter, const std::string
                 fmt::format("'{}' has {} bytes, but '{}' has {}", name, other->size_bytes(),
                             before.node_name(), before.size_bytes()));
   }
-  if (other->read_only() && !filter->read_only())
-    return Fail(ErrorCode::kInvalid, fmt::format("'{}' is read-only", name));
   for (const NodePtr& parent : ParentsOf(*filter)) {
     if (!parent->is_filter() && parent->backing() != filter.get()) {
       return Fail(ErrorCode::kUnsupported,
@@ -304,81 +302,82 @@ Result<> Registry::CheckNotWritten(const Node& node) const {
   return Fail(ErrorCode::kBusy, fmt::format("{} writes to '{}'", who, node.node_name()));
 }
 
-// What stands on others first: it may still have to write to them.
+// Nothing changes before all that was asked for is understood. What stands on others goes first: it
+// may still have to write to them.
 Result<> Registry::Reopen(std::vector<Options> all) {
   Change change(*this);
-  std::vector<std::pair<NodePtr, Options>> left;
-  for (Options& options : all) {
-    std::optional<std::string> name = options.Take("node-name");
-    if (!name) return Fail(ErrorCode::kInvalid, "node-name not specified");
-    left.emplace_back(TRY(Require(*name)), std::move(options));
-  }
+  std::vector<Reopening> left;
+  for (Options& options : all) left.push_back(TRY(PlanReopening(std::move(options))));
   while (!left.empty()) {
     auto next = std::ranges::find_if(left, [&](const auto& one) {
       return std::ranges::none_of(left, [&](const auto& other) {
-        return other.first != one.first && StandsOn(*other.first, *one.first);
+        return other.node != one.node && StandsOn(*other.node, *one.node);
       });
     });
-    auto [node, options] = std::move(*next);
+    Reopening one = std::move(*next);
     left.erase(next);
-    TRY(Reopen(node->node_name(), std::move(options)));
+    TRY(Apply(std::move(one)));
   }
+  CollectUnused();
   return {};
 }
 
-Result<> Registry::Reopen(const std::string& node_name, Options options) {
-  Change change(*this);
-  NodePtr node = TRY(Require(node_name));
-  TRY(CheckFree(*node));
-  options.Take("node-name");
-  std::string driver = options.Take("driver", node->driver());
-  if (driver != node->driver()) return CannotChange("driver", *node);
-  NodePtr file;
-  if (node->file()) {
-    std::string name = options.Take("file", node->file()->node_name());
-    if (name != node->file()->node_name()) file = TRY(FindOtherFile(node, name));
+Result<Registry::Reopening> Registry::PlanReopening(Options options) {
+  std::optional<std::string> node_name = options.Take("node-name");
+  if (!node_name) return Fail(ErrorCode::kInvalid, "node-name not specified");
+  Reopening plan = {.node = TRY(Require(*node_name))};
+  Node& node = *plan.node;
+  TRY(CheckFree(node));
+  std::string driver = options.Take("driver", node.driver());
+  if (driver != node.driver()) return CannotChange("driver", node);
+  if (node.file()) {
+    std::string name = options.Take("file", node.file()->node_name());
+    if (name != node.file()->node_name()) plan.file = TRY(FindOtherFile(plan.node, name));
   }
-  const NodeOptions& before = node->opened_with();
-  NodeOptions wished = before;
+  const NodeOptions& before = node.opened_with();
+  NodeOptions& wished = plan.wished = before;
   wished.read_only = TRY(options.TakeBool("read-only", false));
   wished.auto_read_only = TRY(options.TakeBool("auto-read-only", false));
-  wished.discard_unmap = TRY(TakeDiscard(options, !IsNamed(*node)));
+  wished.discard_unmap = TRY(TakeDiscard(options, !IsNamed(node)));
   wished.detect_zeroes = TRY(ParseDetectZeroes(options.Take("detect-zeroes", "off")));
   if (wished.detect_zeroes == DetectZeroes::kUnmap && !wished.discard_unmap)
     return Fail(ErrorCode::kInvalid, "detect-zeroes=unmap needs discard=unmap");
   TRY(KeepsCache(options, "cache.direct", before.cache_direct));
   TRY(KeepsCache(options, "cache.no-flush", before.cache_no_flush));
-  std::optional<std::string> backing = options.Take("backing");
-  NodePtr below;
-  if (backing && !backing->empty()) below = TRY(Require(*backing));
-  auto own = std::make_shared<Options>(options);
-  std::function<void()> change_own = TRY(node->TakeChanges(env_, options));
-  TRY(KeepsOthers(*node, *own, options));
-  if (node->own_options() && !file) {
-    for (const auto& [key, value] : node->own_options()->all()) {
-      if (IsOfChild(key) && !own->Has(key)) own->Set(key, value.text);
+  if (std::optional<std::string> backing = options.Take("backing"))
+    plan.backing = backing->empty() ? NodePtr() : TRY(Require(*backing));
+  plan.own = std::make_shared<Options>(options);
+  plan.change_own = TRY(node.TakeChanges(env_, options));
+  TRY(KeepsOthers(node, *plan.own, options));
+  if (node.own_options() && !plan.file) {
+    for (const auto& [key, value] : node.own_options()->all()) {
+      if (IsOfChild(key) && !plan.own->Has(key)) plan.own->Set(key, value.text);
     }
   }
-  if (wished.read_only) TRY(CheckNotWritten(*node));
-  for (const NodePtr& other : {below, file}) {
-    if (other && &other->loop() != &node->loop()) TRY(MoveTo(other, node->loop()));
+  return plan;
+}
+
+Result<> Registry::Apply(Reopening plan) {
+  Node& node = *plan.node;
+  if (plan.wished.read_only) TRY(CheckNotWritten(node));
+  if (plan.file && plan.file->read_only() && !plan.wished.read_only)
+    return Fail(ErrorCode::kInvalid, fmt::format("'{}' is read-only", plan.file->node_name()));
+  for (const NodePtr& other : {plan.backing.value_or(nullptr), plan.file}) {
+    if (other && &other->loop() != &node.loop()) TRY(MoveTo(other, node.loop()));
   }
-  Quiesced quiet(*this, node.get());
-  Result<> changed = On(*node, [&]() -> Result<> {
-    if (backing) TRY(node->SetBacking(below));
-    if (file) {
-      TRY(Flush(*node));
-      TRY(node->SetFile(file));
+  Quiesced quiet(*this, &node);
+  return On(node, [&]() -> Result<> {
+    if (plan.backing) TRY(node.SetBacking(*plan.backing));
+    if (plan.file) {
+      TRY(Flush(node));
+      TRY(node.SetFile(plan.file));
     }
-    if (wished.read_only != node->read_only()) TRY(node->SetReadOnly(wished.read_only));
-    if (change_own) change_own();
-    node->set_opened_with(wished);
-    node->set_own_options(std::move(own));
+    if (plan.wished.read_only != node.read_only()) TRY(node.SetReadOnly(plan.wished.read_only));
+    if (plan.change_own) plan.change_own();
+    node.set_opened_with(plan.wished);
+    node.set_own_options(std::move(plan.own));
     return {};
   });
-  TRY(std::move(changed));
-  CollectUnused();
-  return {};
 }
 
 }  // namespace kvartz::block

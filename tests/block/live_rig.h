@@ -167,6 +167,12 @@ class LiveRig : public JobObserver {
     EXPECT_EQ(Text(node), "");
     return node ? *node : nullptr;
   }
+  // Each a node's options, as text. Answers the error.
+  std::string Reopen(const std::vector<std::string>& all) {
+    std::vector<Options> options;
+    for (const std::string& one : all) options.push_back(Options::Parse(one).value());
+    return Run([&] { return Text(registry.Reopen(std::move(options))); });
+  }
   void AttachDisk(const NodePtr& node) {
     Run([&] { EXPECT_EQ(Text(registry.Attach(disk, node, *loop)), ""); });
   }

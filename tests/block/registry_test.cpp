@@ -57,11 +57,8 @@ TEST(RegistryTest, ReopensWhatMayChange) {
   LiveRig rig(kMiB);
   NodePtr a = rig.Add("a");
   NodePtr b = rig.Add("b", "", true);
-  auto reopen = [&](const char* options) {
-    return rig.Run(
-        [&] { return rig.Text(rig.registry.Reopen("b", Options::Parse(options).value())); });
-  };
-  EXPECT_EQ(reopen("driver=qcow2,node-name=b,backing=a,read-only=on"), "");
+  auto reopen = [&](const std::string& options) { return rig.Reopen({"node-name=b," + options}); };
+  EXPECT_EQ(reopen("driver=qcow2,backing=a,read-only=on"), "");
   EXPECT_EQ(b->backing(), a.get());
   EXPECT_TRUE(b->read_only());
   EXPECT_EQ(reopen("driver=qcow2,read-only=on,backing="), "");
@@ -72,6 +69,14 @@ TEST(RegistryTest, ReopensWhatMayChange) {
   EXPECT_EQ(reopen("driver=qcow2,cluster-size=1"),
             "Cannot change the option 'cluster-size' of 'b'");
   EXPECT_EQ(reopen("driver=qcow2,backing=x"), "Cannot find device='' nor node-name='x'");
+  // Of several all or none.
+  EXPECT_EQ(rig.Reopen({"node-name=b,backing=a", "node-name=a,read-only=x"}),
+            "read-only: 'x' is neither on nor off");
+  EXPECT_EQ(b->backing(), nullptr);
+  EXPECT_EQ(rig.Reopen({"node-name=a,read-only=on", "node-name=b,backing=a"}), "");
+  EXPECT_EQ(b->backing(), a.get());
+  EXPECT_TRUE(a->read_only());
+  EXPECT_EQ(reopen("driver=qcow2,backing="), "");
   rig.AttachDisk(b);
   EXPECT_EQ(reopen("driver=qcow2,read-only=on"), "device 'vda' writes to 'b'");
 }
@@ -87,9 +92,8 @@ TEST(RegistryTest, AFilterGetsAnotherFile) {
   rig.Add("a");
   rig.Add("b");
   rig.Add("small", "size=64k");
-  auto reopen = [&](const char* name, const char* options) {
-    return rig.Run(
-        [&] { return rig.Text(rig.registry.Reopen(name, Options::Parse(options).value())); });
+  auto reopen = [&](const std::string& name, const std::string& options) {
+    return rig.Reopen({"node-name=" + name + "," + options});
   };
   NodePtr filter = rig.Run([&] {
     return rig.registry
@@ -121,7 +125,7 @@ TEST(RegistryTest, AFilterGetsAnotherFile) {
   rig.Verify();
   // Options as they were are none that change.
   std::string own = "driver=qcow2,file.driver=file,file.filename=" + rig.Path("b");
-  EXPECT_EQ(reopen("b", own.c_str()), "");
+  EXPECT_EQ(reopen("b", own), "");
   EXPECT_EQ(reopen("b", "driver=qcow2,file.driver=file,file.filename=c"),
             "Cannot change the option 'file.filename' of 'b'");
   filter.reset();

@@ -304,7 +304,9 @@ class Qcow2Test(ImageTest):
     def test_image_opts_and_json_names(self):
         self.chain()
         self.same("info", "--image-opts", "driver=qcow2,file.filename=top.qcow2")
+        self.same("info", "file:top.qcow2")
         name = 'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "top.qcow2"}}'
+        self.same("info", "--output=json", name)
         self.ours("compare", name, "top.qcow2")
         self.ours("compare", "--image-opts", "driver=qcow2,file.filename=top.qcow2",
                   "driver=raw,offset=0,file.driver=qcow2,file.file.filename=top.qcow2", code=None)

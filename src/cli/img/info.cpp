@@ -35,7 +35,9 @@ Result<Layer> Examine(Session& session, const ImageName& image, bool force_share
     first = std::move(second);
   }
   const block::NodePtr& opened = *first;
-  Layer layer = {image.is_options ? opened->name() : image.name, TRY(opened->Info())};
+  const bool described =
+      image.is_options || image.name.starts_with("json:") || image.name.starts_with("file:");
+  Layer layer = {described ? opened->name() : image.name, TRY(opened->Info())};
   Result<uint64_t> allocated = opened->AllocatedBytes();
   if (allocated) layer.allocated = *allocated;
   TRY(session.Close(opened));

@@ -307,6 +307,7 @@ Result<> Registry::CheckNotWritten(const Node& node) const {
 Result<> Registry::Reopen(std::vector<Options> all) {
   Change change(*this);
   std::vector<Reopening> left;
+  left.reserve(all.size());
   for (Options& options : all) left.push_back(TRY(PlanReopening(std::move(options))));
   while (!left.empty()) {
     auto next = std::ranges::find_if(left, [&](const auto& one) {

@@ -149,6 +149,16 @@ class Walk:
             self.images[name] = Image(self.images[source].size, backing, compat)
             self.test.assertFalse(self.differs(f"ours/{source}", f"ours/{name}", "-F", "qcow2"), f"{name} isn't {source}")
 
+    def convert_into(self, name):
+        sources = [other for other in sorted(self.images) if name not in self.chain(other) and self.images[other].size <= self.images[name].size]
+        if sources:
+            source, words = self.random.choice(sources), ["-W"] if self.chance(0.3) else []
+            self.img("convert", "-n", "-O", "qcow2", *words, source, name)
+
+    def compare(self, name):
+        other = self.random.choice(sorted(self.images))
+        self.img("compare", *(["-s"] if self.chance(0.1) else []), name, other)
+
     def resize(self, name):
         image, size = self.images[name], self.random.choice(SIZES)
         if image.snapshots and image.compat == "0.10":  # refused, by QEMU even if the size is the same
@@ -186,8 +196,8 @@ class Walk:
         if not self.images or (len(self.images) < MOST_IMAGES and self.chance(0.12)):
             return self.create()
         top = self.random.choice([name for name in sorted(self.images) if not self.users(name)])
-        likelihoods = {self.write: 40, self.commit: 6, self.rebase: 12, self.convert: 12, self.resize: 8, self.snapshot: 8, self.amend: 3,
-                       self.remove: 3}
+        likelihoods = {self.write: 40, self.commit: 6, self.rebase: 12, self.convert: 12, self.convert_into: 4, self.compare: 2, self.resize: 8,
+                       self.snapshot: 8, self.amend: 3, self.remove: 3}
         self.random.choices(list(likelihoods), likelihoods.values())[0](top)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 
-from disks import (MIB, Shell, WAIT_FOR_DISK, allocated, chain, check, contents, contents_of_chain, create, disk_row, inserted,
+from disks import (MIB, Shell, WAIT_FOR_DISK, allocated, chain, check, contents, contents_of_chain, create, disk, disk_row, inserted,
                    job_event, load_ends, measured_iops, start, tool)
 from harness import expect_equal, Failure, test
 
@@ -60,6 +60,36 @@ def disk_is_copied_and_streamed_by_its_drive(context):
     expect_equal(contents(mirror), after, "the image at the end")
     expect_equal("backing-filename" in json.loads(tool("qemu-img", "info", "--output=json", mirror)), False,
                  "a backing file recorded in the image at the end")
+
+
+@test()
+def disk_moves_to_a_copy_that_gets_its_chain_late(context):
+    """The layers below are copied by others while the top one is mirrored to an image that isn't on them yet."""
+    top = chain(context, 32 * MIB)
+    vm, qmp = start(context, *disk(top), *context.run(WAIT_FOR_DISK + Shell.COMMAND))
+    shell = Shell(vm)
+    for number, mode in enumerate(("background", "write-blocking")):
+        node, below = f"copy{number}", f"below{number}"
+        path, lower = context.path(f"{node}.qcow2"), context.path(f"{below}.qcow2")
+        tool("cp", context.path("middle.qcow2"), lower)
+        tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", lower, "-F", "qcow2", "-o", "cluster_size=256k", path)
+        qmp.call("blockdev-add", **{"driver": "qcow2", "node-name": node, "backing": None, "discard": "unmap",
+                                    "file": {"driver": "file", "filename": path}})
+        shell.start("diskload /dev/vda 1500")
+        qmp.call("blockdev-mirror", **{"job-id": "m", "device": inserted(qmp)["node-name"], "target": node, "sync": "top", "copy-mode": mode})
+        job_event(qmp, "BLOCK_JOB_READY", "m")
+        load_ends(vm)
+        shell.finish()
+        qmp.call("blockdev-add", **{"driver": "qcow2", "node-name": below, "read-only": True, "file": {"driver": "file", "filename": lower}})
+        qmp.call("transaction", actions=[{"type": "blockdev-snapshot", "data": {"node": below, "overlay": node}}])
+        qmp.call("block-job-complete", device="m")
+        job_event(qmp, "BLOCK_JOB_COMPLETED", "m")
+        expect_equal((inserted(qmp)["node-name"], inserted(qmp)["backing_file_depth"]), (node, 2), "the disk after the mirror")
+        expect_equal(contents_of_chain(path), shell.digest("/dev/vda"), f"the contents of the copy, {mode}")
+    qmp.call("quit")
+    vm.expect_exit(0)
+    for number in range(2):
+        check(context.path(f"copy{number}.qcow2"))
 
 
 def expect_about(actual, wanted, what):

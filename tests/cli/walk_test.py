@@ -83,7 +83,7 @@ class Walk:
         cluster_size = self.random.choice(["512", "4k", "32k", "64k", "64k", "2M"])
         options = [f"cluster_size={cluster_size}", f"compat={compat}"]
         if compat == "1.1":
-            extra = ["lazy_refcounts=on", f"refcount_bits={self.random.choice([1, 8, 64])}", "compression_type=zstd"]
+            extra = ["lazy_refcounts=on", f"refcount_bits={self.random.choice([8, 32, 64])}", "compression_type=zstd"]
             if cluster_size in ("32k", "64k", "2M"):
                 extra.append("extended_l2=on")
             options += [option for option in extra if self.chance(0.2)]

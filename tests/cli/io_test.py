@@ -117,6 +117,12 @@ class IoTest(ImageTest):
             file.write(b"abc")
         self.run_tool(io, "-c", "write -s pattern 0 10", "a.qcow2")
         self.assertIn("61 62 63 61 62 63 61 62 63 61 ", self.run_tool("qemu-io", "-c", "read -v 0 10", "a.qcow2").stdout)
+        self.peers("create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2")
+        self.run_tool(io, "-C", "-c", "read -P 3 100k 4k", "b.qcow2")
+        self.run_tool(io, "-c", "open -C b.qcow2", "-c", "read -P 3 300k 4k")
+        self.assertEqual([row["start"] for row in json.loads(self.peers("map", "--output=json", "b.qcow2").stdout) if row["depth"] == 0],
+                         [64 << 10, 256 << 10])
+        self.run_tool(io, "-C", "-r", "-c", "read 0 1", "b.qcow2", code=1)
         self.run_tool(io, "-r", "-U", "-c", "read 0 1", "a.qcow2")
         self.run_tool(io, "-U", "-c", "read 0 1", "a.qcow2", code=1)
 

@@ -80,6 +80,8 @@ Result<> Console::Open(OpenHow wanted) {
   auto open = [&]() -> Result<block::NodePtr> {
     block::NodeOptions options = wanted.node;
     if (wanted.snapshot) options.read_only = true;
+    if (wanted.copy_on_read && wanted.node.read_only)
+      return Fail(ErrorCode::kInvalid, "Can't use copy-on-read on read-only device");
     if (options.force_share && !options.read_only)
       return Fail(ErrorCode::kInvalid, "force-share=on can only be used with read-only images");
     block::Options all = wanted.more;
@@ -97,6 +99,12 @@ Result<> Console::Open(OpenHow wanted) {
   node = std::move(*opened);
   how = std::move(wanted);
   if (how.snapshot) node = TRY(img::TemporaryOverlay(session, std::move(node)));
+  if (how.copy_on_read) {
+    block::Options filter;
+    filter.Set("driver", "copy-on-read");
+    filter.SetNode("file", node);
+    node = TRY(session.OpenOptions(std::move(filter), {.discard_unmap = how.node.discard_unmap}));
+  }
   return {};
 }
 

@@ -27,6 +27,7 @@ Outcome RunOpen(Console& console, const Arguments& arguments) {
   how.node.read_only = arguments.Has("r");
   how.node.force_share = arguments.Has("U");
   how.snapshot = arguments.Has("s");
+  how.copy_on_read = arguments.Has("C");
   TRY(ApplyOpenModes(arguments, how.node));
   TRY(AddOptions(how.more, arguments));
   if (arguments.operands.size() > 1) return Misused(kOpen);
@@ -182,6 +183,7 @@ Outcome RunSleep(Console& console, const Arguments& arguments) {
 constexpr OptionSpec kOpenOptions[] = {
     {'r', {}, {}, "read-only"},
     {'s', {}, {}, "what is written is kept until it is closed, and apart"},
+    {'C', {}, {}, "what is read from below is kept"},
     {'n', {}, {}, "past the host's page cache, as -t none"},
     {'U', {}, {}, "although others write to it (with -r)"},
     {'t', {}, "CACHE", "cache mode: writeback (default), none, writethrough, directsync, unsafe"},
@@ -221,7 +223,7 @@ const Command kOpen = {.name = "open",
                        .alias = "o",
                        .min_words = 1,
                        .max_words = -1,
-                       .synopsis = "[-rsnU] [-t cache] [-d discard] [-o options] [path]",
+                       .synopsis = "[-rsCnU] [-t cache] [-d discard] [-o options] [path]",
                        .help = "open the file specified by path",
                        .options = kOpenOptions,
                        .needs_image = false,

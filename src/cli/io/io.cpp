@@ -25,7 +25,7 @@ constexpr OptionSpec kOptions[] = {
     {'r', "read-only", {}, "open it read-only"},
     {'s', "snapshot", {}, "what is written is kept until the end, and apart"},
     {'n', "nocache", {}, "past the host's page cache, as -t none"},
-    {'C', "copy-on-read", {}, "not supported yet: copy on read"},
+    {'C', "copy-on-read", {}, "what is read from below is kept"},
     {'m', "misalign", {}, "buffers begin at odd addresses"},
     {'k', "native-aio", {}, "as --aio=native"},
     {'i', "aio", "MODE", "threads, native or io_uring: the best there is is taken"},
@@ -79,10 +79,7 @@ class LineReader {
 };
 
 Result<> CheckOptions(const Arguments& arguments) {
-  for (const char* name : {"copy-on-read", "trace"}) {
-    if (arguments.Has(name))
-      return Fail(ErrorCode::kUnsupported, fmt::format("not supported yet: --{}", name));
-  }
+  if (arguments.Has("trace")) return Fail(ErrorCode::kUnsupported, "not supported yet: --trace");
   TRY(block::CheckAio(arguments.Get("aio", "io_uring")));
   if (arguments.operands.size() > 1) return img::Misuse("Expecting one file name at most");
   if (arguments.Has("image-opts") && arguments.Has("format"))
@@ -99,6 +96,7 @@ Result<int> RunAll(Console& console, const Arguments& arguments) {
   how.node.read_only = arguments.Has("read-only");
   how.node.force_share = arguments.Has("force-share");
   how.snapshot = arguments.Has("snapshot");
+  how.copy_on_read = arguments.Has("copy-on-read");
   TRY(ApplyOpenModes(arguments, how.node));
   if (!arguments.operands.empty()) {
     how.image = {arguments.operands[0], arguments.Get("format"), arguments.Has("image-opts")};

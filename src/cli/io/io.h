@@ -20,6 +20,7 @@ struct OpenHow {
   block::NodeOptions node = {.discard_unmap = true};
   block::Options more = {};  // -o of open and reopen
   bool snapshot = false;     // what is written goes to a file of its own
+  bool copy_on_read = false;
 };
 
 // Buffers begin at odd addresses, to see who minds.

@@ -186,6 +186,8 @@ class Qcow2Test(ImageTest):
                 self.ours("convert", "-O", "qcow2", *options, "-B", "base.qcow2", "-F", "qcow2", "top.qcow2", "copy.qcow2")
                 self.peers("check", "copy.qcow2")
                 self.identical("top.qcow2", "copy.qcow2")
+        # A backing file that the user names is no stranger.
+        self.ours("--untrusted", "convert", "-O", "qcow2", "-B", "base.qcow2", "-F", "qcow2", "base.qcow2", "copy.qcow2")
 
     def test_rebase_of_what_stood_alone(self):
         self.peers("create", "-q", "-f", "qcow2", "base.qcow2", "5M")

@@ -167,7 +167,7 @@ class Conversion {
     }
     if (!create_.options.Has("size")) create_.options.Set("size", std::to_string(total_));
     if (create_.options.Has("backing_file"))
-      TRY(CheckBacking(session_, target_name_, create_.options));
+      backing_ = TRY(OpenBacking(session_, target_name_, create_.options));
     Result<> created = block::CreateImage(session_.env(), format_, target_name_, create_.options);
     if (!created)
       return Fail(std::move(created).error().In(
@@ -186,8 +186,9 @@ class Conversion {
     // What is unfinished is worth nothing, so there is nothing to flush before the end.
     bool skip_create = arguments_.Has("n");
     TRY(ApplyCache(arguments_.Get("t", skip_create ? "writeback" : "unsafe"), options));
+    options.no_backing = backing_ != nullptr;
     copy_.target = TRY(session_.Open(image, options));
-    return {};
+    return backing_ ? copy_.target->SetBacking(backing_) : Result<>();
   }
 
   Result<> CheckTarget() {
@@ -249,6 +250,7 @@ class Conversion {
   std::string format_, target_name_;
   const Driver* driver_ = nullptr;
   bool preallocated_ = false;
+  block::NodePtr backing_;  // of a target that is made
   uint64_t total_ = 0;
   block::ConvertOptions copy_;
 };

@@ -102,7 +102,8 @@ Result<> Create(Session& session, const Driver& driver, const std::string& filen
       return Fail(ErrorCode::kInvalid,
                   "Trying to create an image with the same filename as the backing file");
     if (!arguments.Has("u")) {
-      TRY(CheckBacking(session, filename, options));
+      block::NodePtr backing = TRY(OpenBacking(session, filename, options));
+      TRY(session.Close(backing));
     } else if (!options.Has("backing_fmt")) {
       return Fail(ErrorCode::kInvalid, "Backing file specified without backing format");
     }
@@ -146,7 +147,8 @@ constexpr OptionSpec kOptions[] = {
 
 }  // namespace
 
-Result<> CheckBacking(Session& session, const std::string& filename, Options& options) {
+Result<block::NodePtr> OpenBacking(Session& session, const std::string& filename,
+                                   Options& options) {
   const std::string backing = options.all().at("backing_file").text;
   std::string format;
   if (options.Has("backing_fmt")) format = options.all().at("backing_fmt").text;
@@ -159,7 +161,7 @@ Result<> CheckBacking(Session& session, const std::string& filename, Options& op
         fmt::format("Backing file specified without backing format; say -F {}", (*node)->driver()));
   }
   if (!options.Has("size")) options.Set("size", std::to_string((*node)->size_bytes()));
-  return session.Close(*node);
+  return node;
 }
 
 const Verb kCreate = {"create", "FILENAME [SIZE]", "makes an image", kOptions, Run};

@@ -114,7 +114,8 @@ struct CreateOptions {
 Result<CreateOptions> TakeCreateOptions(const Arguments& arguments);
 // The backing file that an image to be made, `filename`, is to have: it must be there, its format
 // be said; "size" becomes its size if it isn't set.
-Result<> CheckBacking(Session& session, const std::string& filename, block::Options& options);
+Result<block::NodePtr> OpenBacking(Session& session, const std::string& filename,
+                                   block::Options& options);
 // kCreateFile: of a file that is named, with what is an option of files.
 enum class HelpOf : uint8_t { kCreate, kCreateFile, kAmend };
 void PrintCreateHelp(const block::Driver& driver, HelpOf of);

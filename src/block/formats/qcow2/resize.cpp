@@ -127,10 +127,10 @@ Result<> Qcow2Node::Resize(const ResizeOptions& options) {
   if (int rc = GrowL1(meta_->geometry().L1Entries(size))) return Fail(TablesError(*this, rc));
   if (data_file_ && data_file_->size_bytes() < size) TRY(data_file_->Resize({.size = size}));
   // Before the new size is known to anybody: what is below mustn't show through.
-  bool hide = options.zero_added && backing_ && backing_->size_bytes() > old_size;
+  uint64_t shown = options.zero_added && backing_ ? std::min(size, backing_->size_bytes()) : 0;
   set_size(size);
-  if (hide && size > old_size) {
-    if (int rc = ZeroRange(old_size, size - old_size, true, false)) {
+  if (shown > old_size) {
+    if (int rc = ZeroRange(old_size, shown - old_size, true, false)) {
       set_size(old_size);
       return Fail(TablesError(*this, rc));
     }

@@ -69,11 +69,9 @@ int Qcow2Node::MarkPart(uint64_t offset, uint64_t length, uint64_t* head, uint64
   const uint64_t unit = geo.subcluster_size, end = offset + length;
   uint64_t cluster = offset >> geo.cluster_bits;
   Slice* slice = nullptr;
-  do {
-    while (WaitForBusy(cluster, cluster + 1)) {
-    }
-    if (int rc = meta_->WritableSlice(offset, &slice)) return rc;
-  } while (WaitForBusy(cluster, cluster + 1));
+  while (slice == nullptr) {
+    if (int rc = FreeSlice(cluster, cluster + 1, &slice)) return rc;
+  }
   uint64_t index = meta_->IndexInSlice(offset);
   uint64_t entry = meta_->Entry(*slice, index);
   uint64_t bits = meta_->SubBits(*slice, index);

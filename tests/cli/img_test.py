@@ -27,6 +27,10 @@ class WordsTest(ImageTest):
             with self.subTest(line=line.strip()):
                 self.same(*line.split())
 
+    def test_formats_of_unseen_backing_files_are_known(self):
+        self.assertIn("unknown image format", self.ours("create", "-u", "-f", "qcow2", "-b", "nope", "-F", "foo", "a.qcow2", "1M", code=1).stderr)
+        self.assertFalse(os.path.exists(self.path("a.qcow2")))
+
     def test_errors_as_json(self):
         done = self.ours("--json", "info", "nope", code=1)
         error = json.loads(done.stderr)

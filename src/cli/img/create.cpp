@@ -106,6 +106,8 @@ Result<> Create(Session& session, const Driver& driver, const std::string& filen
       TRY(session.Close(backing));
     } else if (!options.Has("backing_fmt")) {
       return Fail(ErrorCode::kInvalid, "Backing file specified without backing format");
+    } else {
+      TRY(block::RequireDriver(options.all().at("backing_fmt").text, filename));
     }
   }
   if (!options.Has("size"))

@@ -89,22 +89,32 @@ TEST(MirrorJobTest, SoftCancelLeavesAConsistentTarget) {
 
 // The target's clusters are smaller than the source's, as large, or larger.
 class TopLayerTest
-    : public testing::TestWithParam<std::tuple<MirrorSettings::CopyMode, std::string>> {};
+    : public testing::TestWithParam<std::tuple<MirrorSettings::CopyMode, std::string>> {
+ protected:
+  // The disk is "a" on "base"; answers "b", which is to be its copy.
+  NodePtr MakeImages(bool no_backing = false) {
+    rig.AttachDisk(rig.Add("base"));
+    rig.Fill(1);
+    rig.DetachDisk();
+    rig.Remove("base");
+    std::string overlay = "backing_file=base,backing_fmt=qcow2";
+    rig.AttachDisk(rig.Add("a", overlay));
+    rig.Fill(2, 30);
+    rig.ZeroOut(kMiB, kMiB);
+    return rig.Add("b", overlay + std::get<1>(GetParam()), no_backing);
+  }
+  MirrorSettings Settings(const NodePtr& target) {
+    auto settings = rig.JobTo<MirrorSettings>("m", target);
+    settings.copy_mode = std::get<0>(GetParam());
+    settings.sync = Sync::kTop;
+    return settings;
+  }
+  LiveRig rig{4 * kMiB};
+};
 
 TEST_P(TopLayerTest, OntoTheSameBase) {
-  LiveRig rig(4 * kMiB);
-  rig.AttachDisk(rig.Add("base"));
-  rig.Fill(1);
-  rig.DetachDisk();
-  rig.Remove("base");
-  std::string overlay = "backing_file=base,backing_fmt=qcow2";
-  rig.AttachDisk(rig.Add("a", overlay));
-  rig.Fill(2, 30);
-  NodePtr target = rig.Add("b", overlay + std::get<1>(GetParam()));
-  auto settings = rig.JobTo<MirrorSettings>("m", target);
-  settings.copy_mode = std::get<0>(GetParam());
-  settings.sync = Sync::kTop;
-  rig.Start(std::move(settings));
+  NodePtr target = MakeImages();
+  rig.Start(Settings(target));
   Guest guest(rig.disk, rig.model, 3);
   guest.Start();
   rig.Turn(50, guest);
@@ -118,22 +128,10 @@ TEST_P(TopLayerTest, OntoTheSameBase) {
 
 // The target isn't on its base while it is written to, and then it is.
 TEST_P(TopLayerTest, BeforeTheTargetIsOnItsBase) {
-  LiveRig rig(4 * kMiB);
-  rig.AttachDisk(rig.Add("base"));
-  rig.Fill(1);
-  rig.DetachDisk();
-  rig.Remove("base");
-  std::string overlay = "backing_file=base,backing_fmt=qcow2";
-  rig.AttachDisk(rig.Add("a", overlay));
-  rig.Fill(2, 30);
-  rig.ZeroOut(kMiB, kMiB);
-  NodePtr target = rig.Add("b", overlay + std::get<1>(GetParam()), /*no_backing=*/true);
-  auto settings = rig.JobTo<MirrorSettings>("m", target);
-  settings.copy_mode = std::get<0>(GetParam());
-  settings.sync = Sync::kTop;
+  NodePtr target = MakeImages(/*no_backing=*/true);
   Guest guest(rig.disk, rig.model, 3);
   guest.Start();
-  rig.Start(std::move(settings));
+  rig.Start(Settings(target));
   rig.Turn(20, guest);
   rig.Await("m", JobStatus::kReady);
   rig.Turn(30, guest);
